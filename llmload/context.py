@@ -1,0 +1,112 @@
+"""What every hook of one load sees."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    import pluggy
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from .checkpoint import Checkpoint
+    from .spec import LoadSpec
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+class LoadContext:
+    """One load: what is asked, what was found, and what the plugins hand on to each other.
+
+    The first group of attributes is read by every plugin and changed by none, except ``config`` in
+    ``init_context``. The second group is where plugins leave something for others or the report.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: LoadSpec,
+        sections: Mapping[str, BaseModel],
+        active: tuple[str, ...],
+        hook: pluggy.HookRelay,
+        folder: Path,
+        config: PretrainedConfig,
+        model_class: type[PreTrainedModel],
+        dtype: torch.dtype,
+        checkpoint: Checkpoint | None,
+        wraps_adapter: bool,
+    ) -> None:
+        self.spec = spec
+        """The validated spec."""
+        self.sections = sections
+        """The active plugins' sections by name, with the defaults of those not in the spec."""
+        self.active = active
+        """Names of the plugins that take part, in plan order."""
+        self.hook = hook
+        """Calls hooks that plugins declared themselves (``Hooks``), among the active plugins."""
+        self.folder = folder
+        """The model folder, or the snapshot of the hub repository; always local."""
+        self.config = config
+        """A copy that belongs to this load. Change it in ``init_context``, not later."""
+        self.model_class = model_class
+        """The concrete class, never an ``Auto`` class."""
+        self.dtype = dtype
+        """The floating-point dtype of the model; ``dtype: auto`` is resolved."""
+        self.checkpoint = checkpoint
+        """Names, shapes, dtypes and places of all tensors; None with ``weights: random``."""
+        self.wraps_adapter = wraps_adapter
+        """Whether an active plugin will wrap the model in an adapter."""
+        self.rehearsing = True
+        """True while the plan is made: the model is on the meta device and has no values."""
+
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        """Set by the ``tokenizer`` plugin's ``check``."""
+        self.newly_initialised: dict[str, str] = {}
+        """Name of each parameter or buffer that is not from the checkpoint -> why."""
+        self.load_options: dict[str, Any] = {}
+        """Keyword arguments for ``from_pretrained``, set in ``init_context`` (``device_map``,
+        ``quantization_config``). A loader that cannot honour one declines."""
+        self.placement: Any = None
+        """The streaming engine's placement, set in ``init_context`` by the one plugin that decides
+        where and how each weight is stored; None for plain tensors."""
+        self.facts: dict[str, Any] = {}
+        """JSON-able facts for the report, by plugin name."""
+        self.kept_alive: list[object] = []
+
+    def section(self, kind: type[SectionT]) -> SectionT:
+        """Return this load's section of the given model: what the spec says, or its defaults.
+
+        :raises LookupError: no active plugin owns a section of this kind.
+        """
+        for value in self.sections.values():
+            if isinstance(value, kind):
+                return value
+        raise LookupError(f"no active plugin has a section of type {kind.__qualname__}")
+
+    def keep_alive(self, thing: object) -> None:
+        """Hold ``thing`` as long as the result of the load lives."""
+        self.kept_alive.append(thing)
+
+    def record(self, plugin: str, facts: Mapping[str, Any]) -> None:
+        """Add JSON-able facts of a plugin to the report."""
+        self.facts.setdefault(plugin, {}).update(facts)
+
+    def for_loading(self, pristine: PretrainedConfig) -> LoadContext:
+        """Return the context of the load itself: same request, untouched config, nothing recorded.
+
+        The tokenizer is handed on; everything the rehearsal recorded is left behind.
+        """
+        loading = copy.copy(self)
+        loading.config = copy.deepcopy(pristine)
+        loading.rehearsing = False
+        loading.newly_initialised = {}
+        loading.load_options = {}
+        loading.placement = None
+        loading.facts = {}
+        loading.kept_alive = []
+        return loading

@@ -1,0 +1,91 @@
+"""The two families of errors: the request is wrong, or the work failed.
+
+Every message says what was asked, what was found, what is allowed and what to do next. Nothing in
+``RequestError`` is a bug of ``llmload``: the command line prints it without a traceback and exits
+with 2. ``LoadFailedError`` means that a right request could not be carried out: exit code 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Severity = Literal["error", "warning"]
+
+
+class Problem(BaseModel):
+    """One thing that is wrong, where it is, and the way out.
+
+    Plugins yield problems from ``check`` and ``audit``; the spec reader makes them for bad keys and
+    values. An ``error`` stops the load before any weight is read; a ``warning`` is shown.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    message: str
+    """What was asked and what was found, in one sentence without a final full stop."""
+    fix: str = ""
+    """What to do next, in one imperative sentence."""
+    where: str = ""
+    """Dotted path of the spec key (``lora.r``), or a file name; empty where neither fits."""
+    plugin: str = ""
+    """Name of the plugin that says so; the host fills it in for hook results."""
+    severity: Severity = "error"
+    file: str = ""
+    """The spec file, where the spec came from one."""
+    line: int | None = None
+    """Line in ``file``, counted from 1."""
+    column: int | None = None
+    """Column in ``file``, counted from 1."""
+
+    def __str__(self) -> str:
+        position = f"{self.file}:{self.line}:{self.column}" if self.line is not None else self.file
+        origin = self.where or (f"plugin {self.plugin!r}" if self.plugin else "")
+        text = ": ".join(part for part in (position, origin, self.message) if part)
+        return f"{text}. {self.fix}" if self.fix else text
+
+
+class LlmloadError(Exception):
+    """Root of every error that ``llmload`` raises on purpose."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, problems: str | Problem | Iterable[Problem], *, fix: str = "") -> None:
+        if isinstance(problems, str):
+            problems = Problem(message=problems, fix=fix)
+        self.problems: tuple[Problem, ...] = (
+            (problems,) if isinstance(problems, Problem) else tuple(problems)
+        )
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class RequestError(LlmloadError):
+    """What was asked cannot be done as asked; nothing was read, built or changed."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class SpecError(RequestError):
+    """The spec itself is wrong: unknown keys, wrong types, unreadable YAML. All faults at once."""
+
+
+class PluginError(RequestError):
+    """A plugin the load names is broken, missing, ambiguous or breaks the hook contract."""
+
+
+class CheckpointError(RequestError):
+    """The model folder is missing, damaged, unsafe or does not fit the model."""
+
+
+class PlanError(RequestError):
+    """The plan has problems of severity ``error``: sections conflict, targets match nothing, ..."""
+
+
+class LoadFailedError(LlmloadError):
+    """A right request could not be carried out: a plugin or library raised while loading."""
+
+
+class AuditError(LoadFailedError):
+    """The loaded model is not what the plan promised. The model is not handed out."""

@@ -1,0 +1,297 @@
+"""The manual: every hook a plugin can implement, in the order in which one load calls them.
+
+A plugin is any object with a ``name``. Everything else is optional::
+
+    class MyPlugin:
+        name = "my_plugin"              # also its key in the spec and its entry-point name
+        Section = MySection             # pydantic model of spec["my_plugin"]: see llmload.Section
+        always_active = False           # True: takes part even where the spec lacks the key
+        after = ("embeddings",)         # order: plugins that go first; ("*",): after all others
+        before = ("lora",)              # order: plugins that go later
+        conflicts = (Conflict(...),)    # settings that cannot be combined with this section
+        requires = ("peft>=0.13.2",)    # distributions it needs; a missing one is a plan problem
+
+A plugin that has a ``Section`` takes part in a load if the spec has its key, or always with
+``always_active``. A plugin without one takes part in every load. Plugins are ordered by ``after``
+and ``before``, ties by name, whatever the order of installation; every hook is called in that one
+order. Third parties register under the entry-point group ``llmload``::
+
+    [project.entry-points.llmload]
+    my_plugin = "my_package.plugin:MyPlugin"
+
+The way of one load::
+
+    plan      check         each plugin, in order         Problems, Notes and Declines
+              post_load     rehearsed on the meta device  (ctx.rehearsing is true)
+              wrap_adapter  rehearsed on the meta device
+    load      init_context  each plugin, in order         contexts entered on one ExitStack
+              load          loaders, in order             the first that does not decline
+              post_load     each plugin, in order         sees the model the previous one left
+              wrap_adapter  in order                      the first that does not decline
+                                                          contexts left, in reverse
+    proof     audit         each plugin, in order         Problems
+
+The rehearsal runs the real ``post_load`` and ``wrap_adapter`` on a model without storage. That is
+how the plan knows module names, new and trainable parameters before a weight is read. Whatever a
+hook does to shapes, names and ``requires_grad`` it does in the rehearsal too; work on values is
+skipped when ``ctx.rehearsing``. A hook that cannot run on meta tensors is reported as a warning,
+and the plan then promises nothing about trainable parameters.
+
+Raise :class:`llmload.RequestError` for what the user can mend; any other exception is reported as
+:class:`llmload.LoadFailedError` with the plugin, its distribution and the hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .context import LoadContext
+    from .errors import Problem
+    from .findings import Decline, Note
+
+PROJECT = "llmload"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+# --- while planning ---------------------------------------------------------------------------
+
+
+@hookspec
+def check(ctx: LoadContext) -> Iterable[Problem | Note | Decline]:
+    """Say what this plugin will do in this load, and what stands in the way.
+
+    Called once per load for each plugin, before anything is built and before a weight is read. The
+    config, the checkpoint's headers and (after the ``tokenizer`` plugin) the tokenizer are there.
+
+    :param ctx: the load; ``ctx.section(Section)`` is this plugin's part of the spec.
+    :returns: any number of :class:`~llmload.Note` (a line of the plan),
+        :class:`~llmload.Problem` (severity ``error`` stops the load, ``warning`` is shown), and,
+        from a loader, :class:`~llmload.Decline` (its ``load`` will not be asked).
+    :raises RequestError: the same as yielding its problems, but stops this plugin's check.
+
+    Example: a budget for the number of parameters, enforced before a byte of weights is read::
+
+        import math
+
+        import llmload
+
+        class Budget:
+            name = "budget"
+
+            class Section(llmload.Section):
+                max_parameters: int
+
+            @llmload.hookimpl
+            def check(self, ctx):
+                limit = ctx.section(self.Section).max_parameters
+                found = sum(math.prod(t.shape) for t in ctx.checkpoint.tensors.values())
+                yield llmload.Note(text=f"{found:,} of {limit:,} parameters allowed")
+                if found > limit:
+                    yield llmload.Problem(
+                        where="budget.max_parameters",
+                        message=f"the checkpoint has {found:,} parameters, {limit:,} are allowed",
+                        fix="Choose a smaller model or raise the budget.",
+                    )
+    """
+    raise NotImplementedError
+
+
+# --- while loading ----------------------------------------------------------------------------
+
+
+@hookspec
+def init_context(ctx: LoadContext) -> AbstractContextManager[Any] | None:
+    """Prepare the ground before anything is built.
+
+    Called for each plugin in order. What is returned is entered at once on the load's ExitStack and
+    left in reverse order after ``wrap_adapter``, whatever happens, Ctrl-C included: before ``load``
+    returns or raises every context is closed, so that the next model is unaffected. ``ctx.config``
+    may be changed here: it belongs to this load alone and the model is built from it. What must
+    live as long as the model goes through ``ctx.keep_alive``.
+
+    :param ctx: the load.
+    :returns: a context manager, or ``None`` for none.
+
+    Example: build and load on a device of choice::
+
+        import llmload
+
+        class DefaultDevice:
+            name = "default_device"
+
+            class Section(llmload.Section):
+                device: str
+
+            @llmload.hookimpl
+            def init_context(self, ctx):
+                import torch
+
+                return torch.device(ctx.section(self.Section).device)
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def load(ctx: LoadContext) -> nn.Module | Decline:
+    """Build the base model and fill it.
+
+    Loaders are asked in plan order; the first that returns a model wins. ``transformers`` comes
+    last and declines nothing. A loader that leaves a parameter without a value from the checkpoint
+    initialises it and says so: ``ctx.newly_initialised[name] = "why"``.
+
+    :param ctx: the load; ``ctx.model_class`` is the concrete class, ``ctx.config`` its config,
+        ``ctx.dtype`` the dtype asked for, ``ctx.checkpoint`` the validated checkpoint.
+    :returns: the model in eval mode, or :class:`~llmload.Decline` with the reason. ``None`` is a
+        forgotten ``return`` and an error that names the plugin.
+
+    Example: a model of zeros, to smoke-test a pipeline without its weights::
+
+        import llmload
+
+        class Zeros:
+            name = "zeros"
+            before = ("streaming",)
+
+            class Section(llmload.Section):
+                pass
+
+            @llmload.hookimpl
+            def load(self, ctx):
+                import torch
+
+                if ctx.spec.weights != "random":
+                    return llmload.Decline("zeros replaces weights: it wants `weights: random`")
+                model = ctx.model_class(ctx.config).to(ctx.dtype)
+                with torch.no_grad():
+                    for name, parameter in model.named_parameters():
+                        parameter.zero_()
+                        ctx.newly_initialised[name] = "zeros"
+                return model.eval()
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def post_load(ctx: LoadContext, model: nn.Module) -> nn.Module:
+    """Change the loaded model: resize, freeze, cast, wrap, add a head.
+
+    Called for each plugin in order, each seeing the model as the previous one left it; rehearsed on
+    the meta device for the plan. New parameters are listed in ``ctx.newly_initialised``.
+
+    :param ctx: the load; ``ctx.tokenizer`` is set if the ``tokenizer`` plugin takes part.
+    :param model: what the loader or the previous plugin returned.
+    :returns: the same or a replacement module. ``None`` is a forgotten ``return`` and an error that
+        names the plugin.
+
+    Example: freeze the first layers::
+
+        import llmload
+
+        class FreezeLayers:
+            name = "freeze_layers"
+            before = ("lora",)
+
+            class Section(llmload.Section):
+                first: int
+
+            @llmload.hookimpl
+            def post_load(self, ctx, model):
+                for layer in model.base_model.layers[: ctx.section(self.Section).first]:
+                    layer.requires_grad_(False)
+                return model
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def wrap_adapter(ctx: LoadContext, model: nn.Module) -> nn.Module | Decline:
+    """Put an adapter around the finished base model.
+
+    Called last, in plan order; the first plugin that does not decline wins, so a model gets one
+    adapter system. Rehearsed on the meta device for the plan.
+
+    :param ctx: the load.
+    :param model: the base model after every ``post_load``.
+    :returns: the wrapped module (or ``model`` itself, changed in place), or
+        :class:`~llmload.Decline` with the reason. ``None`` is a forgotten ``return`` and an error
+        that names the plugin.
+
+    Example: (IA)^3 through PEFT::
+
+        import llmload
+
+        class Ia3:
+            name = "ia3"
+            requires = ("peft",)
+            conflicts = (
+                llmload.Conflict(
+                    key="lora",
+                    reason="a model gets one adapter system",
+                    fix="Remove `ia3` or `lora` from the spec.",
+                ),
+            )
+
+            class Section(llmload.Section):
+                target_modules: list[str]
+                feedforward_modules: list[str]
+
+            @llmload.hookimpl
+            def wrap_adapter(self, ctx, model):
+                from peft import IA3Config, get_peft_model
+
+                section = ctx.section(self.Section)
+                return get_peft_model(model, IA3Config(**section.model_dump()))
+    """
+    raise NotImplementedError
+
+
+# --- after loading ----------------------------------------------------------------------------
+
+
+@hookspec
+def audit(ctx: LoadContext, model: nn.Module) -> Iterable[Problem]:
+    """Prove that this plugin's part of the plan came true.
+
+    Called for each plugin in order on the finished model, after all contexts are closed. The host's
+    own audit (no meta tensor, every parameter accounted for, trainable set as planned, a gradient
+    path) runs before it.
+
+    :param ctx: the load.
+    :param model: the finished model; it must be left unchanged.
+    :returns: problems. One of severity ``error`` fails the load with
+        :class:`llmload.AuditError`, and the model is not handed out.
+
+    Example: refuse weights that are not finite::
+
+        import llmload
+
+        class Finite:
+            name = "finite"
+
+            class Section(llmload.Section):
+                pass
+
+            @llmload.hookimpl
+            def audit(self, ctx, model):
+                for name, parameter in model.named_parameters():
+                    if not parameter.isfinite().all():
+                        yield llmload.Problem(
+                            where=name,
+                            message="the parameter holds NaN or infinity",
+                            fix="Check the checkpoint, or load in a wider dtype.",
+                        )
+    """
+    raise NotImplementedError
+
+
+SPINE = ("init_context", "load", "post_load", "wrap_adapter")
+HELPERS = ("check", "audit")
