@@ -236,15 +236,12 @@ def create_registry(
     if autoload is None:
         autoload = not environ.get(DISABLE_AUTOLOAD_VARIABLE)
 
-    infos = [_from_object(plugin, blocked) for plugin in plugins]
-    infos += [_from_path(word, blocked) for word in named if ":" in word]
-    taken = {info.name for info in infos}
-    infos += [
-        info
-        for info in _installed(set(named), blocked, autoload=autoload)
-        # A plugin given as an object stands in for an installed one only where that is blocked.
-        if not (info.status == "blocked" and info.name in taken)
-    ]
+    infos = [_from_object(plugin) for plugin in plugins]
+    infos += [_from_object(_attribute(word)) for word in named if ":" in word]
+    infos += _installed(set(named), autoload=autoload, blocked=blocked)
+    for info in infos:
+        if info.name in blocked:
+            info.status = "blocked"
     missing = [word for word in named if ":" not in word and word not in {i.name for i in infos}]
     if missing:
         known = sorted({info.name for info in infos})
@@ -267,7 +264,7 @@ def create_registry(
 _GIVEN = "given as an object"
 
 
-def _from_object(plugin: object, blocked: set[str]) -> PluginInfo:
+def _from_object(plugin: object) -> PluginInfo:
     plugin = plugin() if inspect.isclass(plugin) else plugin
     name = getattr(plugin, "name", None)
     if not isinstance(name, str) or not name:
@@ -278,19 +275,18 @@ def _from_object(plugin: object, blocked: set[str]) -> PluginInfo:
     return PluginInfo(name, _GIVEN, builtin=False, status="active", named=True, plugin=plugin)
 
 
-def _from_path(word: str, blocked: set[str]) -> PluginInfo:
-    module, _, attribute = word.partition(":")
+def _attribute(path: str) -> object:
+    module, _, attribute = path.partition(":")
     try:
-        plugin = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise PluginError(
-            f"plugin {word!r} was selected, but cannot be imported: {error}",
+            f"plugin {path!r} was selected, but cannot be imported: {error}",
             fix="Write it as `module:attribute`, and check that the module is on the path.",
         ) from error
-    return _from_object(plugin, blocked)
 
 
-def _installed(named: set[str], blocked: set[str], *, autoload: bool) -> list[PluginInfo]:
+def _installed(named: set[str], *, autoload: bool, blocked: set[str]) -> list[PluginInfo]:
     """Return one entry per name and distribution; only what is selected is imported."""
     infos = []
     for entry in metadata.entry_points(group=GROUP):
@@ -298,11 +294,9 @@ def _installed(named: set[str], blocked: set[str], *, autoload: bool) -> list[Pl
         distribution = f"{owner.metadata['Name']} {owner.version}" if owner else "unknown"
         builtin = owner is not None and owner.metadata["Name"] == GROUP
         info = PluginInfo(entry.name, distribution, builtin, "active", named=entry.name in named)
-        if entry.name in blocked:
-            info.status = "blocked"
-        elif not (autoload or builtin or info.named):
+        if not (autoload or builtin or info.named):
             info.status = "not selected"
-        else:
+        elif entry.name not in blocked:
             _import(info, entry.load)
         infos.append(info)
     return infos
@@ -318,7 +312,7 @@ def _import(info: PluginInfo, load: Callable[[], Any]) -> None:
 
 
 def _refuse_doubles(infos: list[PluginInfo]) -> None:
-    """Two providers of one name: a built-in keeps working until the spec names it; else both break."""
+    """Break all providers of one name, except a built-in: the others are broken for shadowing it."""
     providers: dict[str, list[PluginInfo]] = defaultdict(list)
     for info in infos:
         if info.status != "blocked":
@@ -327,8 +321,9 @@ def _refuse_doubles(infos: list[PluginInfo]) -> None:
         if len(rivals) > 1:
             owners = " and ".join(sorted(info.distribution for info in rivals))
             for info in rivals:
-                info.status = "broken"
-                info.reason = f"the name {name!r} is provided by {owners}"
+                if not info.builtin:
+                    info.status = "broken"
+                    info.reason = f"the name {name!r} is provided by {owners}"
 
 
 def _check_contracts(infos: Iterable[PluginInfo]) -> None:
