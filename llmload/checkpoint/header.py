@@ -1,0 +1,174 @@
+"""The header of a safetensors file, read strictly and without the safetensors package.
+
+Layout of the format: eight bytes, little endian, give the length N of a JSON object that follows
+at once; the rest of the file is the tensors' bytes. Each entry of the object gives a dtype, a shape
+and two offsets into those bytes. The tensors must cover the bytes from first to last, each byte
+once. We refuse what the reference reader (0.8.0) lets pass and another reader may take differently:
+repeated names, a header that starts with blanks, unknown fields, names with control characters.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from llmload.checkpoint import strict_json
+from llmload.errors import CheckpointError, Problem
+
+MAX_HEADER_BYTES = 25_000_000
+"""The hub refuses longer headers; the reference reader stops at 100 MB."""
+
+DTYPE_BITS: Mapping[str, int] = MappingProxyType(
+    {
+        "F4": 4,
+        "F6_E2M3": 6,
+        "F6_E3M2": 6,
+        **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+        **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+        **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+        **dict.fromkeys(("U32", "I32", "F32"), 32),
+        **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+    }
+)
+"""Bits of one element by the format's dtype name."""
+
+_LENGTH_BYTES = 8
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_NOT_DOWNLOADED = "Fetch the weights first, for example with git lfs pull."
+_DAMAGED = "Download or save the file again."
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies: bytes ``start`` (inclusive) to ``stop`` (exclusive) of ``file``."""
+
+    name: str
+    file: Path
+    dtype: str
+    """As safetensors spells it: ``BF16``, ``F32``, ..."""
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in the file."""
+        return self.stop - self.start
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def read_header(descriptor: int, path: Path, size: int) -> tuple[list[TensorInfo], dict[str, str]]:
+    """Read and check the header of ``path``, open at ``descriptor`` and ``size`` bytes long.
+
+    Returns the tensors in file order and the file's free metadata. Reads the header and nothing
+    after it. Raises ``CheckpointError`` naming the file, and the byte counts where it is cut off.
+    """
+    try:
+        return _parse(_header_bytes(descriptor, size), path, size)
+    except _DamagedError as error:
+        raise CheckpointError(Problem(message=str(error), fix=error.fix, where=str(path))) from None
+
+
+class _DamagedError(ValueError):
+    def __init__(self, message: str, fix: str = _DAMAGED) -> None:
+        super().__init__(message)
+        self.fix = fix
+
+
+def _header_bytes(descriptor: int, size: int) -> bytes:
+    start = os.pread(descriptor, 64, 0)
+    if start.startswith(b"version https://git-lfs"):
+        raise _DamagedError("a Git LFS pointer lies where the weights should be", _NOT_DOWNLOADED)
+    if size < _LENGTH_BYTES + 2:
+        raise _DamagedError(f"the file has {size} bytes, too few for a safetensors header")
+    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    if start.startswith(_PICKLE_STARTS):
+        raise _DamagedError(
+            "the file is a pickle or zip archive, not safetensors",
+            "Convert it to safetensors; renaming does not.",
+        )
+    if length > MAX_HEADER_BYTES:
+        raise _DamagedError(
+            f"the header claims {length} bytes, more than the {MAX_HEADER_BYTES} allowed"
+        )
+    if length > size - _LENGTH_BYTES:
+        raise _DamagedError(
+            f"the header claims {length} bytes, but the file is cut off after {size} bytes"
+        )
+    header = os.pread(descriptor, length, _LENGTH_BYTES)
+    if len(header) != length:
+        raise _DamagedError(f"the file shrank while its header of {length} bytes was read")
+    if not header.startswith(b"{"):
+        raise _DamagedError("the header does not begin with '{'")
+    return header
+
+
+def _parse(header: bytes, path: Path, size: int) -> tuple[list[TensorInfo], dict[str, str]]:
+    try:
+        entries = strict_json.loads(header)
+    except ValueError as error:
+        raise _DamagedError(f"the header is unreadable: {error}") from None
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _DamagedError("the header's __metadata__ is not a mapping of strings to strings")
+    if not entries:
+        raise _DamagedError("the header lists no tensor")
+    data_start = _LENGTH_BYTES + len(header)
+    tensors = [_entry(path, name, entry, data_start) for name, entry in entries.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
+    _check_coverage(tensors, data_start, size)
+    return tensors, metadata
+
+
+def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    check_name(name)
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
+        raise _DamagedError(f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise _DamagedError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if not _naturals(shape) or math.prod(filter(None, shape)) >= 2**63:
+        raise _DamagedError(f"tensor {name!r} has the impossible shape {shape!r}")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _DamagedError(f"tensor {name!r} has the impossible data_offsets {offsets!r}")
+    start, stop = offsets
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits != (stop - start) * 8:
+        raise _DamagedError(
+            f"tensor {name!r} of dtype {dtype} and shape {shape} needs {-(-bits // 8)} bytes, "
+            f"but its data_offsets span {stop - start}"
+        )
+    return TensorInfo(name, path, dtype, tuple(shape), data_start + start, data_start + stop)
+
+
+def check_name(name: str) -> None:
+    """Refuse tensor names that no module can have or that read as a path out of a folder."""
+    parts = name.replace("\\", "/").split("/")
+    if not name or not name.isprintable() or ".." in parts or (len(parts) > 1 and not parts[0]):
+        raise _DamagedError(f"the tensor name {name!r} is not allowed")
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _check_coverage(tensors: list[TensorInfo], data_start: int, size: int) -> None:
+    position = data_start
+    for tensor in tensors:
+        if tensor.start != position:
+            kind = "overlaps the one before it" if tensor.start < position else "follows a hole"
+            raise _DamagedError(f"tensor {tensor.name!r} {kind}")
+        position = tensor.stop
+    if position != size:
+        kind = "cut off" if size < position else "too long"
+        raise _DamagedError(f"the file is {kind}: expected {position} bytes, found {size}")
