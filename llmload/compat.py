@@ -1,0 +1,99 @@
+"""The only place that asks which version of transformers or peft is installed.
+
+Two versions of transformers are supported, 5.23 and 4.51.3; each function says what differs.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def major(distribution: str) -> int:
+    """Return the major version of an installed distribution."""
+    return int(metadata.version(distribution).partition(".")[0])
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the keyword for ``from_pretrained``: ``dtype`` came with 4.56, before ``torch_dtype``."""
+    return {"dtype" if major("transformers") >= 5 else "torch_dtype": dtype}
+
+
+def config_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """Return the dtype a config declares; the attribute was ``torch_dtype`` before 4.56."""
+    import torch
+
+    name = "dtype" if major("transformers") >= 5 else "torch_dtype"
+    declared = getattr(config, name, None)
+    return getattr(torch, declared) if isinstance(declared, str) else declared
+
+
+def concrete_class(
+    auto_name: str, config: PretrainedConfig, trust_remote_code: bool
+) -> tuple[type[PreTrainedModel], PretrainedConfig] | None:
+    """Return what an ``Auto`` class would build, and the config it would build it from.
+
+    None where the model type has no such head. As in transformers' ``auto_factory``: remote code
+    wins where it is trusted, a class that takes only the text part gets only the text config (5.x),
+    and among several classes the config's ``architectures`` decides.
+    """
+    import transformers
+    from transformers.models.auto import auto_factory
+
+    auto = getattr(transformers, auto_name)
+    remote = (getattr(config, "auto_map", None) or {}).get(auto_name)
+    if remote is not None and trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(remote, config._name_or_path), config
+    if type(config) not in auto._model_mapping:
+        return None
+    found = auto_factory._get_model_class(config, auto._model_mapping)
+    sub_configs = getattr(config, "sub_configs", {})
+    takes_text = sub_configs.get("text_config") is not None and (
+        getattr(found, "config_class", None) == sub_configs["text_config"]
+    )
+    if takes_text and major("transformers") >= 5:
+        quantization = getattr(config, "quantization_config", None)
+        config = config.get_text_config()
+        if quantization is not None:
+            config.quantization_config = quantization
+    return found, config
+
+
+def meta_contexts(
+    model_class: type[PreTrainedModel], dtype: torch.dtype
+) -> list[AbstractContextManager[Any]]:
+    """Return the contexts under which ``from_pretrained`` builds a model on the meta device.
+
+    Taken from transformers 5 itself; 4.51.3 has the same contexts but sets the default dtype apart.
+    """
+    if major("transformers") >= 5:
+        return model_class.get_init_context(dtype, False, False, None)  # type: ignore[no-any-return]
+    import torch
+    from transformers.modeling_utils import no_init_weights
+
+    return [default_dtype(dtype), no_init_weights(), torch.device("meta")]
+
+
+class default_dtype(AbstractContextManager[None]):  # noqa: N801 - reads as a function
+    """Set torch's default dtype and restore it, whatever happens."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __enter__(self) -> None:
+        import torch
+
+        self._before = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype)
+
+    def __exit__(self, *exc: object) -> None:
+        import torch
+
+        torch.set_default_dtype(self._before)
