@@ -68,6 +68,8 @@ class LoadContext:
         """Set by the ``tokenizer`` plugin's ``check``."""
         self.newly_initialised: dict[str, str] = {}
         """Name of each parameter or buffer that is not from the checkpoint -> why."""
+        self.unexpected: list[str] = []
+        """Checkpoint keys for which the loader found no place in the model."""
         self.load_options: dict[str, Any] = {}
         """Keyword arguments for ``from_pretrained``, set in ``init_context`` (``device_map``,
         ``quantization_config``). A loader that cannot honour one declines."""
@@ -105,6 +107,7 @@ class LoadContext:
         loading.config = copy.deepcopy(pristine)
         loading.rehearsing = False
         loading.newly_initialised = {}
+        loading.unexpected = []
         loading.load_options = {}
         loading.placement = None
         loading.facts = {}

@@ -1,0 +1,203 @@
+"""Proves that it happened: the model is what the plan said and the checkpoint holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from . import steps
+from .checkpoint.dtypes import torch_dtype
+from .errors import AuditError, CheckpointError, Problem
+from .probe import probe
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .checkpoint import Checkpoint, TensorInfo
+    from .context import LoadContext
+    from .plan import Plan
+    from .registry import Host
+
+_SAMPLE = 32
+_SHOWN = 5
+
+
+def hold_to_strict(ctx: LoadContext) -> None:
+    """Refuse parameters without a value in the checkpoint, and checkpoint keys without a parameter.
+
+    :raises CheckpointError: one that ``strict`` does not excuse. With ``weights: random`` there is
+        nothing to hold the model to.
+    """
+    if ctx.checkpoint is None:
+        return
+    missing = [name for name in ctx.newly_initialised if not ctx.spec.may_miss(name)]
+    unexpected = [name for name in ctx.unexpected if not ctx.spec.may_ignore(name)]
+    problems = []
+    if missing:
+        problems.append(
+            Problem(
+                where="strict",
+                message=f"the checkpoint has no values for {some(missing)}",
+                fix="Map the keys with `key_map`, or list what may be newly initialised in"
+                " `strict: {allow_missing: [...]}`.",
+            )
+        )
+    if unexpected:
+        problems.append(
+            Problem(
+                where="strict",
+                message=f"the model has no place for {some(unexpected)} of the checkpoint",
+                fix="Map the keys with `key_map`, or list what may be left out in"
+                " `strict: {allow_unexpected: [...]}`.",
+            )
+        )
+    if problems:
+        raise CheckpointError(problems)
+
+
+def compare_with_checkpoint(ctx: LoadContext, model: nn.Module) -> int:
+    """Hold the first and last values of each parameter and buffer against the file's bytes.
+
+    Only tensors that the checkpoint holds under the same name and shape, after the cast to the
+    tensor's dtype; merged, split, quantised and partitioned ones are for the loader to account for.
+    Works for every loader alike and reads two small pieces of each tensor.
+
+    :returns: the number of tensors compared.
+    :raises AuditError: values differ, or a tensor is still on the meta device.
+    """
+    compared, wrong = 0, []
+    if ctx.checkpoint is None or ctx.checkpoint.format != "safetensors":
+        return 0
+    with _Files(ctx.checkpoint) as files:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            info = ctx.checkpoint.tensors.get(name)
+            if info is None or name in ctx.newly_initialised or not _comparable(info, tensor):
+                continue
+            compared += 1
+            if not files.agree(info, tensor):
+                wrong.append(name)
+    if wrong:
+        raise AuditError(
+            f"{some(wrong)} differ from the checkpoint after loading",
+            fix="Try another loader with `-p no:NAME`, and report this.",
+        )
+    return compared
+
+
+def _comparable(info: TensorInfo, tensor: torch.Tensor) -> bool:
+    stored = torch_dtype(info.dtype)
+    return (
+        stored is not None
+        and tuple(tensor.shape) == info.shape
+        and tensor.numel() > 0
+        and not tensor.is_meta
+        and tensor.is_contiguous()
+        and (stored == tensor.dtype or (stored.is_floating_point and tensor.is_floating_point()))
+    )
+
+
+class _Files:
+    """The checkpoint's files, each opened once, for a few bytes here and there."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._open = {file.path: -1 for file in checkpoint.files}
+
+    def __enter__(self) -> _Files:
+        for path in self._open:
+            self._open[path] = os.open(path, os.O_RDONLY)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def agree(self, info: TensorInfo, tensor: torch.Tensor) -> bool:
+        """Whether the first and last elements are the stored ones, bit by bit after the cast."""
+        import torch
+
+        stored = torch_dtype(info.dtype)
+        assert stored is not None  # noqa: S101 - _comparable saw to it
+        count = min(_SAMPLE, tensor.numel())
+        length = count * stored.itemsize
+        flat = tensor.detach().view(-1)
+        for start, held in ((info.start, flat[:count]), (info.stop - length, flat[-count:])):
+            raw = bytearray(os.pread(self._open[info.file], length, start))
+            expected = torch.frombuffer(raw, dtype=stored).to(tensor.dtype)
+            # As bytes, so that NaN equals NaN and -0.0 differs from 0.0.
+            if not torch.equal(expected.view(torch.uint8), held.cpu().view(torch.uint8)):
+                return False
+        return True
+
+
+def prove(plan: Plan, model: nn.Module) -> list[str]:
+    """Check the finished model: no meta tensor, trainable set as planned, a gradient path.
+
+    :returns: what was proved, a sentence each, for the report.
+    :raises AuditError: with every fault at once.
+    """
+    problems = [*_meta_tensors(model), *_trainable(plan, model)]
+    if problems:
+        raise AuditError(problems)
+    said = ["no tensor is on the meta device"]
+    if plan.trainable_parameters is None:
+        said.append("the trainable set was not promised by the plan")
+    else:
+        said.append(f"{len(plan.trainable_parameters)} parameters are trainable, as planned")
+    return said + _gradient_path(model)
+
+
+def _meta_tensors(model: nn.Module) -> Iterable[Problem]:
+    names = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    if names:
+        yield Problem(
+            message=f"{some(names)} have no values: they are still on the meta device",
+            fix="The loader did not fill them; try another with `-p no:NAME`, and report this.",
+        )
+
+
+def _trainable(plan: Plan, model: nn.Module) -> Iterable[Problem]:
+    if plan.trainable_parameters is None:
+        return
+    planned = set(plan.trainable_parameters)
+    found = {name for name, p in model.named_parameters() if p.requires_grad}
+    for names, what in ((found - planned, "are"), (planned - found, "are not")):
+        if names:
+            yield Problem(
+                message=f"{some(sorted(names))} {what} trainable, against the plan",
+                fix="A plugin acts on the loaded model otherwise than in the rehearsal.",
+            )
+
+
+def _gradient_path(model: nn.Module) -> list[str]:
+    """Say whether the loss reaches a trainable parameter; raise where it reaches none."""
+    if not any(p.requires_grad for p in model.parameters()):
+        return ["no parameter is trainable, so no gradient path was looked for"]
+    found = probe(model)
+    if found.unavailable:
+        return [f"the gradient path was not looked at: {found.unavailable}"]
+    if not found.reached:
+        raise AuditError(
+            "no gradient reaches any trainable parameter",
+            fix="With reentrant gradient checkpointing and a frozen base, inputs must require"
+            " gradients: use the section `gradient_checkpointing`.",
+        )
+    return [f"gradients reach {len(found.reached)} of {len(found.trainable)} trainable parameters"]
+
+
+def ask(host: Host, plugin: str, ctx: LoadContext, model: nn.Module) -> None:
+    """Let a plugin prove its part of the plan.
+
+    :raises AuditError: it found errors.
+    """
+    found = [p for p in steps.findings(host, plugin, "audit", ctx=ctx, model=model)]
+    errors = [problem for problem in found if problem.severity == "error"]
+    if errors:
+        raise AuditError(errors)
+
+
+def some(names: list[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(repr(name) for name in names[:_SHOWN]) + more

@@ -1,0 +1,167 @@
+"""Makes it happen: from a spec to a model that is proven to be what the plan said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import audit, specfile, steps
+from .errors import CheckpointError
+from .findings import Decline
+from .ledger import Ledger
+from .plan import Plan, Prepared, prepare
+from .registry import Registry, create_registry
+from .report import Report, installed_versions
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadResult:
+    """A loaded model and everything known about it."""
+
+    model: Any
+    """An ordinary ``PreTrainedModel`` or ``PeftModel``, in eval mode."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """The tokenizer, or None for a folder without one."""
+    plan: Plan
+    """What was going to happen."""
+    report: Report
+    """What happened."""
+    kept_alive: tuple[object, ...] = field(default=(), repr=False)
+    """What plugins need to live as long as the model."""
+
+
+def plan(source: specfile.Source, *, registry: Registry | None = None) -> Plan:
+    """Say what a load of the spec would do, reading no weight.
+
+    :param source: path of a YAML or JSON file, a mapping, or a :class:`LoadSpec`.
+    :param registry: the plugins to use; by default all installed ones.
+    :raises RequestError: the spec, the folder or a plugin it names is wrong. What else stands in
+        the way is in ``plan.problems``.
+    """
+    registry = registry or create_registry()
+    return prepare(registry.validate(source), registry, weights=False).plan
+
+
+def load(
+    source: specfile.Source, *, registry: Registry | None = None, prove: bool = True
+) -> LoadResult:
+    """Load the model that a spec asks for.
+
+    :param source: path of a YAML or JSON file, a mapping, or a :class:`LoadSpec`.
+    :param registry: the plugins to use; by default all installed ones.
+    :param prove: run the audit. Without it the model is handed out as the plugins left it.
+    :raises RequestError: the request is wrong; no weight was read.
+    :raises LoadFailedError: a plugin or library failed, or the audit found the model not as planned
+        (:class:`AuditError`). Nothing of the load is left behind: contexts are closed, and torch's
+        default dtype, grad mode and random state are as before.
+    """
+    registry = registry or create_registry()
+    report = Report()
+    with report.phase("plan"):
+        prepared = prepare(registry.validate(source), registry, weights=True)
+    prepared.plan.raise_for_errors()
+    return execute(prepared, report, prove=prove)
+
+
+def execute(prepared: Prepared, report: Report, *, prove: bool) -> LoadResult:
+    """Carry out a plan without errors."""
+    plan, host = prepared.plan, prepared.host
+    ctx = prepared.ctx.for_loading(prepared.pristine)
+    ledger = Ledger()
+    with _undone_on_error():
+        with ExitStack() as contexts:
+            for plugin in host.implementing("init_context"):
+                with report.phase("init_context", plugin):
+                    context = steps.call(host, plugin, "init_context", ctx=ctx)
+                    if context is not None:
+                        contexts.enter_context(context)
+
+            model = _base_model(prepared, ctx, report)
+            ledger.take_stock(report.loader, model)
+            audit.hold_to_strict(ctx)
+            if prove:
+                with report.phase("audit", report.loader):
+                    report.compared = audit.compare_with_checkpoint(ctx, model)
+
+            model, declined = steps.finish(host, ctx, model, report.phase, ledger.take_stock)
+            report.declined |= declined
+
+        _fill(report, prepared, ctx, model, ledger)
+        if prove:
+            with report.phase("audit"):
+                report.audit += audit.prove(plan, model)
+            for plugin in host.implementing("audit"):
+                with report.phase("audit", plugin):
+                    audit.ask(host, plugin, ctx, model)
+    return LoadResult(
+        model=model,
+        tokenizer=ctx.tokenizer,
+        plan=plan,
+        report=report,
+        kept_alive=tuple(ctx.kept_alive),
+    )
+
+
+def _base_model(prepared: Prepared, ctx: Any, report: Report) -> nn.Module:
+    """Ask the loaders that did not decline in the plan, in order."""
+    report.declined = {
+        name: reason
+        for name, reason in prepared.plan.declined.items()
+        if name in prepared.host.implementing("load")
+    }
+    for plugin in prepared.host.implementing("load"):
+        if plugin in report.declined:
+            continue
+        with report.phase("load", plugin):
+            model = steps.call_for_model(prepared.host, plugin, "load", ctx=ctx)
+        if isinstance(model, Decline):
+            report.declined[plugin] = model.reason
+            continue
+        report.loader = plugin
+        return model
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in report.declined.items())
+    raise CheckpointError(
+        f"no loader takes this model ({reasons})",
+        fix="Select the plugin `transformers`, which takes every model.",
+    )
+
+
+def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger: Ledger) -> None:
+    parameters = list(model.parameters())
+    makers = ledger.makers(model)
+    report.plugins = prepared.plan.plugins
+    report.versions = installed_versions()
+    report.parameters = sum(p.numel() for p in parameters)
+    report.trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    report.parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    report.checkpoint_bytes = prepared.plan.checkpoint_bytes
+    report.newly_initialised = dict(ctx.newly_initialised) | {
+        name: maker for name, maker in makers.items() if maker != report.loader
+    }
+    report.warnings = [str(problem) for problem in prepared.plan.warnings]
+    report.facts = ctx.facts
+
+
+@contextmanager
+def _undone_on_error() -> Iterator[None]:
+    """Give back torch's default dtype and grad mode always, its random state on error.
+
+    A load that succeeds moves the random stream exactly as the libraries it calls would.
+    """
+    import torch
+
+    dtype, grad, random = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state()
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(random)
+        raise
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)

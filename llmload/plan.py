@@ -1,0 +1,297 @@
+"""What a load will do: made from config, tokenizer and checkpoint headers, reading no weight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from . import modeling, source, steps
+from .checkpoint import Checkpoint
+from .context import LoadContext
+from .errors import LoadFailedError, PlanError, PluginError, Problem, RequestError
+from .findings import Conflict, Decline, Note
+from .ledger import Ledger
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from .registry import Host, Registry
+    from .spec import LoadSpec
+
+
+class Step(BaseModel):
+    """One call of one plugin's hook."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    hook: str
+    """``init_context``, ``load``, ``post_load`` or ``wrap_adapter``; ``check`` for a plugin that
+    only looks."""
+    plugin: str
+    """The plugin that does it."""
+    notes: list[str] = Field(default_factory=list)
+    """What the plugin says it will do; given with its first step."""
+
+
+class Plan(BaseModel):
+    """What a load of a spec will do, and what stands in the way."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    model: str
+    """The spec's ``model``."""
+    folder: str
+    """The local folder that will be read."""
+    model_class: str
+    """The concrete class."""
+    dtype: str
+    """The floating-point dtype of the model."""
+    plugins: dict[str, str]
+    """Plugins in plan order -> distribution and version."""
+    steps: list[Step] = Field(default_factory=list)
+    """In the order in which they will run."""
+    loader: str = ""
+    """The first loader that does not decline."""
+    declined: dict[str, str] = Field(default_factory=dict)
+    """Loaders and adapter plugins that declined, with the reason."""
+    checkpoint_tensors: int = 0
+    """Tensors in the checkpoint."""
+    checkpoint_bytes: int = 0
+    """Bytes of all tensors in the checkpoint."""
+    parameters: int = 0
+    """Elements in all parameters of the finished model, tied ones once."""
+    parameter_bytes: int = 0
+    """Their bytes."""
+    trainable: int = 0
+    """Elements in the parameters that will require gradients."""
+    trainable_parameters: list[str] | None = None
+    """Their names; None where a hook could not be rehearsed, and nothing is promised."""
+    new_parameters: dict[str, str] = Field(default_factory=dict)
+    """Parameters that do not come from the checkpoint as they are -> the plugin that makes them."""
+    facts: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What plugins recorded, by plugin; ``facts["lora"]["targets"]`` names the LoRA targets."""
+    problems: list[Problem] = Field(default_factory=list)
+    """Errors, which stop the load, and warnings."""
+
+    @property
+    def errors(self) -> list[Problem]:
+        """The problems that stop the load."""
+        return [problem for problem in self.problems if problem.severity == "error"]
+
+    @property
+    def warnings(self) -> list[Problem]:
+        """The problems that are only shown."""
+        return [problem for problem in self.problems if problem.severity == "warning"]
+
+    def raise_for_errors(self) -> None:
+        """Raise :class:`PlanError` with all problems of severity ``error``, if there are any."""
+        if self.errors:
+            raise PlanError(self.errors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A plan together with what the pipeline needs to carry it out."""
+
+    plan: Plan
+    host: Host
+    ctx: LoadContext
+    pristine: PretrainedConfig
+
+
+def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
+    """Make the plan of a load.
+
+    :param weights: fetch the weight files of a hub repository too, so that their headers are known.
+    :raises RequestError: folder, config or class are wrong. Problems found later are in the plan.
+    """
+    require_stack()
+    host = registry.activate(spec)
+    folder = source.resolve(spec, weights=weights)
+    config = modeling.load_config(folder, spec)
+    model_class, config = modeling.resolve_class(spec, config)
+    checkpoint = None
+    if spec.weights == "pretrained":
+        checkpoint = Checkpoint.open(folder, allow_pickle=spec.allow_pickle)
+    ctx = LoadContext(
+        spec=spec,
+        sections=host.sections,
+        active=host.names,
+        hook=host.hook,
+        folder=folder,
+        config=copy.deepcopy(config),
+        model_class=model_class,
+        dtype=modeling.resolve_dtype(spec, config, checkpoint),
+        checkpoint=checkpoint,
+        wraps_adapter=bool(host.implementing("wrap_adapter")),
+    )
+    plan = Plan(
+        model=str(spec.model),
+        folder=str(folder),
+        model_class=model_class.__name__,
+        dtype=str(ctx.dtype).removeprefix("torch."),
+        plugins={info.name: info.distribution for info in host.infos},
+        problems=[*_missing_requirements(host), *_conflicts(host), *_broken(registry)],
+    )
+    if checkpoint is not None:
+        plan.checkpoint_tensors = len(checkpoint.tensors)
+        plan.checkpoint_bytes = checkpoint.total_bytes
+    if not plan.errors:
+        _check(host, ctx, plan)
+        _rehearse(host, ctx, plan)
+    return Prepared(plan=plan, host=host, ctx=ctx, pristine=config)
+
+
+def require_stack() -> None:
+    """Raise ``PluginError`` where torch or transformers is missing: nothing can be loaded."""
+    for name in ("torch", "transformers"):
+        if not _version(name):
+            raise PluginError(
+                f"loading a model needs {name}, which is not installed",
+                fix="Install it with `pip install 'llmload[hf]'`.",
+            )
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _missing_requirements(host: Host) -> Iterable[Problem]:
+    from packaging.requirements import Requirement
+
+    for info in host.infos:
+        for text in getattr(info.plugin, "requires", ()):
+            requirement = Requirement(text)
+            found = _version(requirement.name)
+            if found is None or not requirement.specifier.contains(found, prereleases=True):
+                yield Problem(
+                    where=info.name,
+                    plugin=info.name,
+                    message=f"the plugin needs {text}, and"
+                    f" {found or 'none'} is installed",
+                    fix=f"Install it with `pip install '{text}'`.",
+                )
+
+
+def _conflicts(host: Host) -> Iterable[Problem]:
+    """Yield the pairs of settings that plugins declare as impossible."""
+    asked = {**_core_keys(host.spec), **host.sections}
+    for info in host.infos:
+        conflicts: Iterable[Conflict] = getattr(info.plugin, "conflicts", ())
+        for conflict in conflicts:
+            other = asked.get(conflict.key)
+            mine = host.sections.get(info.name)
+            if other is None or (conflict.when and not conflict.when(mine, other)):
+                continue
+            yield Problem(
+                where=info.name,
+                plugin=info.name,
+                message=f"{info.name!r} cannot be combined with {conflict.key!r}: {conflict.reason}",
+                fix=conflict.fix,
+            )
+
+
+def _core_keys(spec: LoadSpec) -> dict[str, Any]:
+    return {key: getattr(spec, key) for key in spec.model_fields_set & type(spec).model_fields.keys()}
+
+
+def _broken(registry: Registry) -> Iterable[Problem]:
+    """Yield a warning for each broken plugin: this load does not name it and goes on."""
+    for info in registry.plugins:
+        if info.status == "broken":
+            yield Problem(
+                plugin=info.name,
+                severity="warning",
+                message=f"plugin {info.name!r} ({info.distribution}) is broken and takes no part:"
+                f" {info.reason}",
+                fix=f"Mend or uninstall it, or leave it out with `-p no:{info.name}`.",
+            )
+
+
+def _check(host: Host, ctx: LoadContext, plan: Plan) -> None:
+    """Ask every plugin what it will do, then list the steps and choose the loader."""
+    notes: dict[str, list[str]] = {}
+    for plugin in host.implementing("check"):
+        try:
+            for finding in steps.findings(host, plugin, "check", ctx=ctx):
+                if isinstance(finding, Note):
+                    notes.setdefault(plugin, []).append(finding.text)
+                elif isinstance(finding, Decline):
+                    plan.declined[plugin] = finding.reason
+                else:
+                    plan.problems.append(finding)
+        except RequestError as error:
+            plan.problems += error.problems
+    loaders = [name for name in host.implementing("load") if name not in plan.declined]
+    if loaders:
+        plan.loader = loaders[0]
+    else:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.declined.items())
+        plan.problems.append(
+            Problem(
+                message=f"no loader takes this model ({reasons or 'none is selected'})",
+                fix="Select the plugin `transformers`, which takes every model.",
+            )
+        )
+    spine = [
+        Step(hook=hook, plugin=plugin)
+        for hook in ("init_context", "load", "post_load", "wrap_adapter")
+        for plugin in ([plan.loader] if hook == "load" else host.implementing(hook))
+        if plugin
+    ]
+    acting = {step.plugin for step in spine}
+    looking = [Step(hook="check", plugin=name) for name in notes if name not in acting]
+    plan.steps = looking + spine
+    for step in plan.steps:
+        step.notes = notes.pop(step.plugin, [])
+
+
+def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
+    """Run ``post_load`` and ``wrap_adapter`` on the meta device and write down what comes out.
+
+    A hook that cannot run there is a warning, and the plan then promises no trainable parameters.
+    """
+    import torch
+
+    ledger = Ledger()
+    try:
+        # Adapters draw their first values on the way; the caller's random stream must not move.
+        with torch.random.fork_rng(devices=[]):
+            model: torch.nn.Module = modeling.meta_model(ctx)
+            ledger.take_stock(plan.loader, model)
+            model, declined = steps.finish(
+                host, ctx, model, lambda hook, plugin: nullcontext(), ledger.take_stock
+            )
+    except RequestError as error:
+        plan.problems += error.problems
+        return
+    except LoadFailedError as error:
+        plan.problems.append(
+            Problem(
+                severity="warning",
+                message=f"the load could not be rehearsed on the meta device, so the plan promises"
+                f" no trainable parameters: {error}",
+            )
+        )
+        return
+    finally:
+        plan.facts = dict(ctx.facts)
+    plan.declined |= declined
+    unique = list(model.parameters())
+    plan.parameters = sum(p.numel() for p in unique)
+    plan.parameter_bytes = sum(p.numel() * p.element_size() for p in unique)
+    plan.trainable = sum(p.numel() for p in unique if p.requires_grad)
+    plan.trainable_parameters = [n for n, p in model.named_parameters() if p.requires_grad]
+    plan.new_parameters = {
+        name: maker for name, maker in ledger.makers(model).items() if maker != plan.loader
+    }
+

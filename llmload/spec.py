@@ -1,0 +1,258 @@
+"""What is wanted, as plain frozen data: the core keys here, every other key a plugin's section.
+
+No torch type stands in a spec and nothing here imports torch: a spec can be read, checked, compared
+and written where no model could be loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+from .errors import SpecError
+from .explain import InvalidValue, explain, unknown_key
+from .suggest import nearest
+
+if TYPE_CHECKING:
+    from .specfile import Document
+
+AUTO_CLASSES: Final = (
+    "causal_lm",
+    "seq2seq_lm",
+    "sequence_classification",
+    "token_classification",
+    "base",
+)
+_CLASS_PATH: Final = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+_PLACEMENTS: Final = ("auto", "balanced", "balanced_low_0", "sequential")
+_DEVICES: Final = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "disk")
+
+
+class Section(BaseModel):
+    """Base of every part of a spec: frozen, keyword-only, no unknown key, no NaN.
+
+    A plugin subclasses it for its own key. The docstring under each field becomes its description
+    in the schema. A validator refuses a value with :class:`InvalidValue`, which can carry the fix.
+    Fields are read from YAML by type, strictly: no text for a number, no number for true or false.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def _regex(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InvalidValue(
+            f"{pattern!r} is not a regular expression: {error}",
+            fix=f"To match the text as it stands, write {re.escape(pattern)!r}.",
+        ) from None
+    return pattern
+
+
+Regex = Annotated[str, AfterValidator(_regex), Field(json_schema_extra={"format": "regex"})]
+
+
+class KeyExceptions(Section):
+    """Checkpoint keys that may be missing or unexpected, by regular expressions found in them."""
+
+    allow_missing: tuple[Regex, ...] = ()
+    """Parameters of the model that need not be in the checkpoint: they are newly initialised."""
+    allow_unexpected: tuple[Regex, ...] = ()
+    """Tensors of the checkpoint that the model need not have: they are not read."""
+
+    def allows_missing(self, key: str) -> bool:
+        """Say whether the model's parameter ``key`` may be absent from the checkpoint."""
+        return any(re.search(pattern, key) for pattern in self.allow_missing)
+
+    def allows_unexpected(self, key: str) -> bool:
+        """Say whether the checkpoint's tensor ``key`` may be absent from the model."""
+        return any(re.search(pattern, key) for pattern in self.allow_unexpected)
+
+
+def _auto_class(name: str) -> str:
+    if name in AUTO_CLASSES or re.match(_CLASS_PATH, name):
+        return name
+    raise InvalidValue(
+        f"expected {', '.join(map(repr, AUTO_CLASSES))} or 'module:Class', found {name!r}",
+        fix=nearest(name, AUTO_CLASSES),
+    )
+
+
+def _device(name: int | str) -> int | str:
+    if isinstance(name, int):
+        if name >= 0:
+            return name
+    elif re.fullmatch(rf"({'|'.join(_DEVICES)})(:\d+)?", name):
+        return name
+    raise InvalidValue(
+        f"{name!r} is not a device",
+        fix=(isinstance(name, str) and nearest(name, _DEVICES))
+        or "Write one such as cpu, cuda, cuda:0 or 0.",
+    )
+
+
+def _device_map(value: int | str) -> int | str:
+    if value in _PLACEMENTS:
+        return value
+    try:
+        return _device(value)
+    except InvalidValue:
+        raise InvalidValue(
+            f"{value!r} is neither a device nor a way to spread the model",
+            fix=(isinstance(value, str) and nearest(value, (*_PLACEMENTS, *_DEVICES)))
+            or f"Write {', '.join(_PLACEMENTS)}, a device such as cuda:0, or a mapping of modules"
+            " to devices.",
+        ) from None
+
+
+def _key_map(rules: Mapping[str, str]) -> Mapping[str, str]:
+    for pattern, replacement in rules.items():
+        try:
+            re.sub(pattern, replacement, "")
+        except (re.error, IndexError) as error:
+            raise InvalidValue(
+                f"the replacement {replacement!r} does not fit the pattern {pattern!r}: {error}",
+                fix="Number the groups of the pattern from \\1, and write a backslash as \\\\.",
+            ) from None
+    return rules
+
+
+def _as_text(value: object) -> object:
+    """Turn paths into text, alone or in a list: a spec holds no objects."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_as_text, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+class LoadSpec(Section):
+    """One model to load. Keys that are not listed here belong to plugins, one key each.
+
+    The constructor checks the core keys; sections are kept as given until a registry, which knows
+    the plugins, validates the whole.
+
+    :raises SpecError: with every fault of the core keys at once.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: Annotated[str, BeforeValidator(_as_text), Field(min_length=1)] = Field(
+        examples=["EleutherAI/pythia-2.8b"]
+    )
+    """Hub id (``org/name``) or folder, relative to the working directory."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository; null for its main branch."""
+    subfolder: str | None = None
+    """Folder inside the repository or model folder that holds the model."""
+    auto_class: Annotated[
+        str,
+        AfterValidator(_auto_class),
+        WithJsonSchema({"anyOf": [{"enum": list(AUTO_CLASSES)}, {"pattern": _CLASS_PATH}]}),
+    ] = "causal_lm"
+    """What the model is for, or its class as ``module:Class``."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Floating-point dtype of the parameters; ``auto`` keeps the checkpoint's."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """``random``: build the model from its config alone and initialise it."""
+    device_map: (
+        Annotated[int | str, AfterValidator(_device_map)]
+        | Mapping[str, Annotated[int | str, AfterValidator(_device)]]
+        | None
+    ) = None
+    """A device, ``auto`` and the like, or a mapping of module names to devices, as in transformers;
+    null for the CPU. Refused where a plugin places the weights itself."""
+    attn_implementation: str | None = None
+    """Attention kernel, as in transformers (``eager``, ``sdpa``, ``flash_attention_2``); null for
+    the model's own choice."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    allow_pickle: bool = False
+    """Read weights from pickle files, restricted to tensors, where there are no safetensors."""
+    local_files_only: bool = False
+    """Never ask the hub; take what is in the cache."""
+    cache_dir: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_text)] = Field(
+        default=None, strict=False
+    )
+    """Folder for downloads, or candidates of which the first that exists is taken; null for the
+    hub's own cache."""
+    key_map: Annotated[Mapping[Regex, str], AfterValidator(_key_map)] = Field(
+        default={}, strict=False
+    )
+    """Renames checkpoint keys: regular expression to replacement, as in ``re.sub``, applied one
+    after the other in this order."""
+    strict: bool | KeyExceptions = True
+    """``true``: a missing or unexpected checkpoint key is an error; ``false``: it is reported, and
+    the load goes on; or the exceptions by name."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_our_words(cls, data: Any, handler: ModelWrapValidatorHandler[LoadSpec]) -> LoadSpec:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            raise SpecError(explain(error, cls, data)) from None
+
+    @property
+    def sections(self) -> Mapping[str, Any]:
+        """The plugins' sections by key, in the order given: models once validated, else raw data."""
+        return MappingProxyType(self.model_extra or {})
+
+    @property
+    def cache_candidates(self) -> tuple[str, ...]:
+        """The folders of ``cache_dir``, however it was written; empty for the hub's own cache."""
+        if self.cache_dir is None:
+            return ()
+        return (self.cache_dir,) if isinstance(self.cache_dir, str) else self.cache_dir
+
+    @property
+    def key_exceptions(self) -> KeyExceptions:
+        """What ``strict`` tolerates: nothing, anything, or the named exceptions."""
+        if isinstance(self.strict, KeyExceptions):
+            return self.strict
+        every = () if self.strict else ("",)
+        return KeyExceptions(allow_missing=every, allow_unexpected=every)
+
+
+def validate(document: Document, sections: Mapping[str, type[BaseModel]]) -> LoadSpec:
+    """Return the spec of ``document``, with each section as an instance of its plugin's model.
+
+    :param sections: spec key -> model of the plugin that owns it.
+    :raises SpecError: with every fault of core keys and sections at once, in the file's order.
+    """
+    core = {key: value for key, value in document.data.items() if key in LoadSpec.model_fields}
+    checked: dict[str, BaseModel] = {}
+    problems = []
+    try:
+        # Through JSON: pydantic is then strict on scalars, and still takes a list for a tuple.
+        spec = LoadSpec.model_validate_json(json.dumps(core), strict=True)
+    except SpecError as error:
+        problems += error.problems
+    for key, value in document.data.items():
+        if key in sections:
+            try:
+                checked[key] = sections[key].model_validate_json(json.dumps(value), strict=True)
+            except ValidationError as error:
+                problems += explain(error, sections[key], value, within=(key,))
+        elif key not in core:
+            problems.append(unknown_key((key,), value, LoadSpec, sections))
+    if problems:
+        raise SpecError(document.placed(problems))
+    return spec.model_copy(update=checked)
