@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .pipeline import LoadResult as LoadResult
     from .pipeline import load as load
     from .pipeline import plan as plan
-    from .plan import Plan as Plan
+    from .planning import Plan as Plan
     from .registry import Registry as Registry
     from .registry import create_registry as create_registry
     from .report import Report as Report
@@ -59,7 +59,7 @@ _HOME = {
     **dict.fromkeys(("Conflict", "Decline", "Note"), "findings"),
     **dict.fromkeys(("hookimpl", "hookspec"), "hookspecs"),
     **dict.fromkeys(("LoadResult", "load", "plan"), "pipeline"),
-    "Plan": "plan",
+    "Plan": "planning",
     **dict.fromkeys(("Registry", "create_registry"), "registry"),
     "Report": "report",
     **dict.fromkeys(("LoadSpec", "Section"), "spec"),

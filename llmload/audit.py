@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .checkpoint import Checkpoint, TensorInfo
     from .context import LoadContext
-    from .plan import Plan
+    from .planning import Plan
     from .registry import Host
 
 _SAMPLE = 32

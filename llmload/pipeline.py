@@ -11,7 +11,7 @@ from . import audit, specfile, steps
 from .errors import CheckpointError
 from .findings import Decline
 from .ledger import Ledger
-from .plan import Plan, Prepared, prepare
+from .planning import Plan, Prepared, prepare
 from .registry import Registry, create_registry
 from .report import Report, installed_versions
 
