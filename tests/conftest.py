@@ -1,0 +1,25 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fakes import FakeDistributions, fake_distributions
+
+# No test may reach for a hub, and progress bars have no place in captured output.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture
+def distributions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FakeDistributions]:
+    """A place for fake distributions, on ``sys.path`` for the length of one test."""
+    root = tmp_path / "site"
+    root.mkdir()
+    with fake_distributions(root, monkeypatch) as fakes:
+        yield fakes

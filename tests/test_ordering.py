@@ -1,0 +1,67 @@
+"""One order for all plugins, whatever the order they come in."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmload.errors import PluginError
+from llmload.ordering import plan_order
+
+
+def plugins(**wishes: dict[str, tuple[str, ...]]) -> dict[str, object]:
+    return {name: SimpleNamespace(name=name, **wish) for name, wish in wishes.items()}
+
+
+def test_without_wishes_plugins_go_by_name() -> None:
+    assert plan_order(plugins(b={}, c={}, a={})) == ["a", "b", "c"]
+
+
+def test_after_and_before_come_first_and_names_break_ties() -> None:
+    order = plan_order(plugins(a={"after": ("c",)}, b={}, c={}, d={"before": ("b",)}))
+    assert order == ["c", "a", "d", "b"]
+
+
+def test_a_star_means_after_all_that_do_not_say_so_too() -> None:
+    order = plan_order(plugins(a={"after": ("*",)}, b={"after": ("*",)}, c={}, z={}))
+    assert order == ["c", "z", "a", "b"]
+
+
+def test_a_plugin_may_still_ask_to_follow_one_that_wants_to_be_last() -> None:
+    assert plan_order(plugins(a={"after": ("*",)}, z={"after": ("*", "a")})) == ["a", "z"]
+
+
+def test_wishes_about_absent_plugins_are_ignored() -> None:
+    assert plan_order(plugins(a={"after": ("nobody",), "before": ("no_one",)})) == ["a"]
+
+
+def test_a_circle_is_refused_and_shown() -> None:
+    with pytest.raises(PluginError) as caught:
+        plan_order(plugins(a={"after": ("b",)}, b={"after": ("a",)}))
+    assert str(caught.value) in {
+        f"the plugins cannot be ordered: {circle}, each of which wants to come before the next."
+        " Change `after` or `before` of one of them, or leave one out with `-p no:NAME`."
+        for circle in ("a -> b -> a", "b -> a -> b")
+    }
+
+
+@given(st.integers(0, 2**32), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9))))
+def test_the_order_of_installation_never_matters(
+    seed: int, pairs: list[tuple[int, int]]
+) -> None:
+    # Edges from smaller to larger numbers only, so that there is no circle.
+    after: dict[str, tuple[str, ...]] = {f"p{i}": () for i in range(10)}
+    for one, other in pairs:
+        if one != other:
+            after[f"p{max(one, other)}"] += (f"p{min(one, other)}",)
+    items = list(plugins(**{name: {"after": wish} for name, wish in after.items()}).items())
+    expected = plan_order(dict(items))
+    random.Random(seed).shuffle(items)
+    assert plan_order(dict(items)) == expected
+    assert all(
+        expected.index(early) < expected.index(late) for late, wish in after.items() for early in wish
+    )
