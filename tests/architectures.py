@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils import logging
 
 AUTO_CLASSES: dict[str, Any] = {
     "causal_lm": AutoModelForCausalLM,
