@@ -66,6 +66,9 @@ class LoadContext:
 
         self.tokenizer: PreTrainedTokenizerBase | None = None
         """Set by the ``tokenizer`` plugin's ``check``."""
+        self.new_tokens: dict[str, int] = {}
+        """Token -> id of those that the checkpoint's own tokenizer lacks, set with ``tokenizer``:
+        their embedding rows are untrained, even where the checkpoint has rows to spare."""
         self.newly_initialised: dict[str, str] = {}
         """Name of each parameter or buffer that is not from the checkpoint -> why."""
         self.unexpected: list[str] = []

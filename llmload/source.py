@@ -30,8 +30,27 @@ def resolve(spec: LoadSpec, *, weights: bool) -> Path:
     """Return the local folder of ``spec.model``, fetching a hub repository's files if need be.
 
     :param weights: fetch the weight files too. Without, only config, tokenizer and index come.
-    :raises CheckpointError: the folder does not exist or holds no ``config.json``; the hub does not
-        have the repository or cannot be reached.
+    :raises CheckpointError: as :func:`locate`, or the folder holds no ``config.json``.
+    """
+    folder = locate(spec, weights=weights)
+    if spec.subfolder:
+        folder = folder / spec.subfolder
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(
+            Problem(
+                where="model",
+                message=f"the folder {str(folder)!r} holds no {CONFIG}",
+                fix="Give a folder written by save_pretrained.",
+            )
+        )
+    return folder
+
+
+def locate(spec: LoadSpec, *, weights: bool) -> Path:
+    """Return the folder that ``spec.model`` names, whatever it holds, or the hub's snapshot.
+
+    :raises CheckpointError: the folder does not exist; the hub does not have the repository or
+        cannot be reached.
     """
     folder = Path(spec.model).expanduser()
     if folder.is_dir():
@@ -44,27 +63,16 @@ def resolve(spec: LoadSpec, *, weights: bool) -> Path:
                     fix="Remove `revision`, or give the id of a hub repository.",
                 )
             )
-    elif _is_hub_id(str(spec.model)):
-        folder = _snapshot(spec, weights=weights)
-    else:
-        raise CheckpointError(
-            Problem(
-                where="model",
-                message=f"the model folder {str(spec.model)!r} does not exist",
-                fix="Give a folder written by save_pretrained, or a hub id such as `org/name`.",
-            )
+        return folder
+    if _is_hub_id(str(spec.model)):
+        return _snapshot(spec, weights=weights)
+    raise CheckpointError(
+        Problem(
+            where="model",
+            message=f"the folder {str(spec.model)!r} does not exist",
+            fix="Give a folder written by save_pretrained, or a hub id such as `org/name`.",
         )
-    if spec.subfolder:
-        folder = folder / spec.subfolder
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(
-            Problem(
-                where="model",
-                message=f"the folder {str(folder)!r} holds no {CONFIG}",
-                fix="Give a folder written by save_pretrained.",
-            )
-        )
-    return folder
+    )
 
 
 def _is_hub_id(model: str) -> bool:
