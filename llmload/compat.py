@@ -81,6 +81,36 @@ def meta_contexts(
     return [default_dtype(dtype), no_init_weights(), torch.device("meta")]
 
 
+def no_init_weights() -> AbstractContextManager[Any]:
+    """Return a context in which new modules keep uninitialised memory; it moved with 5.0."""
+    if major("transformers") >= 5:
+        from transformers.initialization import no_init_weights
+    else:
+        from transformers.modeling_utils import no_init_weights
+    return no_init_weights()  # type: ignore[no-any-return]
+
+
+def enable_checkpointing(
+    model: PreTrainedModel, options: dict[str, Any], *, every_n_layers: int, offload: bool
+) -> None:
+    """Turn on gradient checkpointing, which was renamed with 5.23 and takes more since.
+
+    Under the old name ``every_n_layers`` and ``offload`` are unknown and must not be asked for: see
+    :func:`checkpoints_selectively`.
+    """
+    if checkpoints_selectively():
+        model.activation_checkpointing_enable(options, every_n_layers, offload)
+    else:
+        model.gradient_checkpointing_enable(options)
+
+
+def checkpoints_selectively() -> bool:
+    """Say whether transformers can checkpoint every n-th layer and keep activations on the host."""
+    from transformers import PreTrainedModel
+
+    return hasattr(PreTrainedModel, "activation_checkpointing_enable")
+
+
 class default_dtype(AbstractContextManager[None]):  # noqa: N801 - reads as a function
     """Set torch's default dtype and restore it, whatever happens."""
 

@@ -1,4 +1,4 @@
-"""Where the model is: a folder, or the snapshot of a hub repository; and that its config is safe."""
+"""Where the model is: a folder or the snapshot of a hub repository; and that its config is safe."""
 
 from __future__ import annotations
 
