@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from . import steps
 from .checkpoint.dtypes import torch_dtype
 from .errors import AuditError, CheckpointError, Problem
-from .probe import probe
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +31,9 @@ def hold_to_strict(ctx: LoadContext) -> None:
     """
     if ctx.checkpoint is None:
         return
-    missing = [name for name in ctx.newly_initialised if not ctx.spec.may_miss(name)]
-    unexpected = [name for name in ctx.unexpected if not ctx.spec.may_ignore(name)]
+    exceptions = ctx.spec.key_exceptions
+    missing = [name for name in ctx.newly_initialised if not exceptions.allows_missing(name)]
+    unexpected = [name for name in ctx.unexpected if not exceptions.allows_unexpected(name)]
     problems = []
     if missing:
         problems.append(
@@ -172,18 +172,22 @@ def _trainable(plan: Plan, model: nn.Module) -> Iterable[Problem]:
 
 def _gradient_path(model: nn.Module) -> list[str]:
     """Say whether the loss reaches a trainable parameter; raise where it reaches none."""
-    if not any(p.requires_grad for p in model.parameters()):
+    trainable = sum(p.requires_grad for p in model.parameters())
+    if not trainable:
         return ["no parameter is trainable, so no gradient path was looked for"]
+    from .probe import probe  # needs torch
+
     found = probe(model)
-    if found.unavailable:
-        return [f"the gradient path was not looked at: {found.unavailable}"]
-    if not found.reached:
+    if found.method == "unavailable":
+        return [f"the gradient path was not looked at: {found.reason}"]
+    reached = trainable - len(found.unreached)
+    if not reached:
         raise AuditError(
             "no gradient reaches any trainable parameter",
             fix="With reentrant gradient checkpointing and a frozen base, inputs must require"
             " gradients: use the section `gradient_checkpointing`.",
         )
-    return [f"gradients reach {len(found.reached)} of {len(found.trainable)} trainable parameters"]
+    return [f"gradients reach {reached} of {trainable} trainable parameters"]
 
 
 def ask(host: Host, plugin: str, ctx: LoadContext, model: nn.Module) -> None:

@@ -1,0 +1,132 @@
+"""The manual is true: every hook is described, and every example in it runs as it stands."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_checkpoint
+
+import llmload
+from llmload import hookspecs
+from llmload.errors import PlanError
+
+HOOKS = (*hookspecs.HELPERS, *hookspecs.SPINE)
+
+
+def example_of(hook: str) -> type:
+    """Run the example in a hook's docstring and return the plugin class it defines."""
+    text = inspect.getdoc(getattr(hookspecs, hook)) or ""
+    block = re.search(r"^Example: .*?::\n\n((?:    .*\n|\n)+)", text + "\n", re.DOTALL | re.MULTILINE)
+    assert block, f"{hook} has no example"
+    namespace: dict[str, Any] = {}
+    exec(compile(textwrap.dedent(block[1]), f"<example of {hook}>", "exec"), namespace)
+    (plugin,) = (value for value in namespace.values() if inspect.isclass(value))
+    return plugin
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("hooks"))
+
+
+def load_with_example(hook: str, folder: Path, **keys: Any) -> llmload.LoadResult:
+    registry = llmload.create_registry([example_of(hook)], environ={})
+    return llmload.load({"model": str(folder), **keys}, registry=registry)
+
+
+def test_the_manual_describes_every_hook_and_nothing_else() -> None:
+    marked = {
+        name
+        for name, value in vars(hookspecs).items()
+        if inspect.isfunction(value) and hasattr(value, "llmload_spec")
+    }
+    assert marked == set(HOOKS)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_every_argument_and_the_result_of_a_hook_are_described(hook: str) -> None:
+    function = getattr(hookspecs, hook)
+    text = inspect.getdoc(function) or ""
+    for argument in inspect.signature(function).parameters:
+        assert f":param {argument}:" in text
+    assert ":returns:" in text
+
+
+def test_example_of_check_stops_a_load_over_the_budget(folder: Path) -> None:
+    assert load_with_example("check", folder, budget={"max_parameters": 100_000})
+    with pytest.raises(PlanError) as caught:
+        load_with_example("check", folder, budget={"max_parameters": 1_000})
+    assert re.fullmatch(
+        r"budget\.max_parameters: the checkpoint has [\d,]+ parameters, 1,000 are allowed\."
+        r" Choose a smaller model or raise the budget\.",
+        str(caught.value),
+    )
+
+
+def test_example_of_init_context_acts_on_the_build_and_is_over_afterwards(folder: Path) -> None:
+    result = load_with_example("init_context", folder, default_device={"device": "cpu"})
+    assert result.report.phases[1].name == "init_context"
+    assert torch.get_default_device() == torch.device("cpu")
+
+
+def test_example_of_load_builds_a_model_of_zeros(folder: Path) -> None:
+    result = load_with_example("load", folder, weights="random", zeros={})
+    assert result.report.loader == "zeros"
+    assert all(not parameter.any() for parameter in result.model.parameters())
+
+
+def test_example_of_load_declines_and_the_report_says_why(folder: Path) -> None:
+    result = load_with_example("load", folder, zeros={})
+    assert result.report.loader != "zeros"
+    assert result.report.declined["zeros"] == "zeros replaces weights: it wants `weights: random`"
+
+
+def test_example_of_post_load_freezes_the_first_layers(folder: Path) -> None:
+    result = load_with_example("post_load", folder, freeze_layers={"first": 1})
+    first, second = result.model.model.layers
+    assert not any(p.requires_grad for p in first.parameters())
+    assert all(p.requires_grad for p in second.parameters())
+    assert not any(".layers.0." in name for name in result.plan.trainable_parameters or ())
+
+
+def test_example_of_wrap_adapter_trains_its_own_weights_only(folder: Path) -> None:
+    modules = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    result = load_with_example("wrap_adapter", folder, ia3=modules)
+    trainable = {name for name, p in result.model.named_parameters() if p.requires_grad}
+    assert trainable and all("ia3_l" in name for name in trainable)
+    assert set(result.plan.new_parameters) == trainable
+
+
+def test_example_of_wrap_adapter_refuses_a_second_adapter_system(folder: Path) -> None:
+    modules = {"target_modules": ["k_proj"], "feedforward_modules": []}
+    with pytest.raises(PlanError) as caught:
+        load_with_example("wrap_adapter", folder, ia3=modules, lora={})
+    assert str(caught.value) == (
+        "ia3: 'ia3' cannot be combined with 'lora': a model gets one adapter system."
+        " Remove `ia3` or `lora` from the spec."
+    )
+
+
+def test_example_of_audit_refuses_weights_that_are_not_finite(folder: Path) -> None:
+    class Poison:
+        name = "poison"
+
+        @llmload.hookimpl
+        def post_load(self, ctx: Any, model: Any) -> Any:
+            with torch.no_grad():
+                model.lm_head.weight[0, 0] = float("nan")
+            return model
+
+    registry = llmload.create_registry([example_of("audit"), Poison()], environ={})
+    with pytest.raises(llmload.AuditError) as caught:
+        llmload.load({"model": str(folder), "finite": {}}, registry=registry)
+    assert str(caught.value) == (
+        "lm_head.weight: the parameter holds NaN or infinity. Check the checkpoint, or load in a"
+        " wider dtype."
+    )
