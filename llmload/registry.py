@@ -198,7 +198,7 @@ class Registry:
                         plugin=info.name,
                         message=f"the spec has the section {info.name!r}, but the plugin"
                         f" {info.name!r} ({info.distribution}) is {info.status}",
-                        fix=f"Remove the section, or select the plugin with `-p {info.name}`"
+                        fix=f"Remove the section, or select the plugin with `-p {info.name}`."
                         if info.status == "not selected"
                         else f"Remove the section or the block `no:{info.name}`.",
                     )
