@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 
 from pydantic import BaseModel
 
-from . import spellings
 from .errors import Problem
+from .plainyaml import Path, dotted, dump_inline
+from .spellings import SPELLINGS, VALUES
 from .suggest import nearest
 
 if TYPE_CHECKING:
@@ -18,11 +20,11 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
-Path: TypeAlias = tuple[str | int, ...]
-"""Keys and list indices that lead to a value of the spec."""
+Places: TypeAlias = Mapping[str, Iterable[str]]
+"""Section (empty: the top level) -> the keys that can stand in it."""
 
 
-class InvalidValue(ValueError):
+class InvalidValueError(ValueError):
     """Raised by a validator of a section: what is wrong with a value, and the way out.
 
     :param message: one sentence without a final full stop.
@@ -77,79 +79,198 @@ _SECRET_KEY: Final = re.compile(
     re.IGNORECASE,
 )
 _SECRET_VALUE: Final = re.compile(r"\bhf_[A-Za-z0-9]{8,}|://[^/\s]*@")
+_SWITCHES: Final = {"yes": "true", "on": "true", "no": "false", "off": "false"}
+_NUMBER: Final = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 _SHOWN: Final = 60
 """Characters of a value that a message shows."""
 
 
 def explain(
-    error: ValidationError, model: type[BaseModel], data: object, *, within: Path = ()
+    error: ValidationError,
+    model: type[BaseModel],
+    data: object,
+    *,
+    within: Path = (),
+    places: Places = MappingProxyType({}),
 ) -> list[Problem]:
     """Return one problem per faulty value, in pydantic's order.
 
     :param model: the model that refused ``data``.
     :param within: where ``data`` stands in the whole spec; goes before each path.
+    :param places: the keys of the whole spec, for keys that stand in the wrong place.
     """
-    faults = [(_path_in(data, details), details) for details in error.errors(include_url=False)]
     by_path: dict[Path, list[ErrorDetails]] = {}
-    for path, details in faults:
-        by_path.setdefault(path, []).append(details)
-    return [
-        _problem(path, details, model, data, within)
-        for path, details in by_path.items()
-        if not _is_other_branch(path, details, by_path)
-    ]
+    for details in error.errors(include_url=False):
+        by_path.setdefault(_path_in(data, details), []).append(details)
+    problems = []
+    for path, faults in by_path.items():
+        # A union is refused by each of its branches. Where one of them got further, it is the one
+        # that was meant, and what the others say of the whole value does not matter.
+        deeper = any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
+        if deeper and all(fault["type"] in _KINDS for fault in faults):
+            continue
+        where = (*within, *path)
+        value = _value_at(data, path)
+        fields = _fields_at(model, path[:-1])
+        if faults[0]["type"] == "extra_forbidden":
+            problems.append(unknown_key(where, value, fields, places))
+        elif faults[0]["type"] == "missing":
+            problems.append(_missing(where, fields.get(str(path[-1]))))
+        else:
+            problems.append(_wrong_value(where, value, faults))
+    return problems
 
 
-def unknown_key(
-    path: Path, value: object, model: type[BaseModel], sections: Mapping[str, type[BaseModel]]
-) -> Problem:
-    """Return the problem of a key that nothing knows, with the key that was meant.
+def unknown_key(path: Path, value: object, known: Iterable[str], places: Places) -> Problem:
+    """Return the problem of a key that nothing knows there, with the key that was meant.
 
     :param path: where the key stands; its last part is the key.
-    :param model: what is allowed at that place, together with ``sections``.
+    :param known: the keys that can stand there.
     """
-    where, key = dotted(path), str(path[-1])
-    foreign = spellings.SPELLINGS.get(where)
+    key = str(path[-1])
+    foreign = SPELLINGS.get(dotted(path)) or SPELLINGS.get(key)
     if foreign is not None:
+        shown = "..." if _is_secret(path, value) else value
         return Problem(
-            where=where,
+            where=dotted(path),
             message=f"unknown key, known from {foreign.tools}",
-            fix=foreign.fix("..." if _is_secret(path, value) else value),
+            fix=foreign.fix(shown),
         )
-    names = [*_fields(model), *sections]
-    owners = [name for name, section in sections.items() if key in _fields(section)]
-    fix = nearest(key, names)
-    if owners:
-        fix = f"Move it into the section {' or '.join(map(repr, owners))}."
-    return Problem(
-        where=where, message="unknown key", fix=fix or f"Known keys are: {', '.join(names)}."
-    )
+    homes = [place or "the top level" for place, keys in places.items() if key in keys]
+    if homes:
+        fix = f"Move it to {' or '.join(homes)}."
+    else:
+        fix = nearest(key, known) or f"Known keys are: {', '.join(known)}."
+    return Problem(where=dotted(path), message="unknown key", fix=fix)
 
 
-def dotted(path: Path) -> str:
-    """Return a path as one reads it: ``lora.target_modules[0]``."""
-    text = ""
-    for part in path:
-        if isinstance(part, int):
-            text += f"[{part}]"
-        elif re.fullmatch(r"[\w-]+", part):
-            text += f".{part}" if text else part
-        else:
-            text += f"[{part!r}]"
-    return text
+def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return a model's fields by the name they have in a spec."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def show(value: object, path: Path = ()) -> str:
-    """Describe a value in a message: scalars are quoted, long ones cut, secrets never shown."""
+    """Describe a value in a message: long text is cut, a secret is never shown."""
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if _is_secret(path, value):
+        return "a value that is not shown"
     if value is None:
         return "nothing (null)"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "a list"
-    if _is_secret(path, value):
-        return "a value that is not shown"
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...{text[-1]}"
+
+
+def _is_secret(path: Path, value: object) -> bool:
+    named_so = any(isinstance(part, str) and _SECRET_KEY.search(part) for part in path)
+    return named_so or (isinstance(value, str) and _SECRET_VALUE.search(value) is not None)
+
+
+def _path_in(data: object, details: ErrorDetails) -> Path:
+    """Return where an error is in the data: pydantic's location without the names of branches."""
+    path: list[str | int] = []
+    for part in details["loc"]:
+        try:
+            data = data[part]  # type: ignore[index]
+        except (LookupError, TypeError):
+            continue
+        path.append(part)
+    if details["type"] == "missing":
+        path.append(details["loc"][-1])
+    return tuple(path)
+
+
+def _value_at(data: Any, path: Path) -> Any:
+    for part in path:
+        try:
+            data = data[part]
+        except LookupError:
+            return None
+    return data
+
+
+def _fields_at(model: type[BaseModel], path: Path) -> dict[str, FieldInfo]:
+    """Return the fields that the values at ``path`` can have, whatever branch of a union it is."""
+    models = [model]
+    for part in path:
+        inner = [fields_of(m)[part].annotation for m in models if part in fields_of(m)]
+        # An entry of a list or mapping is of the model that its container already named.
+        models = [m for annotation in inner for m in _models_in(annotation)] or models
+    return {name: field for m in models for name, field in fields_of(m).items()}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def _missing(path: Path, field: FieldInfo | None) -> Problem:
+    example = (field.examples or ["..."])[0] if field else "..."
+    return Problem(
+        where=dotted(path),
+        message="the key is required",
+        fix=f"Add it, such as `{path[-1]}: {example}`.",
+    )
+
+
+def _wrong_value(path: Path, value: object, faults: list[ErrorDetails]) -> Problem:
+    # Where one branch of a union takes the kind of value, its rule is what was broken.
+    broken = [fault for fault in faults if fault["type"] not in (*_KINDS, *_CHOICES)]
+    if not broken:
+        return _wrong_kind(path, value, faults)
+    fault = broken[0]
+    cause = fault.get("ctx", {}).get("error")
+    if cause is not None:
+        message, fix = str(cause), getattr(cause, "fix", "")
+    elif fault["type"] in _RULES:
+        rule = _RULES[fault["type"]].format(**fault["ctx"])
+        message, fix = f"{rule}, found {show(value, path)}", ""
+    else:
+        asked = fault["msg"].removeprefix("Input should be ")
+        message, fix = f"expected {asked}, found {show(value, path)}", ""
+    return Problem(where=dotted(path), message=message, fix=fix)
+
+
+def _wrong_kind(path: Path, value: object, faults: list[ErrorDetails]) -> Problem:
+    kinds, choices = [], []
+    for fault in faults:
+        if fault["type"] in _CHOICES:
+            kinds += fault["ctx"]["expected"].replace(" or ", ", ").split(", ")
+            choices = [kind[1:-1] for kind in kinds if kind[0] == "'"]
+        else:
+            kinds.append(_KINDS[fault["type"]])
+    kinds = list(dict.fromkeys(kinds))
+    asked = " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
+    return Problem(
+        where=dotted(path),
+        message=f"expected {asked}, found {show(value, path)}",
+        fix="" if _is_secret(path, value) else _fix_of_kind(path, value, kinds, choices),
+    )
+
+
+def _fix_of_kind(path: Path, value: object, kinds: list[str], choices: list[str]) -> str:
+    """Return what to write instead, where the value shows what was meant."""
+    if value is None:
+        return "Remove the key, or give it a value."
+    if isinstance(value, str):
+        if value.lower() in _SWITCHES and "true or false" in kinds:
+            return f"Write {_SWITCHES[value.lower()]}."
+        if {"a number", "a whole number"} & {*kinds} and _NUMBER.fullmatch(value):
+            return f"Remove the quotes: {value}."
+        if choices:
+            meant = VALUES.get(value.lower())
+            return f"Write {meant}." if meant in choices else nearest(value, choices)
+        if "a list" in kinds:
+            return f"Write {dump_inline([value])}."
+    elif "a mapping" in kinds and len(path) == 1 and isinstance(value, bool):
+        return f"Write `{path[0]}: {{}}` for its defaults." if value else "Remove the key."
+    elif isinstance(value, float) and value.is_integer() and "a whole number" in kinds:
+        return f"Write {int(value)}."
+    elif isinstance(value, int | float) and "text" in kinds:
+        return f"Put it in quotes: {str(value).lower()!r}."
+    return ""

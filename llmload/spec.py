@@ -6,10 +6,9 @@ and written where no model could be loaded.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -19,14 +18,16 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     ModelWrapValidatorHandler,
     ValidationError,
     WithJsonSchema,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
-from .errors import SpecError
-from .explain import InvalidValue, explain, unknown_key
+from .errors import Problem, SpecError
+from .explain import InvalidValueError, explain, fields_of, unknown_key
 from .suggest import nearest
 
 if TYPE_CHECKING:
@@ -44,24 +45,44 @@ _PLACEMENTS: Final = ("auto", "balanced", "balanced_low_0", "sequential")
 _DEVICES: Final = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "disk")
 
 
+def _make_scalars_strict(schema: Any) -> None:
+    """Make pydantic strict about scalars alone: its own strict mode refuses a list for a tuple."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("bool", "float", "int", "str"):
+            schema["strict"] = True
+        for key, part in schema.items():
+            if key not in ("config", "default", "metadata", "serialization"):
+                _make_scalars_strict(part)
+    elif isinstance(schema, list | tuple):
+        for part in schema:
+            _make_scalars_strict(part)
+
+
 class Section(BaseModel):
     """Base of every part of a spec: frozen, keyword-only, no unknown key, no NaN.
 
     A plugin subclasses it for its own key. The docstring under each field becomes its description
-    in the schema. A validator refuses a value with :class:`InvalidValue`, which can carry the fix.
-    Fields are read from YAML by type, strictly: no text for a number, no number for true or false.
+    in the schema. A validator refuses a value with :class:`InvalidValueError`, which carries a fix.
+    Text is not taken for a number, nor a number or true for one another; a list is taken where a
+    field asks for a tuple or set, and text where it asks for a path or enum.
     """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _make_scalars_strict(handler.resolve_ref_schema(schema))
+        return schema
+
 
 def _regex(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise InvalidValue(
+        raise InvalidValueError(
             f"{pattern!r} is not a regular expression: {error}",
             fix=f"To match the text as it stands, write {re.escape(pattern)!r}.",
         ) from None
@@ -91,7 +112,7 @@ class KeyExceptions(Section):
 def _auto_class(name: str) -> str:
     if name in AUTO_CLASSES or re.match(_CLASS_PATH, name):
         return name
-    raise InvalidValue(
+    raise InvalidValueError(
         f"expected {', '.join(map(repr, AUTO_CLASSES))} or 'module:Class', found {name!r}",
         fix=nearest(name, AUTO_CLASSES),
     )
@@ -103,7 +124,7 @@ def _device(name: int | str) -> int | str:
             return name
     elif re.fullmatch(rf"({'|'.join(_DEVICES)})(:\d+)?", name):
         return name
-    raise InvalidValue(
+    raise InvalidValueError(
         f"{name!r} is not a device",
         fix=(isinstance(name, str) and nearest(name, _DEVICES))
         or "Write one such as cpu, cuda, cuda:0 or 0.",
@@ -115,8 +136,8 @@ def _device_map(value: int | str) -> int | str:
         return value
     try:
         return _device(value)
-    except InvalidValue:
-        raise InvalidValue(
+    except InvalidValueError:
+        raise InvalidValueError(
             f"{value!r} is neither a device nor a way to spread the model",
             fix=(isinstance(value, str) and nearest(value, (*_PLACEMENTS, *_DEVICES)))
             or f"Write {', '.join(_PLACEMENTS)}, a device such as cuda:0, or a mapping of modules"
@@ -129,7 +150,7 @@ def _key_map(rules: Mapping[str, str]) -> Mapping[str, str]:
         try:
             re.sub(pattern, replacement, "")
         except (re.error, IndexError) as error:
-            raise InvalidValue(
+            raise InvalidValueError(
                 f"the replacement {replacement!r} does not fit the pattern {pattern!r}: {error}",
                 fix="Number the groups of the pattern from \\1, and write a backslash as \\\\.",
             ) from None
@@ -152,7 +173,7 @@ class LoadSpec(Section):
     :raises SpecError: with every fault of the core keys at once.
     """
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow")
 
     model: Annotated[str, BeforeValidator(_as_text), Field(min_length=1)] = Field(
         examples=["EleutherAI/pythia-2.8b"]
@@ -188,14 +209,10 @@ class LoadSpec(Section):
     """Read weights from pickle files, restricted to tensors, where there are no safetensors."""
     local_files_only: bool = False
     """Never ask the hub; take what is in the cache."""
-    cache_dir: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_text)] = Field(
-        default=None, strict=False
-    )
+    cache_dir: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_text)] = None
     """Folder for downloads, or candidates of which the first that exists is taken; null for the
     hub's own cache."""
-    key_map: Annotated[Mapping[Regex, str], AfterValidator(_key_map)] = Field(
-        default={}, strict=False
-    )
+    key_map: Annotated[Mapping[Regex, str], AfterValidator(_key_map)] = {}
     """Renames checkpoint keys: regular expression to replacement, as in ``re.sub``, applied one
     after the other in this order."""
     strict: bool | KeyExceptions = True
@@ -212,7 +229,7 @@ class LoadSpec(Section):
 
     @property
     def sections(self) -> Mapping[str, Any]:
-        """The plugins' sections by key, in the order given: models once validated, else raw data."""
+        """The plugins' sections by key, as given: models once validated, else plain data."""
         return MappingProxyType(self.model_extra or {})
 
     @property
@@ -238,21 +255,22 @@ def validate(document: Document, sections: Mapping[str, type[BaseModel]]) -> Loa
     :raises SpecError: with every fault of core keys and sections at once, in the file's order.
     """
     core = {key: value for key, value in document.data.items() if key in LoadSpec.model_fields}
+    places = {key: list(fields_of(model)) for key, model in sections.items()}
+    places[""] = [*LoadSpec.model_fields, *sections]
     checked: dict[str, BaseModel] = {}
-    problems = []
+    problems: list[Problem] = []
     try:
-        # Through JSON: pydantic is then strict on scalars, and still takes a list for a tuple.
-        spec = LoadSpec.model_validate_json(json.dumps(core), strict=True)
+        spec = LoadSpec(**core)
     except SpecError as error:
         problems += error.problems
     for key, value in document.data.items():
         if key in sections:
             try:
-                checked[key] = sections[key].model_validate_json(json.dumps(value), strict=True)
+                checked[key] = sections[key].model_validate(value)
             except ValidationError as error:
-                problems += explain(error, sections[key], value, within=(key,))
+                problems += explain(error, sections[key], value, within=(key,), places=places)
         elif key not in core:
-            problems.append(unknown_key((key,), value, LoadSpec, sections))
+            problems.append(unknown_key((key,), value, places[""], places))
     if problems:
         raise SpecError(document.placed(problems))
     return spec.model_copy(update=checked)

@@ -1,0 +1,313 @@
+"""YAML (and JSON) text as plain data with the place of every key, and back.
+
+What is read is the core schema of YAML 1.2, so ``no`` is text and ``1e-4`` is a number, as people
+mean them and as JSON has them; JSON is read as the YAML that it is. Nothing is ever constructed but
+dict, list, str, int, float, bool and None. A document that is made to exhaust its reader (aliases
+of aliases, thousands of brackets) is refused as soon as it shows.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn, TypeAlias, cast
+
+import yaml
+
+from .errors import Problem, SpecError
+
+Path: TypeAlias = tuple[str | int, ...]
+"""Keys and list indices that lead to a value."""
+
+MAX_DEPTH: Final = 32
+MAX_VALUES: Final = 20_000
+"""Values in a document after its aliases are expanded; long text counts one per 100 characters."""
+
+_NULLS: Final = re.compile(r"~|null|Null|NULL|")
+_BOOLS: Final = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INTS: Final = re.compile(r"[-+]?[0-9]{1,4000}|0o[0-7]{1,4000}|0x[0-9a-fA-F]{1,4000}")
+_FLOATS: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INFINITE: Final = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+# A part of PyYAML's message -> what to do about it.
+_SYNTAX_FIXES: Final = {
+    r"character '\t'": "Indent with spaces: YAML allows no tabs.",
+    "cannot start any token": "Put the text in quotes.",
+    "mapping values are not allowed": "Put text that contains a colon in quotes, or mend the"
+    " indentation.",
+    "undefined alias": "Define the anchor above its first use, or put the text in quotes.",
+    "expected <block end>": "Mend the indentation: keys of one mapping start in one column.",
+    "unexpected end of stream": "Close the quotes.",
+    "<stream end>": "Close the bracket.",
+}
+
+
+def parse(text: str, file: str = "") -> tuple[Any, dict[str, tuple[int, int]]]:
+    """Return the data of one YAML or JSON document, and (line, column) of each dotted path.
+
+    :param file: name for messages.
+    :raises SpecError: with the first fault of syntax, or with all tags, duplicate keys, keys that
+        are not text, and values that are no finite numbers.
+    """
+    if file.endswith(".json"):
+        # Between the tokens of JSON a tab is as good as a space; inside one it is not allowed.
+        text = text.replace("\t", " ")
+    reader = _Reader(file)
+    try:
+        composer = _Composer(text, reader)
+        node = composer.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        reader.stop(*_syntax_fault(error), error.problem_mark or error.context_mark)
+    except yaml.reader.ReaderError as error:
+        before = text[: error.position]
+        mark = _Mark(before.count("\n"), len(before) - before.rfind("\n") - 1)
+        reader.stop(
+            f"the character U+{ord(text[error.position]):04X} is not allowed in YAML",
+            "Remove it; inside double quotes it can be written as an escape.",
+            mark,
+        )
+    if node is None:
+        reader.stop("the document is empty", "Write at least `model: ...`.", _Mark(0, 0))
+    data = reader.value(node, ())
+    if reader.problems:
+        raise SpecError(reader.problems)
+    return data, reader.positions
+
+
+def dump(data: Mapping[str, Any]) -> str:
+    """Return plain data as YAML that every YAML 1.1 and 1.2 reader understands alike."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def dump_inline(data: object) -> str:
+    """Return plain data as YAML on one line, for use inside a message."""
+    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=math.inf)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def dotted(path: Path) -> str:
+    """Return a path as one reads it: ``lora.target_modules[0]``, ``key_map['^a\\\\.']``."""
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif re.fullmatch(r"[\w-]+", part):
+            text += f".{part}" if text else part
+        else:
+            text += f"[{part!r}]"
+    return text
+
+
+_Pair: TypeAlias = tuple[yaml.ScalarNode, yaml.Node]
+"""A key and its value."""
+
+
+class _Mark:
+    """A place in a text, counted from 0, as PyYAML's own marks are."""
+
+    def __init__(self, line: int, column: int) -> None:
+        self.line = line
+        self.column = column
+
+
+class _Composer(yaml.BaseLoader):
+    """Makes the node tree. Sees the events, where tags and sizes show before anything is built."""
+
+    def __init__(self, text: str, reader: _Reader) -> None:
+        super().__init__(text)
+        self._reader = reader
+        self._depth = 0
+        self._values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        self._depth += 1
+        self._values += 1
+        if self._depth > MAX_DEPTH:
+            self._reader.stop_too_deep(event.start_mark)
+        if self._values > MAX_VALUES:
+            self._reader.stop_too_large(event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            self._reader.fault(
+                f"the tag {event.tag!r} is not allowed: a spec is plain data",
+                "Remove the tag.",
+                event.start_mark,
+            )
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+class _Reader:
+    """Turns a node tree into data and positions, and gathers what is wrong with it."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.positions: dict[str, tuple[int, int]] = {}
+        self.problems: list[Problem] = []
+        self._values = 0
+
+    def value(self, node: yaml.Node, path: Path) -> Any:
+        self._spend(node)
+        if len(path) > MAX_DEPTH:
+            self.stop_too_deep(node.start_mark)
+        if isinstance(node, yaml.MappingNode):
+            pairs = self._pairs(node, path)
+            return {key: self._at(k, v, (*path, key)) for key, (k, v) in pairs.items()}
+        if isinstance(node, yaml.SequenceNode):
+            return [self._at(item, item, (*path, i)) for i, item in enumerate(node.value)]
+        return self._scalar(cast(yaml.ScalarNode, node), path)
+
+    def _at(self, place: yaml.Node, node: yaml.Node, path: Path) -> Any:
+        self.positions[dotted(path)] = (place.start_mark.line + 1, place.start_mark.column + 1)
+        return self.value(node, path)
+
+    def _pairs(self, node: yaml.MappingNode, path: Path, merges: int = 0) -> dict[str, _Pair]:
+        """Return key -> (key node, value node), with ``<<`` merged in and duplicates reported."""
+        if merges > MAX_DEPTH:
+            self.stop_too_deep(node.start_mark)
+        own: dict[str, _Pair] = {}
+        for key_node, value_node in node.value:
+            self._spend(key_node)
+            key = self._key(key_node, path)
+            if key in own:
+                first = own[key][0].start_mark
+                self.fault(
+                    f"the key stands twice, first on line {first.line + 1}, column"
+                    f" {first.column + 1}",
+                    "Keep one of the two.",
+                    key_node.start_mark,
+                    (*path, key),
+                )
+            elif key is not None:
+                own[key] = (key_node, value_node)
+        if "<<" not in own or own["<<"][0].style is not None:
+            return own
+        merged: dict[str, _Pair] = {}
+        for source in self._merge_sources(own.pop("<<")[1], path):
+            merged = {**self._pairs(source, path, merges + 1), **merged}
+        return {**merged, **own}
+
+    def _merge_sources(self, node: yaml.Node, path: Path) -> list[yaml.MappingNode]:
+        sources = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        if all(isinstance(source, yaml.MappingNode) for source in sources):
+            return list(sources)
+        self.fault(
+            "`<<` takes a mapping or a list of mappings",
+            "Write `<<: *name`, with the anchor `&name` at a mapping.",
+            node.start_mark,
+            path,
+        )
+        return []
+
+    def _key(self, node: yaml.Node, path: Path) -> str | None:
+        if isinstance(node, yaml.ScalarNode):
+            key = self._scalar(node, path)
+            if isinstance(key, str):
+                return key
+            fix = f"Put it in quotes: {node.value!r}."
+        else:
+            fix = "Put text that starts with a bracket or brace in quotes."
+        self.fault("a key must be text", fix, node.start_mark, path)
+        return None
+
+    def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
+        text: str = node.value
+        if node.style is not None:
+            return self._text(node, path)
+        if _NULLS.fullmatch(text):
+            return None
+        if _BOOLS.fullmatch(text):
+            return text.lower() == "true"
+        if _INTS.fullmatch(text):
+            return int(text, 8 if text[:2] == "0o" else 16 if text[:2] == "0x" else 10)
+        if _INFINITE.fullmatch(text) or _FLOATS.fullmatch(text):
+            number = float(text) if _FLOATS.fullmatch(text) else math.inf
+            if math.isfinite(number):
+                return number
+            self.fault(
+                f"{text[:40]} is not a finite number",
+                "Write a number, or put it in quotes if it is text.",
+                node.start_mark,
+                path,
+            )
+        return self._text(node, path)
+
+    def _text(self, node: yaml.ScalarNode, path: Path) -> str:
+        # JSON escapes a character beyond U+FFFF as two surrogates; PyYAML leaves them apart.
+        try:
+            return str(node.value).encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            self.fault(
+                "the text has half of a surrogate pair, which is no character",
+                "Write the whole pair, or the character itself.",
+                node.start_mark,
+                path,
+            )
+            return ""
+
+    def _spend(self, node: yaml.Node) -> None:
+        self._values += 1
+        if isinstance(node, yaml.ScalarNode):
+            self._values += len(node.value) // 100
+        if self._values > MAX_VALUES:
+            self.stop_too_large(node.start_mark)
+
+    def fault(self, message: str, fix: str, mark: Any, path: Path = ()) -> None:
+        self.problems.append(
+            Problem(
+                message=message,
+                fix=fix,
+                where=dotted(path),
+                file=self.file,
+                line=mark.line + 1,
+                column=mark.column + 1,
+            )
+        )
+
+    def stop(self, message: str, fix: str, mark: Any) -> NoReturn:
+        self.problems.clear()
+        self.fault(message, fix, mark)
+        raise SpecError(self.problems)
+
+    def stop_too_deep(self, mark: Any) -> NoReturn:
+        self.stop(
+            f"the document is nested deeper than {MAX_DEPTH} levels",
+            "Flatten it; an anchor must not contain its own alias.",
+            mark,
+        )
+
+    def stop_too_large(self, mark: Any) -> NoReturn:
+        self.stop(
+            f"the document has more than {MAX_VALUES:,} values once its aliases are expanded",
+            "Shorten it, or give the spec from Python, where nothing limits its size.",
+            mark,
+        )
+
+
+def _syntax_fault(error: yaml.MarkedYAMLError) -> tuple[str, str]:
+    if error.context == "expected a single document in the stream":
+        return "a second document starts here", "Keep one: remove `---` and what follows."
+    problem = error.problem or ""
+    fix = next((fix for part, fix in _SYNTAX_FIXES.items() if part in problem), "")
+    return f"this is not valid YAML: {problem}", fix
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that either version of YAML would take for something else."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+for _tag, _pattern in {"int": _INTS, "float": _FLOATS}.items():
+    _Dumper.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern.pattern})\Z"), list("-+.0123456789")
+    )
