@@ -66,7 +66,7 @@ _HOME = {
 }
 
 __version__ = "0.1.0"
-__all__ = sorted(_HOME)  # noqa: PLE0605 - one table of public names
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

@@ -118,7 +118,7 @@ class _Files:
         import torch
 
         stored = torch_dtype(info.dtype)
-        assert stored is not None  # noqa: S101 - _comparable saw to it
+        assert stored is not None  # _comparable saw to it
         count = min(_SAMPLE, tensor.numel())
         length = count * stored.itemsize
         flat = tensor.detach().view(-1)
@@ -195,7 +195,7 @@ def ask(host: Host, plugin: str, ctx: LoadContext, model: nn.Module) -> None:
 
     :raises AuditError: it found errors.
     """
-    found = [p for p in steps.findings(host, plugin, "audit", ctx=ctx, model=model)]
+    found = list(steps.findings(host, plugin, "audit", ctx=ctx, model=model))
     errors = [problem for problem in found if problem.severity == "error"]
     if errors:
         raise AuditError(errors)

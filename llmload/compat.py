@@ -20,7 +20,7 @@ def major(distribution: str) -> int:
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return the keyword for ``from_pretrained``: ``dtype`` came with 4.56, before ``torch_dtype``."""
+    """Return the keyword for ``from_pretrained``: ``dtype``, or ``torch_dtype`` before 4.56."""
     return {"dtype" if major("transformers") >= 5 else "torch_dtype": dtype}
 
 

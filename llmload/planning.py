@@ -176,8 +176,7 @@ def _missing_requirements(host: Host) -> Iterable[Problem]:
                 yield Problem(
                     where=info.name,
                     plugin=info.name,
-                    message=f"the plugin needs {text}, and"
-                    f" {found or 'none'} is installed",
+                    message=f"the plugin needs {text}, and {found or 'none'} is installed",
                     fix=f"Install it with `pip install '{text}'`.",
                 )
 
@@ -195,13 +194,16 @@ def _conflicts(host: Host) -> Iterable[Problem]:
             yield Problem(
                 where=info.name,
                 plugin=info.name,
-                message=f"{info.name!r} cannot be combined with {conflict.key!r}: {conflict.reason}",
+                message=f"{info.name!r} cannot be combined with {conflict.key!r}:"
+                f" {conflict.reason}",
                 fix=conflict.fix,
             )
 
 
 def _core_keys(spec: LoadSpec) -> dict[str, Any]:
-    return {key: getattr(spec, key) for key in spec.model_fields_set & type(spec).model_fields.keys()}
+    return {
+        key: getattr(spec, key) for key in spec.model_fields_set & type(spec).model_fields.keys()
+    }
 
 
 def _broken(registry: Registry) -> Iterable[Problem]:
@@ -294,4 +296,3 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
     plan.new_parameters = {
         name: maker for name, maker in ledger.makers(model).items() if maker != plan.loader
     }
-

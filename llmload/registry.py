@@ -1,66 +1,28 @@
 """The host: finds plugins, refuses the broken ones by name, and calls the others in one order.
 
 ``create_registry`` looks at the installed distributions and makes a :class:`Registry`;
-``Registry.activate`` picks the plugins that take part in one load and returns its :class:`Host`.
-pluggy does the calling. What this module adds are the guards around its traps: a fixed order instead
-of last-registered-first, a whole plugin or none of it, no silent misspelling, no defaulted argument,
-no ``None`` taken for "pass".
+``Registry.activate`` picks the plugins that take part in one load and returns their :class:`Host`.
+pluggy does the calling; plugins are registered so that its last-registered-first becomes plan order.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from importlib import metadata
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pluggy
 from pydantic import BaseModel
 
 from . import hookspecs, ordering, specfile
+from .contract import break_faulty
+from .discovery import GIVEN, GROUP, PluginInfo, attribute, break_doubles, from_object, installed
 from .errors import PluginError, Problem, RequestError
 from .spec import LoadSpec, validate
 from .suggest import nearest
 
-GROUP = "llmload"
 PLUGINS_VARIABLE = "LLMLOAD_PLUGINS"
 DISABLE_AUTOLOAD_VARIABLE = "LLMLOAD_DISABLE_PLUGIN_AUTOLOAD"
-
-Status = Literal["active", "blocked", "not selected", "broken"]
-
-
-@dataclass
-class PluginInfo:
-    """What is known of one plugin, imported or not."""
-
-    name: str
-    distribution: str
-    """Distribution and version (``llmload 0.1.0``), or where a plugin object came from."""
-    builtin: bool
-    status: Status
-    reason: str = ""
-    """Why it is broken; empty otherwise."""
-    named: bool = False
-    """Whether an argument, ``-p`` or the environment asked for it by name."""
-    plugin: Any = field(default=None, repr=False)
-
-    @property
-    def section(self) -> type[BaseModel] | None:
-        """The pydantic model of its spec key, if it has one."""
-        return getattr(self.plugin, "Section", None)
-
-    @property
-    def hooks(self) -> tuple[str, ...]:
-        """Names of the hooks it implements, in the manual's order."""
-        return tuple(
-            name
-            for name in (*hookspecs.HELPERS, *hookspecs.SPINE)
-            if callable(getattr(self.plugin, name, None))
-        )
 
 
 class _Manager(pluggy.PluginManager):
@@ -187,7 +149,8 @@ class Registry:
                     Problem(
                         where=info.name if in_spec else "",
                         plugin=info.name,
-                        message=f"plugin {info.name!r} ({info.distribution}) is broken: {info.reason}",
+                        message=f"plugin {info.name!r} ({info.distribution}) is broken:"
+                        f" {info.reason}",
                         fix=f"Mend or uninstall it, or leave it out with `-p no:{info.name}`.",
                     )
                 )
@@ -236,9 +199,9 @@ def create_registry(
     if autoload is None:
         autoload = not environ.get(DISABLE_AUTOLOAD_VARIABLE)
 
-    infos = [_from_object(plugin) for plugin in plugins]
-    infos += [_from_object(_attribute(word)) for word in named if ":" in word]
-    infos += _installed(set(named), autoload=autoload, blocked=blocked)
+    infos = [from_object(plugin) for plugin in plugins]
+    infos += [from_object(attribute(word)) for word in named if ":" in word]
+    infos += installed(set(named), autoload=autoload, blocked=blocked)
     for info in infos:
         if info.name in blocked:
             info.status = "blocked"
@@ -252,130 +215,10 @@ def create_registry(
             )
             for word in missing
         )
-    _refuse_doubles(infos)
-    _check_contracts(infos)
+    break_doubles(infos)
+    break_faulty(infos)
     for info in infos:
         # Given as an object, a broken plugin is the caller's own mistake: say so at once.
-        if info.status == "broken" and info.distribution == _GIVEN:
+        if info.status == "broken" and info.distribution == GIVEN:
             raise PluginError(f"plugin {info.name!r} breaks the hook contract: {info.reason}")
     return Registry(infos)
-
-
-_GIVEN = "given as an object"
-
-
-def _from_object(plugin: object) -> PluginInfo:
-    plugin = plugin() if inspect.isclass(plugin) else plugin
-    name = getattr(plugin, "name", None)
-    if not isinstance(name, str) or not name:
-        raise PluginError(
-            f"{plugin!r} is not a plugin: it has no `name`",
-            fix="Give it a class attribute `name`, its key in the spec.",
-        )
-    return PluginInfo(name, _GIVEN, builtin=False, status="active", named=True, plugin=plugin)
-
-
-def _attribute(path: str) -> object:
-    module, _, attribute = path.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise PluginError(
-            f"plugin {path!r} was selected, but cannot be imported: {error}",
-            fix="Write it as `module:attribute`, and check that the module is on the path.",
-        ) from error
-
-
-def _installed(named: set[str], *, autoload: bool, blocked: set[str]) -> list[PluginInfo]:
-    """Return one entry per name and distribution; only what is selected is imported."""
-    infos = []
-    for entry in metadata.entry_points(group=GROUP):
-        owner = entry.dist
-        distribution = f"{owner.metadata['Name']} {owner.version}" if owner else "unknown"
-        builtin = owner is not None and owner.metadata["Name"] == GROUP
-        info = PluginInfo(entry.name, distribution, builtin, "active", named=entry.name in named)
-        if not (autoload or builtin or info.named):
-            info.status = "not selected"
-        elif entry.name not in blocked:
-            _import(info, entry.load)
-        infos.append(info)
-    return infos
-
-
-def _import(info: PluginInfo, load: Callable[[], Any]) -> None:
-    try:
-        plugin = load()
-        info.plugin = plugin() if inspect.isclass(plugin) else plugin
-    # SystemExit too: a module that exits at import must not end everybody's process.
-    except (Exception, SystemExit) as error:
-        info.status, info.reason = "broken", f"{type(error).__name__}: {error}"
-
-
-def _refuse_doubles(infos: list[PluginInfo]) -> None:
-    """Break all providers of one name, except a built-in: the others are broken for shadowing it."""
-    providers: dict[str, list[PluginInfo]] = defaultdict(list)
-    for info in infos:
-        if info.status != "blocked":
-            providers[info.name].append(info)
-    for name, rivals in providers.items():
-        if len(rivals) > 1:
-            owners = " and ".join(sorted(info.distribution for info in rivals))
-            for info in rivals:
-                if not info.builtin:
-                    info.status = "broken"
-                    info.reason = f"the name {name!r} is provided by {owners}"
-
-
-def _check_contracts(infos: Iterable[PluginInfo]) -> None:
-    infos = [info for info in infos if info.status == "active"]
-    manager = pluggy.PluginManager(GROUP)
-    manager.add_hookspecs(hookspecs)
-    for info in infos:
-        if hasattr(info.plugin, "Hooks"):
-            manager.add_hookspecs(info.plugin.Hooks)
-    for info in infos:
-        faults = list(_faults(info, manager))
-        if faults:
-            info.status, info.reason = "broken", "; ".join(faults)
-
-
-def _faults(info: PluginInfo, manager: pluggy.PluginManager) -> Iterable[str]:
-    """Say what is wrong with a plugin before pluggy has seen any of it."""
-    plugin = info.plugin
-    name = getattr(plugin, "name", None)
-    if name != info.name:
-        yield f"its entry point is called {info.name!r}, but its `name` is {name!r}"
-    if info.name in LoadSpec.model_fields:
-        yield f"the name {info.name!r} is a core key of the spec"
-    if info.section is not None:
-        if not (inspect.isclass(info.section) and issubclass(info.section, BaseModel)):
-            yield "its `Section` is not a pydantic model"
-        elif info.section.model_config.get("extra") != "forbid":
-            yield 'its `Section` does not forbid unknown keys: set `extra="forbid"`'
-    specs = {n: vars(manager.hook)[n] for n in vars(manager.hook) if not n.startswith("_")}
-    for attribute in dir(plugin):
-        method = inspect.getattr_static(plugin, attribute)
-        options = manager.parse_hookimpl_opts(plugin, attribute)
-        if options is None:
-            if attribute in specs and inspect.isfunction(method):
-                yield f"`{attribute}` is not marked with @llmload.hookimpl"
-            continue
-        hook = options["specname"] or attribute
-        if hook not in specs:
-            yield f"`{hook}` is not a hook. {nearest(hook, specs)}".strip()
-            continue
-        if options["tryfirst"] or options["trylast"]:
-            yield f"`{hook}` uses tryfirst or trylast: order is set with `after` and `before`"
-        yield from _argument_faults(hook, getattr(plugin, attribute), specs[hook].spec.argnames)
-
-
-def _argument_faults(hook: str, method: Any, allowed: tuple[str, ...]) -> Iterable[str]:
-    for parameter in inspect.signature(method).parameters.values():
-        if parameter.name not in allowed:
-            yield (
-                f"`{hook}` takes the argument {parameter.name!r}, the hook offers"
-                f" {', '.join(allowed)}"
-            )
-        elif parameter.default is not parameter.empty:
-            # pluggy 1.6 never fills in an argument that has a default.
-            yield f"`{hook}` gives the argument {parameter.name!r} a default, which would hide it"

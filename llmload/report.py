@@ -37,7 +37,7 @@ class Phase(BaseModel):
     seconds: float
     """Wall time."""
     peak_rss_mib: float
-    """The process's highest resident set size so far, in MiB (2**20 bytes), mapped pages included."""
+    """The process's highest resident set size so far, in MiB (2**20 bytes), mapped pages too."""
 
 
 class Report(BaseModel):

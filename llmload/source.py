@@ -76,7 +76,8 @@ def locate(spec: LoadSpec, *, weights: bool) -> Path:
 
 
 def _is_hub_id(model: str) -> bool:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
 
     # An id of one word is allowed by the hub, but here it is far more often a mistyped folder.
     if model.count("/") != 1 or model.startswith((".", "~", "/")):
@@ -133,7 +134,9 @@ def cache_dir(spec: LoadSpec) -> Path | None:
     """Return the hub cache: the first candidate that exists, else the last, else the default."""
     candidates = [Path(candidate).expanduser() for candidate in spec.cache_candidates]
     existing = [candidate for candidate in candidates if candidate.is_dir()]
-    return (existing or candidates[-1:] or [None])[0]
+    if existing:
+        return existing[0]
+    return candidates[-1] if candidates else None
 
 
 def read_config(folder: Path, spec: LoadSpec) -> dict[str, Any]:
@@ -179,10 +182,10 @@ def read_config(folder: Path, spec: LoadSpec) -> dict[str, Any]:
 
 def _code_paths(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield dotted path and value of the keys that lead to code, at any depth."""
-    children = node.items() if isinstance(node, dict) else ()
+    children = node if isinstance(node, dict) else {}
     if isinstance(node, list):
-        children = ((str(position), child) for position, child in enumerate(node))
-    for key, value in children:
+        children = {str(position): child for position, child in enumerate(node)}
+    for key, value in children.items():
         here = f"{path}.{key}" if path else key
         names_repository = key in _KERNEL_KEYS and isinstance(value, str) and "/" in value
         if (key in _CODE_KEYS and value) or names_repository:

@@ -85,7 +85,7 @@ def finish(
     for plugin in host.implementing("post_load"):
         with on_step("post_load", plugin):
             changed = call_for_model(host, plugin, "post_load", ctx=ctx, model=model)
-        assert not isinstance(changed, Decline)  # noqa: S101 - call_for_model refused it
+        assert not isinstance(changed, Decline)  # call_for_model refused it
         model = changed
         on_made(plugin, model)
     declined: dict[str, str] = {}
