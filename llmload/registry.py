@@ -1,8 +1,9 @@
 """The host: finds plugins, refuses the broken ones by name, and calls the others in one order.
 
 ``create_registry`` looks at the installed distributions and makes a :class:`Registry`;
-``Registry.activate`` picks the plugins that take part in one load and returns their :class:`Host`.
-pluggy does the calling; plugins are registered so that its last-registered-first becomes plan order.
+``Registry.activate`` picks the plugins that take part in one load and returns their
+:class:`Host`. pluggy does the calling; plugins are registered so that its last-registered-first
+becomes plan order.
 """
 
 from __future__ import annotations

@@ -15,9 +15,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 @pytest.fixture
-def distributions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[FakeDistributions]:
+def distributions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDistributions]:
     """A place for fake distributions, on ``sys.path`` for the length of one test."""
     root = tmp_path / "site"
     root.mkdir()

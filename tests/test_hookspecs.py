@@ -22,7 +22,9 @@ HOOKS = (*hookspecs.HELPERS, *hookspecs.SPINE)
 def example_of(hook: str) -> type:
     """Run the example in a hook's docstring and return the plugin class it defines."""
     text = inspect.getdoc(getattr(hookspecs, hook)) or ""
-    block = re.search(r"^Example: .*?::\n\n((?:    .*\n|\n)+)", text + "\n", re.DOTALL | re.MULTILINE)
+    block = re.search(
+        r"^Example: .*?::\n\n((?:    .*\n|\n)+)", text + "\n", re.DOTALL | re.MULTILINE
+    )
     assert block, f"{hook} has no example"
     namespace: dict[str, Any] = {}
     exec(compile(textwrap.dedent(block[1]), f"<example of {hook}>", "exec"), namespace)
@@ -99,7 +101,8 @@ def test_example_of_wrap_adapter_trains_its_own_weights_only(folder: Path) -> No
     modules = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
     result = load_with_example("wrap_adapter", folder, ia3=modules)
     trainable = {name for name, p in result.model.named_parameters() if p.requires_grad}
-    assert trainable and all("ia3_l" in name for name in trainable)
+    assert trainable
+    assert all("ia3_l" in name for name in trainable)
     assert set(result.plan.new_parameters) == trainable
 
 

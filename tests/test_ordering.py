@@ -50,9 +50,7 @@ def test_a_circle_is_refused_and_shown() -> None:
 
 
 @given(st.integers(0, 2**32), st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9))))
-def test_the_order_of_installation_never_matters(
-    seed: int, pairs: list[tuple[int, int]]
-) -> None:
+def test_the_order_of_installation_never_matters(seed: int, pairs: list[tuple[int, int]]) -> None:
     # Edges from smaller to larger numbers only, so that there is no circle.
     after: dict[str, tuple[str, ...]] = {f"p{i}": () for i in range(10)}
     for one, other in pairs:
@@ -63,5 +61,7 @@ def test_the_order_of_installation_never_matters(
     random.Random(seed).shuffle(items)
     assert plan_order(dict(items)) == expected
     assert all(
-        expected.index(early) < expected.index(late) for late, wish in after.items() for early in wish
+        expected.index(early) < expected.index(late)
+        for late, wish in after.items()
+        for early in wish
     )

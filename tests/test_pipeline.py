@@ -1,4 +1,4 @@
-"""One load from spec to result: what it gives, what it refuses, and that it leaves nothing behind."""
+"""One load from spec to result: what it gives and refuses, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_random_weights_are_those_of_from_config_under_the_same_seed(folder: Pat
 def test_the_report_names_phases_versions_plugins_and_sizes(folder: Path) -> None:
     result = load_with(folder, dropout={})
     report = result.report
-    assert [phase.name for phase in report.phases][0] == "plan"
+    assert report.phases[0].name == "plan"
     assert {"init_context", "load", "post_load", "audit"} <= {p.name for p in report.phases}
     assert all(phase.seconds >= 0 and phase.peak_rss_mib > 0 for phase in report.phases)
     assert {"python", "torch", "transformers"} <= set(report.versions)
@@ -359,12 +359,21 @@ FULL = {
 class Saboteur:
     """Raises at one boundary: before or after every other plugin, in one hook, planned or real."""
 
-    def __init__(self, hook: str, first: bool, rehearsing: bool, error: type[BaseException]) -> None:
+    def __init__(
+        self, hook: str, first: bool, rehearsing: bool, error: type[BaseException]
+    ) -> None:
         self.name = "saboteur"
         self._at = (hook, rehearsing)
         self._error = error
         if first:
-            self.before = ("tokenizer", "embeddings", "dropout", "lora", "streaming", "transformers")
+            self.before = (
+                "tokenizer",
+                "embeddings",
+                "dropout",
+                "lora",
+                "streaming",
+                "transformers",
+            )
         else:
             self.after = ("*",)
 

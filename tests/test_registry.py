@@ -237,9 +237,7 @@ BROKEN = {
         "its entry point is called 'broken', but its `name` is 'other'",
     ),
     "loose section": (
-        GOOD.format(name="broken").replace(
-            "size: int = 1", "model_config = {'extra': 'allow'}"
-        ),
+        GOOD.format(name="broken").replace("size: int = 1", "model_config = {'extra': 'allow'}"),
         'its `Section` does not forbid unknown keys: set `extra="forbid"`',
     ),
 }
@@ -250,7 +248,9 @@ def test_a_broken_plugin_is_reported_and_fails_only_the_load_that_names_it(
     distributions: FakeDistributions, fault: str
 ) -> None:
     source, reason = BROKEN[fault]
-    distributions.add("bad-dist", {"broken": "broken_module:Plugin"}, "broken_module", source, "2.1")
+    distributions.add(
+        "bad-dist", {"broken": "broken_module:Plugin"}, "broken_module", source, "2.1"
+    )
     add_good(distributions, "extra")
     registry = create_registry(environ={})
 
@@ -281,7 +281,9 @@ def test_a_broken_plugin_that_is_selected_by_name_fails_every_load(
 
 def test_one_hook_of_a_broken_plugin_never_runs(distributions: FakeDistributions) -> None:
     # pluggy 1.6 keeps the hooks it had seen when a registration fails half-way.
-    source = GOOD.format(name="broken") + "\n    @llmload.hookimpl\n    def zzz(self):\n        pass\n"
+    source = (
+        GOOD.format(name="broken") + "\n    @llmload.hookimpl\n    def zzz(self):\n        pass\n"
+    )
     distributions.add("bad-dist", {"broken": "broken_module:Plugin"}, "broken_module", source)
     host = create_registry(environ={}).activate(LoadSpec(model="m"))
     assert "broken" not in host.implementing("post_load")

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .. import compat
-from ..errors import CheckpointError, Problem
-from ..findings import Note
-from ..hookspecs import hookimpl
+from llmload import compat
+from llmload.errors import CheckpointError, Problem
+from llmload.findings import Note
+from llmload.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..context import LoadContext
+    from llmload.context import LoadContext
 
 
 class TransformersLoader:
@@ -44,7 +44,8 @@ class TransformersLoader:
             "config": ctx.config,
             "device_map": ctx.spec.device_map,
             "key_mapping": dict(ctx.spec.key_map) or None,
-            "use_safetensors": ctx.checkpoint is not None and ctx.checkpoint.format == "safetensors",
+            "use_safetensors": ctx.checkpoint is not None
+            and ctx.checkpoint.format == "safetensors",
             "trust_remote_code": ctx.spec.trust_remote_code,
             "local_files_only": True,
             "output_loading_info": True,
