@@ -68,10 +68,10 @@ _RULES: Final = {
     "less_than_equal": "must be {le} or less",
     "multiple_of": "must be a multiple of {multiple_of}",
     "string_pattern_mismatch": "must match the regular expression {pattern}",
-    "string_too_long": "must have at most {max_length} characters",
-    "string_too_short": "must have at least {min_length} characters",
-    "too_long": "must have at most {max_length} entries",
-    "too_short": "must have at least {min_length} entries",
+    "string_too_long": "must have {max_length} or fewer characters",
+    "string_too_short": "must have {min_length} or more characters",
+    "too_long": "must have {max_length} or fewer entries",
+    "too_short": "must have {min_length} or more entries",
 }
 _SECRET_KEY: Final = re.compile(
     r"^token$|(auth|hf|hub|access|api|bearer|wandb)_?token|passw(or)?d|secret|credential"

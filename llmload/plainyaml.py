@@ -21,7 +21,7 @@ Path: TypeAlias = tuple[str | int, ...]
 """Keys and list indices that lead to a value."""
 
 MAX_DEPTH: Final = 32
-MAX_VALUES: Final = 20_000
+MAX_VALUES: Final = 10_000
 """Values in a document after its aliases are expanded; long text counts one per 100 characters."""
 
 _NULLS: Final = re.compile(r"~|null|Null|NULL|")
@@ -43,8 +43,8 @@ _SYNTAX_FIXES: Final = {
 }
 
 
-def parse(text: str, file: str = "") -> tuple[Any, dict[str, tuple[int, int]]]:
-    """Return the data of one YAML or JSON document, and (line, column) of each dotted path.
+def parse(text: str, file: str = "") -> tuple[Any, dict[Path, tuple[int, int]]]:
+    """Return the data of one YAML or JSON document, and (line, column) of each path in it.
 
     :param file: name for messages.
     :raises SpecError: with the first fault of syntax, or with all tags, duplicate keys, keys that
@@ -112,30 +112,54 @@ class _Mark:
 
 
 class _Composer(yaml.BaseLoader):
-    """Makes the node tree. Sees the events, where tags and sizes show before anything is built."""
+    """Makes the node tree, and stops where a document is made to exhaust its reader.
+
+    It sees the events, where tags, depth and the size of what an alias stands for show before
+    anything is built from them.
+    """
 
     def __init__(self, text: str, reader: _Reader) -> None:
         super().__init__(text)
         self._reader = reader
         self._depth = 0
         self._values = 0
+        self._values_of_anchor: dict[str, int] = {}
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803 - PyYAML's name
+        # The scanner looks a thousand brackets ahead, at a cost that grows with their square.
+        if self.flow_level >= MAX_DEPTH:
+            self._reader.stop_too_deep(self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        self._depth += 1
-        self._values += 1
-        if self._depth > MAX_DEPTH:
-            self._reader.stop_too_deep(event.start_mark)
+        before = self._values
+        if isinstance(event, yaml.AliasEvent):
+            anchor = str(event.anchor)
+            if anchor in self.anchors and anchor not in self._values_of_anchor:
+                self._reader.stop(
+                    f"the anchor {anchor!r} contains its own alias",
+                    "Write out what is meant there.",
+                    event.start_mark,
+                )
+            self._values += self._values_of_anchor.get(anchor, 0)
+        else:
+            self._values += 1 + len(getattr(event, "value", "")) // 100
+            if event.tag is not None:
+                self._reader.fault(
+                    f"the tag {event.tag!r} is not allowed: a spec is plain data",
+                    "Remove the tag.",
+                    event.start_mark,
+                )
         if self._values > MAX_VALUES:
             self._reader.stop_too_large(event.start_mark)
-        if getattr(event, "tag", None) is not None:
-            self._reader.fault(
-                f"the tag {event.tag!r} is not allowed: a spec is plain data",
-                "Remove the tag.",
-                event.start_mark,
-            )
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            self._reader.stop_too_deep(event.start_mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
+        if event.anchor is not None:
+            self._values_of_anchor[event.anchor] = self._values - before
         return node
 
 
@@ -144,12 +168,10 @@ class _Reader:
 
     def __init__(self, file: str) -> None:
         self.file = file
-        self.positions: dict[str, tuple[int, int]] = {}
+        self.positions: dict[Path, tuple[int, int]] = {}
         self.problems: list[Problem] = []
-        self._values = 0
 
     def value(self, node: yaml.Node, path: Path) -> Any:
-        self._spend(node)
         if len(path) > MAX_DEPTH:
             self.stop_too_deep(node.start_mark)
         if isinstance(node, yaml.MappingNode):
@@ -160,16 +182,13 @@ class _Reader:
         return self._scalar(cast(yaml.ScalarNode, node), path)
 
     def _at(self, place: yaml.Node, node: yaml.Node, path: Path) -> Any:
-        self.positions[dotted(path)] = (place.start_mark.line + 1, place.start_mark.column + 1)
+        self.positions[path] = (place.start_mark.line + 1, place.start_mark.column + 1)
         return self.value(node, path)
 
-    def _pairs(self, node: yaml.MappingNode, path: Path, merges: int = 0) -> dict[str, _Pair]:
+    def _pairs(self, node: yaml.MappingNode, path: Path) -> dict[str, _Pair]:
         """Return key -> (key node, value node), with ``<<`` merged in and duplicates reported."""
-        if merges > MAX_DEPTH:
-            self.stop_too_deep(node.start_mark)
         own: dict[str, _Pair] = {}
         for key_node, value_node in node.value:
-            self._spend(key_node)
             key = self._key(key_node, path)
             if key in own:
                 first = own[key][0].start_mark
@@ -186,7 +205,7 @@ class _Reader:
             return own
         merged: dict[str, _Pair] = {}
         for source in self._merge_sources(own.pop("<<")[1], path):
-            merged = {**self._pairs(source, path, merges + 1), **merged}
+            merged = {**self._pairs(source, path), **merged}
         return {**merged, **own}
 
     def _merge_sources(self, node: yaml.Node, path: Path) -> list[yaml.MappingNode]:
@@ -247,13 +266,6 @@ class _Reader:
             )
             return ""
 
-    def _spend(self, node: yaml.Node) -> None:
-        self._values += 1
-        if isinstance(node, yaml.ScalarNode):
-            self._values += len(node.value) // 100
-        if self._values > MAX_VALUES:
-            self.stop_too_large(node.start_mark)
-
     def fault(self, message: str, fix: str, mark: Any, path: Path = ()) -> None:
         self.problems.append(
             Problem(
@@ -274,14 +286,14 @@ class _Reader:
     def stop_too_deep(self, mark: Any) -> NoReturn:
         self.stop(
             f"the document is nested deeper than {MAX_DEPTH} levels",
-            "Flatten it; an anchor must not contain its own alias.",
+            "Flatten it.",
             mark,
         )
 
     def stop_too_large(self, mark: Any) -> NoReturn:
         self.stop(
             f"the document has more than {MAX_VALUES:,} values once its aliases are expanded",
-            "Shorten it, or give the spec from Python, where nothing limits its size.",
+            "Shorten it, or give the spec from Python.",
             mark,
         )
 

@@ -30,7 +30,7 @@ def json_schema(sections: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     return {
         "$schema": DIALECT,
         "title": "llmload spec",
-        "description": core["description"],
+        "description": core["description"].partition("\n\n")[0],
         "type": "object",
         "properties": properties,
         "required": core["required"],

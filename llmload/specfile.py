@@ -32,16 +32,18 @@ class Document:
     """dict, list, str, int, float, bool and None, all keys text."""
     file: str = ""
     """The file it was read from; empty for a spec from Python."""
-    positions: Mapping[str, tuple[int, int]] = field(default_factory=dict, repr=False)
-    """Dotted path -> line and column of the key, counted from 1."""
+    positions: Mapping[Path, tuple[int, int]] = field(default_factory=dict, repr=False)
+    """Line and column of each key and list entry, counted from 1."""
 
     def position(self, where: str) -> tuple[int, int] | None:
-        """Return line and column of a dotted path, or of the nearest key that contains it."""
-        while where:
-            if where in self.positions:
-                return self.positions[where]
+        """Return line and column of a dotted path, or of the nearest key that contains it.
+
+        None for a spec that is not from a file.
+        """
+        known = {dotted(path): position for path, position in self.positions.items()}
+        while where not in known and where:
             where = where[: max(where.rfind("."), where.rfind("["), 0)]
-        return (1, 1) if self.file else None
+        return known.get(where, (1, 1) if self.file else None)
 
     def placed(self, problems: Iterable[Problem]) -> list[Problem]:
         """Return the problems with file, line and column, in the order of the file."""

@@ -37,10 +37,12 @@ class Spelling:
         value = self.convert(value)
         if value is _NEEDS_NO_KEY:
             return "Remove it: that is what happens without it."
-        section, _, key = self.ours.rpartition(".")
         text = dump_inline(value)
-        text = text if len(text) <= _SHOWN else "..."
-        return f"Write `{section}: {{{key}: {text}}}`." if section else f"Write `{key}: {text}`."
+        *sections, key = self.ours.split(".")
+        text = f"{key}: {text if len(text) <= _SHOWN else '...'}"
+        for section in reversed(sections):
+            text = f"{section}: {{{text}}}"
+        return f"Write `{text}`."
 
 
 def _switch(on: object) -> Callable[[Any], Any]:
@@ -97,6 +99,7 @@ VALUES: Final[Mapping[str, str]] = {
 }
 """Words of other tools in lower case -> ours, for keys that take one of a few words."""
 
+_EXTRA_TOKENS: Final = "tokenizer.add_special_tokens.additional_special_tokens"
 _ALL_LORA: Final = "PEFT, TRL, axolotl and LLaMA-Factory"
 _TOKEN: Final = "Remove it and set the environment variable HF_TOKEN: a spec holds no secrets."
 _TRAINER: Final = "Remove it and give it to the trainer: llmload only loads the model."
@@ -145,18 +148,20 @@ _CORE: Final = {
 _SECTIONS: Final = {
     # tokenizer and embeddings
     "pad_token": Spelling("TRL", "tokenizer.pad_token"),
-    "eos_token": Spelling("TRL", "tokenizer.eos_token"),
+    "eos_token": Spelling("TRL", "tokenizer.add_special_tokens.eos_token"),
     "padding_side": Spelling("transformers", "tokenizer.padding_side"),
     "chat_template": Spelling("axolotl", "tokenizer.chat_template"),
     "chat_template_path": Spelling("TRL", "tokenizer.chat_template"),
     "chat_template_jinja": Spelling("axolotl", "tokenizer.chat_template"),
     "tokens": Spelling("axolotl", "tokenizer.add_tokens"),
     "add_tokens": Spelling("LLaMA-Factory", "tokenizer.add_tokens", _listed),
-    "new_special_tokens": Spelling(
-        "LLaMA-Factory and ms-swift", "tokenizer.add_special_tokens", _listed
-    ),
-    "add_special_tokens": Spelling("LLaMA-Factory", "tokenizer.add_special_tokens", _listed),
-    "special_tokens": Spelling("axolotl", "tokenizer"),
+    "new_special_tokens": Spelling("LLaMA-Factory and ms-swift", _EXTRA_TOKENS, _listed),
+    "add_special_tokens": Spelling("LLaMA-Factory", _EXTRA_TOKENS, _listed),
+    "special_tokens": Spelling("axolotl", "tokenizer.add_special_tokens"),
+    "use_fast_tokenizer": Spelling("LLaMA-Factory", "tokenizer.use_fast"),
+    "tokenizer_use_fast": Spelling("axolotl", "tokenizer.use_fast"),
+    "tokenizer_name_or_path": Spelling("the DPO reference code", "tokenizer.name_or_path"),
+    "tokenizer_config": Spelling("axolotl", "tokenizer.name_or_path"),
     "resize_vocab": Spelling("LLaMA-Factory", "embeddings", _switch({})),
     "resize_token_embeddings_to_32x": Spelling(
         "axolotl", "embeddings.pad_to_multiple_of", _switch(32)
