@@ -1,0 +1,224 @@
+"""Where the model comes from: folders, hub snapshots, cache candidates; and no code from a config.
+
+No hub can be reached here: ``snapshot_download`` is replaced by a stand-in wherever one is asked.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_checkpoint
+
+from llmload import LoadSpec, source
+from llmload.errors import CheckpointError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("source"))
+
+
+def refusal(spec: LoadSpec) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        source.resolve(spec, weights=True)
+    return str(caught.value)
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_taken_as_it_is(folder: Path) -> None:
+    assert source.resolve(LoadSpec(model=folder), weights=True) == folder
+
+
+def test_a_subfolder_is_part_of_the_place(folder: Path) -> None:
+    spec = LoadSpec(model=folder.parent, subfolder=folder.name)
+    assert source.resolve(spec, weights=True) == folder
+
+
+def test_a_folder_that_does_not_exist_is_refused() -> None:
+    assert refusal(LoadSpec(model="./no/such/folder")) == (
+        "model: the folder './no/such/folder' does not exist. Give a folder written by"
+        " save_pretrained, or a hub id such as `org/name`."
+    )
+
+
+def test_a_single_word_is_taken_for_a_folder_not_for_a_hub_id() -> None:
+    assert refusal(LoadSpec(model="gtp2")).startswith("model: the folder 'gtp2' does not")
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    assert refusal(LoadSpec(model=tmp_path)) == (
+        f"model: the folder {str(tmp_path)!r} holds no config.json. Give a folder written by"
+        " save_pretrained."
+    )
+
+
+def test_a_revision_of_a_folder_is_refused(folder: Path) -> None:
+    assert refusal(LoadSpec(model=folder, revision="main")) == (
+        f"revision: revision 'main' was asked for, but {str(folder)!r} is a local folder, which"
+        " has none. Remove `revision`, or give the id of a hub repository."
+    )
+
+
+# --- the hub ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A stand-in for the hub: every repository is ``folder``; returns what was asked."""
+    asked: list[dict[str, Any]] = []
+
+    def snapshot_download(repo: str, **options: Any) -> str:
+        asked.append({"repo": repo, **options})
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return asked
+
+
+def test_a_hub_id_is_fetched_at_its_revision_without_pickles(
+    hub: list[dict[str, Any]], folder: Path
+) -> None:
+    spec = LoadSpec(model="org/name", revision="v2", local_files_only=True)
+    assert source.resolve(spec, weights=True) == folder
+    (asked,) = hub
+    assert (asked["repo"], asked["revision"], asked["local_files_only"]) == ("org/name", "v2", True)
+    assert "*.safetensors" in asked["allow_patterns"]
+    assert "*.bin" not in asked["allow_patterns"]
+
+
+def test_for_a_plan_no_weight_file_is_fetched(hub: list[dict[str, Any]]) -> None:
+    source.resolve(LoadSpec(model="org/name"), weights=False)
+    assert not {"*.safetensors", "*.bin"} & set(hub[0]["allow_patterns"])
+
+
+def test_pickles_are_fetched_where_they_are_allowed(hub: list[dict[str, Any]]) -> None:
+    source.resolve(LoadSpec(model="org/name", allow_pickle=True), weights=True)
+    assert "*.bin" in hub[0]["allow_patterns"]
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_refused(tmp_path: Path) -> None:
+    message = refusal(LoadSpec(model="org/name", cache_dir=tmp_path, local_files_only=True))
+    assert message == (
+        "model: 'org/name' is not a folder, and the hub repository of that name is neither in the"
+        " cache nor could it be fetched (LocalEntryNotFoundError). Give a local folder, or fetch it"
+        " beforehand with `hf download`."
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            "GatedRepoError",
+            "model: the hub repository 'org/name' is gated. Ask for access on the model's page,"
+            " then log in with `hf auth login`.",
+        ),
+        (
+            "RevisionNotFoundError",
+            "model: the hub repository 'org/name' has no revision None. Give a branch, tag or"
+            " commit of the repository.",
+        ),
+        (
+            "RepositoryNotFoundError",
+            "model: neither a folder nor a hub repository is called 'org/name'. Check the id, or"
+            " log in with `hf auth login` if it is private.",
+        ),
+    ],
+)
+def test_what_the_hub_refuses_is_said_in_our_words(
+    error: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import errors
+
+    kind = getattr(errors, error)
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    assert refusal(LoadSpec(model="org/name")) == message
+
+
+def test_the_first_cache_candidate_that_exists_wins(tmp_path: Path) -> None:
+    (tmp_path / "second").mkdir()
+    (tmp_path / "third").mkdir()
+    names = [str(tmp_path / name) for name in ("first", "second", "third")]
+    assert source.cache_dir(LoadSpec(model="m", cache_dir=names)) == tmp_path / "second"
+
+
+def test_the_last_cache_candidate_is_taken_where_none_exists(tmp_path: Path) -> None:
+    names = [str(tmp_path / "first"), str(tmp_path / "second")]
+    assert source.cache_dir(LoadSpec(model="m", cache_dir=names)) == tmp_path / "second"
+    assert source.cache_dir(LoadSpec(model="m")) is None
+
+
+# --- configs ------------------------------------------------------------------------------------
+
+HOSTILE: list[tuple[str, dict[str, Any], str]] = [
+    (key, content, path)
+    for key, content, path in (
+        ("attention", {"attn_implementation": "evil/kernel"}, "attn_implementation"),
+        ("private attention", {"_attn_implementation": "evil/kernel"}, "_attn_implementation"),
+        (
+            "internal attention",
+            {"_attn_implementation_internal": "evil/kernel"},
+            "_attn_implementation_internal",
+        ),
+        (
+            "internal experts",
+            {"_experts_implementation_internal": "x"},
+            "_experts_implementation_internal",
+        ),
+        ("experts", {"experts_implementation": "evil/kernel"}, "experts_implementation"),
+        ("trust", {"trust_remote_code": True}, "trust_remote_code"),
+        ("nested", {"text_config": {"trust_remote_code": True}}, "text_config.trust_remote_code"),
+        (
+            "in a list",
+            {"parts": [{}, {"_attn_implementation_internal": "a/b"}]},
+            "parts.1._attn_implementation_internal",
+        ),
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "content", "path"), HOSTILE, ids=[row[0] for row in HOSTILE])
+def test_a_config_that_leads_to_code_is_refused_by_the_key(
+    tmp_path: Path, name: str, content: dict[str, Any], path: str
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "llama", **content}))
+    with pytest.raises(CheckpointError) as caught:
+        source.read_config(tmp_path, LoadSpec(model=tmp_path))
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.file) == (path, str(file))
+    assert problem.message.startswith(f"the config sets {path!r} to ")
+    assert problem.fix == (
+        "Remove the key from the config, or set `trust_remote_code: true` if you trust whoever made"
+        " the folder."
+    )
+    assert source.read_config(tmp_path, LoadSpec(model=tmp_path, trust_remote_code=True))
+
+
+def test_ordinary_kernels_and_a_refusal_of_remote_code_pass(tmp_path: Path) -> None:
+    content = {"model_type": "llama", "attn_implementation": "sdpa", "trust_remote_code": False}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert source.read_config(tmp_path, LoadSpec(model=tmp_path)) == content
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "the config is not valid JSON: Expecting property name enclosed in double quotes"),
+        ("[]", "the config is a JSON list, not an object"),
+    ],
+)
+def test_an_unreadable_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError) as caught:
+        source.read_config(tmp_path, LoadSpec(model=tmp_path))
+    assert message in str(caught.value)
