@@ -131,7 +131,7 @@ class _Files:
         return True
 
 
-def prove(plan: Plan, model: nn.Module) -> list[str]:
+def prove(ctx: LoadContext, plan: Plan, model: nn.Module) -> list[str]:
     """Check the finished model: no meta tensor, trainable set as planned, a gradient path.
 
     :returns: what was proved, a sentence each, for the report.
@@ -145,7 +145,7 @@ def prove(plan: Plan, model: nn.Module) -> list[str]:
         said.append("the trainable set was not promised by the plan")
     else:
         said.append(f"{len(plan.trainable_parameters)} parameters are trainable, as planned")
-    return said + _gradient_path(model)
+    return said + _gradient_path(ctx, model)
 
 
 def _meta_tensors(model: nn.Module) -> Iterable[Problem]:
@@ -170,24 +170,25 @@ def _trainable(plan: Plan, model: nn.Module) -> Iterable[Problem]:
             )
 
 
-def _gradient_path(model: nn.Module) -> list[str]:
+def _gradient_path(ctx: LoadContext, model: nn.Module) -> list[str]:
     """Say whether the loss reaches a trainable parameter; raise where it reaches none."""
-    trainable = sum(p.requires_grad for p in model.parameters())
-    if not trainable:
+    trainable = [p.requires_grad for p in model.parameters()]
+    if not any(trainable):
         return ["no parameter is trainable, so no gradient path was looked for"]
-    from .probe import probe  # needs torch
-
-    found = probe(model)
+    if all(trainable):
+        # Nothing is frozen: whatever the output is computed with requires gradients.
+        return ["every parameter is trainable"]
+    found = ctx.probe(model)
     if found.method == "unavailable":
         return [f"the gradient path was not looked at: {found.reason}"]
-    reached = trainable - len(found.unreached)
+    reached = sum(trainable) - len(found.unreached)
     if not reached:
         raise AuditError(
             "no gradient reaches any trainable parameter",
             fix="With reentrant gradient checkpointing and a frozen base, inputs must require"
             " gradients: use the section `gradient_checkpointing`.",
         )
-    return [f"gradients reach {reached} of {trainable} trainable parameters"]
+    return [f"gradients reach {reached} of {sum(trainable)} trainable parameters"]
 
 
 def ask(host: Host, plugin: str, ctx: LoadContext, model: nn.Module) -> None:

@@ -12,9 +12,11 @@ from pydantic import BaseModel
 if TYPE_CHECKING:
     import pluggy
     import torch
+    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .checkpoint import Checkpoint
+    from .probe import ProbeResult
     from .spec import LoadSpec
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -82,6 +84,7 @@ class LoadContext:
         self.facts: dict[str, Any] = {}
         """JSON-able facts for the report, by plugin name."""
         self.kept_alive: list[object] = []
+        self._probed: ProbeResult | None = None
 
     def section(self, kind: type[SectionT]) -> SectionT:
         """Return this load's section of the given model: what the spec says, or its defaults.
@@ -92,6 +95,17 @@ class LoadContext:
             if isinstance(value, kind):
                 return value
         raise LookupError(f"no active plugin has a section of type {kind.__qualname__}")
+
+    def probe(self, model: nn.Module) -> ProbeResult:
+        """Return what :func:`llmload.probe.probe` finds of the finished model; run once per load.
+
+        For ``audit``: the model does not change any more.
+        """
+        if self._probed is None:
+            from .probe import probe  # needs torch
+
+            self._probed = probe(model)
+        return self._probed
 
     def keep_alive(self, thing: object) -> None:
         """Hold ``thing`` as long as the result of the load lives."""
@@ -115,4 +129,5 @@ class LoadContext:
         loading.placement = None
         loading.facts = {}
         loading.kept_alive = []
+        loading._probed = None
         return loading

@@ -95,7 +95,7 @@ def execute(prepared: Prepared, report: Report, *, prove: bool) -> LoadResult:
         _fill(report, prepared, ctx, model, ledger)
         if prove:
             with report.phase("audit"):
-                report.audit += audit.prove(plan, model)
+                report.audit += audit.prove(ctx, plan, model)
             for plugin in host.implementing("audit"):
                 with report.phase("audit", plugin):
                     audit.ask(host, plugin, ctx, model)
