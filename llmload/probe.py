@@ -1,0 +1,380 @@
+"""One train-mode forward and backward of the model as it is, without touching a weight.
+
+Whether a model is still random in training, and which trainable parameters a loss can reach, are
+questions about the forward that the model really runs: with its adapters, hooks, attention
+implementation and checkpointing. So the probe runs exactly that forward on a few tokens, with every
+parameter and buffer replaced by a stand-in on the meta device that has its shape, dtype and
+``requires_grad``. It costs Python overhead, no arithmetic and no weight page. Models whose control
+flow depends on values cannot run on meta tensors; small ones then run for real.
+
+Imported lazily, by functions: this module needs torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.fx.experimental import _config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TOKENS = 8
+"""Length of the example input: one row of so many token ids."""
+
+SMALL = 64 * 2**20
+"""A model of at most so many parameters may run for real where meta tensors do not suffice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomOp:
+    """An operation of the forward whose result depends on a random generator."""
+
+    op: str
+    """Its name, such as ``aten.bernoulli_``."""
+    module: str
+    """Dotted path of the innermost module whose ``forward`` issued it; empty for the model."""
+    module_class: str
+    """Name of that module's class."""
+    probability: float | None
+    """The rate at which it drops, where it has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """What one forward and backward in training mode showed."""
+
+    method: Literal["meta", "real", "unavailable"]
+    """How it ran; ``unavailable``: neither way, and the other fields say nothing."""
+    reason: str = ""
+    """Why it did not run on meta tensors, and for ``unavailable`` why not for real either."""
+    random_ops: tuple[RandomOp, ...] = ()
+    """Every random operation, in the order of the forward."""
+    unreached: tuple[str, ...] = ()
+    """Trainable parameters that the backward gave no gradient, in the model's order."""
+
+
+def probe(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ProbeResult:
+    """Run one train-mode forward and backward and say what is random and what gets a gradient.
+
+    The model is left as it was: weights, gradients, buffers, training mode and all attributes of
+    its modules. So are torch's, Python's and NumPy's random states.
+
+    :param model: the finished model, adapters and all; on any device, also on meta.
+    :param inputs: keyword arguments of the forward; by default one row of ``TOKENS`` token ids,
+        for decoder and encoder alike. Tensors among them are moved to where the probe runs.
+    """
+    try:
+        return _run(model, inputs, on_meta=True, reason="")
+    except Exception as error:  # the model's own code, which may raise anything
+        reason = f"on meta tensors: {_first_line(error)}"
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if size > SMALL or any(parameter.is_meta for parameter in model.parameters()):
+        return ProbeResult(method="unavailable", reason=reason)
+    try:
+        return _run(model, inputs, on_meta=False, reason=reason)
+    except Exception as error:
+        reason = f"{reason}; for real: {_first_line(error)}"
+        return ProbeResult(method="unavailable", reason=reason)
+
+
+def _run(
+    model: nn.Module, inputs: Mapping[str, Any] | None, *, on_meta: bool, reason: str
+) -> ProbeResult:
+    recorder = _Recorder(model)
+    with ExitStack() as stack:
+        stack.enter_context(_random_states_kept(model))
+        stack.enter_context(_modules_kept(model))
+        stack.enter_context(torch.enable_grad())
+        # Where a model asks which elements are not zero: all.
+        stack.enter_context(_config.patch(meta_nonzero_assume_all_nonzero=True))  # type: ignore[attr-defined]
+        if on_meta:
+            _put_stand_ins(model)
+        else:
+            _put_clones_of_buffers(model)
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        stack.enter_context(_gradients_kept(trainable.values()))
+        device = torch.device("meta") if on_meta else next(model.parameters()).device
+        arguments = example_inputs(model, device) if inputs is None else _moved(inputs, device)
+        model.train()
+        with recorder:
+            outputs = model(**arguments)
+            found = tuple(recorder.found)
+            roots = [t.sum() for t in _tensors(outputs) if t.requires_grad]
+            if roots:
+                torch.autograd.backward(roots)
+        unreached = tuple(name for name, p in trainable.items() if p.grad is None)
+    return ProbeResult(
+        method="meta" if on_meta else "real",
+        reason=reason,
+        random_ops=found,
+        unreached=unreached,
+    )
+
+
+# --- inputs and outputs -----------------------------------------------------------------------
+
+
+def example_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Make the arguments of one forward: a row of token ids that ends with the end-of-text id."""
+    config = getattr(model, "config", None)
+    ids = torch.arange(TOKENS).reshape(1, TOKENS)
+    eos = getattr(config, "eos_token_id", None)
+    if isinstance(eos, int):
+        # Sequence classifiers of the BART and T5 families look for it.
+        ids[0, -1] = eos
+    ids = ids.to(device)
+    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(config, "is_encoder_decoder", False):
+        arguments["decoder_input_ids"] = ids
+    if "use_cache" in inspect.signature(_innermost(model).forward).parameters:
+        arguments["use_cache"] = False
+    return arguments
+
+
+def _innermost(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside an adapter, whose signature says what it takes."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def _moved(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the floating-point tensors in a model's output, however nested."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+# --- leaving everything as it was -------------------------------------------------------------
+
+
+@contextmanager
+def _modules_kept(model: nn.Module) -> Iterator[None]:
+    """Restore the attributes, parameters, buffers, submodules and mode of every module."""
+    registries = ("_parameters", "_buffers", "_modules")
+    kept = [
+        (module, dict(vars(module)), {name: dict(vars(module)[name]) for name in registries})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, entries in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, registry in entries.items():
+                attributes[name].clear()
+                attributes[name].update(registry)
+
+
+@contextmanager
+def _random_states_kept(model: nn.Module) -> Iterator[None]:
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    legacy = numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(legacy)
+
+
+@contextmanager
+def _gradients_kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    kept = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
+# --- stand-ins --------------------------------------------------------------------------------
+
+
+def _put_stand_ins(model: nn.Module) -> None:
+    """Replace every tensor of the model by one on the meta device; ties stay ties."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        if _is_packed_linear(module):
+            module.forward = functools.partial(_dense_forward, module)
+        registries: tuple[dict[str, Any], ...] = (
+            module._parameters,
+            module._buffers,
+            vars(module),  # tensors that a model keeps as plain attributes
+        )
+        for registry in registries:
+            for name, value in registry.items():
+                if isinstance(value, torch.Tensor):
+                    registry[name] = made.setdefault(id(value), _stand_in(value))
+
+
+def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    # A ZeRO-3 partition is empty and keeps its shape beside it.
+    shape = getattr(tensor, "ds_shape", tensor.shape)
+    empty = torch.empty(shape, dtype=tensor.dtype, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
+
+
+def _is_packed_linear(module: nn.Module) -> bool:
+    """Whether the weight is a linear layer's, packed as bitsandbytes packs four-bit weights."""
+    weight = module._parameters.get("weight")
+    sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    return weight is not None and None not in sizes and not weight.is_floating_point()
+
+
+def _dense_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Do what the packed layer does to shapes and gradients, with a dense weight of no storage."""
+    size: Any = (module.out_features, module.in_features)
+    weight = torch.empty(size, dtype=x.dtype, device="meta")
+    bias = module._parameters.get("bias")
+    return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _put_clones_of_buffers(model: nn.Module) -> None:
+    """Let a real train-mode forward update running statistics of its own."""
+    for module in model.modules():
+        for name, value in module._buffers.items():
+            module._buffers[name] = None if value is None else value.clone()
+
+
+# --- random operations ------------------------------------------------------------------------
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records every operation that draws at random and whose draw the forward uses."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[RandomOp] = []
+        self._paths = {id(module): name for name, module in model.named_modules()}
+        self._unused: dict[int, tuple[torch.Tensor, RandomOp]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._unused:
+            self._take_uses(func, args)
+        result = _answer(func, args, kwargs)
+        if _is_random(func):
+            self._take_draw(func, args, kwargs, result)
+        return result
+
+    def _take_draw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        rate = _rate(func, args, kwargs)
+        if rate is not None and not 0.0 < rate < 1.0:
+            return
+        path, kind = self._issuer()
+        op = RandomOp(op=str(func.overloadpacket), module=path, module_class=kind, probability=rate)
+        if rate is None and isinstance(result, torch.Tensor) and not _mentions(args, result):
+            self._unused[id(result)] = (result, op)
+        else:
+            self.found.append(op)
+
+    def _take_uses(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Count a draw once it is used, except where the outcome is certain.
+
+        LayerDrop draws in every training forward and then compares with its rate, also with 0.
+        """
+        for value in args:
+            if id(value) in self._unused and self._unused[id(value)][0] is value:
+                _, op = self._unused.pop(id(value))
+                if not _is_certain(func, args):
+                    self.found.append(op)
+
+    def _issuer(self) -> tuple[str, str]:
+        """Find the innermost module of the model on the Python stack."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and id(owner) in self._paths:
+                return self._paths[id(owner)], type(owner).__name__
+            frame = frame.f_back
+        return "", ""
+
+
+def _answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run ``func``; where it asks a meta tensor for a value, answer False or zero."""
+    name = func._schema.name
+    if name == "aten::_local_scalar_dense" and args[0].is_meta and not _is_float(args[0]):
+        return False if args[0].dtype == torch.bool else 0
+    if name == "aten::_grouped_mm" and args[0].is_meta:
+        # Its meta kernel knows bfloat16 alone, its real kernels every dtype.
+        halves = [a.bfloat16() if _is_float(a) else a for a in args]
+        return func(*halves, **kwargs).to(args[0].dtype)
+    result = func(*args, **kwargs)
+    if name == "aten::rand" and not result.is_meta:
+        # LayerDrop compares it with its rate: the largest draw skips no layer.
+        result.fill_(1.0 - torch.finfo(result.dtype).eps)
+    return result
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+@functools.cache
+def _is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags or "dropout_p" in _arguments(func)
+
+
+@functools.cache
+def _arguments(func: Any) -> dict[str, Any]:
+    """Return the names of ``func``'s arguments, in order, with their defaults."""
+    return {argument.name: argument.default_value for argument in func._schema.arguments}
+
+
+def _rate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """Return the rate at which ``func`` drops, where its arguments say so."""
+    values = _arguments(func) | dict(zip(_arguments(func), args, strict=False)) | kwargs
+    if values.get("train") is False:
+        return 0.0
+    rate = values.get("dropout_p", values.get("p"))
+    if not isinstance(rate, float | int):
+        return None
+    # Drawn with the probability of keeping; rounded so that 1 - 0.9 says 0.1.
+    return round(1.0 - rate, 12) if "bernoulli" in func._schema.name else float(rate)
+
+
+def _is_certain(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether comparing a draw from [0, 1) with a bound has only one outcome."""
+    name = str(func.overloadpacket)
+    bound = args[1] if len(args) > 1 and isinstance(args[1], float | int) else None
+    if bound is None:
+        return False
+    return name in ("aten.lt", "aten.ge") and (bound <= 0 or bound >= 1)
+
+
+def _mentions(args: tuple[Any, ...], result: torch.Tensor) -> bool:
+    return any(value is result for value in args)
+
+
+def _first_line(error: BaseException) -> str:
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {text}"
