@@ -100,7 +100,7 @@ def _row(
         "case": name,
         "title": title,
         "size": size,
-        "peer": peer,
+        "peer_name": peer,
         "target": target,
         "final_mib": final,
         "time_ratio": asdict(Summary.of(ratios)),

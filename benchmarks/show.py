@@ -32,7 +32,7 @@ def table(results: dict[str, Any]) -> str:
     ]
     rows = []
     for row in results["rows"]:
-        for side, name in (("llmload", "llmload"), ("peer", row["peer"])):
+        for side, name in (("llmload", "llmload"), ("peer", row["peer_name"])):
             figures = row[side]
             ratio = _range(row["time_ratio"], 2) if side == "llmload" else ""
             share = figures["peak_rss_mib"]["median"] / row["final_mib"]
