@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 
@@ -61,17 +61,17 @@ _KINDS: Final = {
 _CHOICES: Final = ("literal_error", "enum")
 # pydantic's error type -> what must hold, filled in from the error's context.
 _RULES: Final = {
-    "finite_number": "must be a finite number",
-    "greater_than": "must be greater than {gt}",
-    "greater_than_equal": "must be {ge} or more",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be {le} or less",
-    "multiple_of": "must be a multiple of {multiple_of}",
-    "string_pattern_mismatch": "must match the regular expression {pattern}",
-    "string_too_long": "must have {max_length} or fewer characters",
-    "string_too_short": "must have {min_length} or more characters",
-    "too_long": "must have {max_length} or fewer entries",
-    "too_short": "must have {min_length} or more entries",
+    "finite_number": "must be a finite number, found {found}",
+    "greater_than": "must be greater than {gt}, found {found}",
+    "greater_than_equal": "must be {ge} or more, found {found}",
+    "less_than": "must be less than {lt}, found {found}",
+    "less_than_equal": "must be {le} or less, found {found}",
+    "multiple_of": "must be a multiple of {multiple_of}, found {found}",
+    "string_pattern_mismatch": "must match the regular expression {pattern}, found {found}",
+    "string_too_long": "must have {max_length} or fewer characters, found {found}",
+    "string_too_short": "must have {min_length} or more characters, found {found}",
+    "too_long": "must have {max_length} or fewer entries, found {actual_length}",
+    "too_short": "must have {min_length} or more entries, found {actual_length}",
 }
 _SECRET_KEY: Final = re.compile(
     r"^token$|(auth|hf|hub|access|api|bearer|wandb)_?token|passw(or)?d|secret|credential"
@@ -79,8 +79,14 @@ _SECRET_KEY: Final = re.compile(
     re.IGNORECASE,
 )
 _SECRET_VALUE: Final = re.compile(r"\bhf_[A-Za-z0-9]{8,}|://[^/\s]*@")
-_SWITCHES: Final = {"yes": "true", "on": "true", "no": "false", "off": "false"}
-_NUMBER: Final = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+_SWITCHES: Final = {"yes": True, "on": True, "no": False, "off": False}
+_CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
+_QUOTED: Final = {
+    "true or false": re.compile("true|false"),
+    "a whole number": re.compile(r"[-+]?\d+"),
+    "a number": re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?"),
+}
+"""Kind of value -> what it looks like inside quotes."""
 _SHOWN: Final = 60
 """Characters of a value that a message shows."""
 
@@ -107,7 +113,7 @@ def explain(
         # A union is refused by each of its branches. Where one of them got further, it is the one
         # that was meant, and what the others say of the whole value does not matter.
         deeper = any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
-        if deeper and all(fault["type"] in _KINDS for fault in faults):
+        if deeper and all(fault["type"] in (*_KINDS, *_CHOICES) for fault in faults):
             continue
         where = (*within, *path)
         value = _value_at(data, path)
@@ -128,20 +134,21 @@ def unknown_key(path: Path, value: object, known: Iterable[str], places: Places)
     :param known: the keys that can stand there.
     """
     key = str(path[-1])
-    foreign = SPELLINGS.get(dotted(path)) or SPELLINGS.get(key)
-    if foreign is not None:
-        shown = "..." if _is_secret(path, value) else value
-        return Problem(
-            where=dotted(path),
-            message=f"unknown key, known from {foreign.tools}",
-            fix=foreign.fix(shown),
-        )
     homes = [place or "the top level" for place, keys in places.items() if key in keys]
+    foreign = SPELLINGS.get(dotted(path)) or SPELLINGS.get(key)
     if homes:
-        fix = f"Move it to {' or '.join(homes)}."
-    else:
-        fix = nearest(key, known) or f"Known keys are: {', '.join(known)}."
-    return Problem(where=dotted(path), message="unknown key", fix=fix)
+        return _problem(path, "unknown key", f"Move it to {' or '.join(homes)}.")
+    if foreign is not None:
+        fix = foreign.fix("..." if _is_secret(path, value) else value)
+        return _problem(path, f"unknown key, known from {foreign.tools}", fix)
+    fix = nearest(key, known) or f"Known keys are: {', '.join(known)}."
+    return _problem(path, "unknown key", fix)
+
+
+def meant(word: str, choices: Collection[str]) -> str:
+    """Return which of ``choices`` another tool's ``word`` is, or looks like, as a fix."""
+    ours = VALUES.get(word.lower())
+    return f"Write {ours}." if ours in choices else nearest(word, choices)
 
 
 def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
@@ -149,7 +156,13 @@ def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
-def show(value: object, path: Path = ()) -> str:
+def _problem(path: Path, message: str, fix: str) -> Problem:
+    """Return a problem of the value at ``path``, cleared of what looks like a secret."""
+    message, fix = (_SECRET_VALUE.sub("...", text) for text in (message, fix))
+    return Problem(where=dotted(path), message=message, fix=fix)
+
+
+def _show(value: object, path: Path = ()) -> str:
     """Describe a value in a message: long text is cut, a secret is never shown."""
     if isinstance(value, Mapping):
         return "a mapping"
@@ -211,11 +224,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _missing(path: Path, field: FieldInfo | None) -> Problem:
     example = (field.examples or ["..."])[0] if field else "..."
-    return Problem(
-        where=dotted(path),
-        message="the key is required",
-        fix=f"Add it, such as `{path[-1]}: {example}`.",
-    )
+    return _problem(path, "the key is required", f"Add it, such as `{path[-1]}: {example}`.")
 
 
 def _wrong_value(path: Path, value: object, faults: list[ErrorDetails]) -> Problem:
@@ -224,53 +233,56 @@ def _wrong_value(path: Path, value: object, faults: list[ErrorDetails]) -> Probl
     if not broken:
         return _wrong_kind(path, value, faults)
     fault = broken[0]
+    found = _show(value, path)
     cause = fault.get("ctx", {}).get("error")
+    asked = fault["msg"].removeprefix("Input should be ")
     if cause is not None:
-        message, fix = str(cause), getattr(cause, "fix", "")
+        message = str(cause)
     elif fault["type"] in _RULES:
-        rule = _RULES[fault["type"]].format(**fault["ctx"])
-        message, fix = f"{rule}, found {show(value, path)}", ""
+        message = _RULES[fault["type"]].format(found=found, **fault["ctx"])
+    elif asked != fault["msg"]:
+        message = f"expected {asked}, found {found}"
     else:
-        asked = fault["msg"].removeprefix("Input should be ")
-        message, fix = f"expected {asked}, found {show(value, path)}", ""
-    return Problem(where=dotted(path), message=message, fix=fix)
+        message = f"{asked[0].lower()}{asked[1:]}, found {found}"
+    return _problem(path, message, getattr(cause, "fix", ""))
 
 
 def _wrong_kind(path: Path, value: object, faults: list[ErrorDetails]) -> Problem:
-    kinds, choices = [], []
+    kinds: list[str] = []
     for fault in faults:
         if fault["type"] in _CHOICES:
-            kinds += fault["ctx"]["expected"].replace(" or ", ", ").split(", ")
-            choices = [kind[1:-1] for kind in kinds if kind[0] == "'"]
+            choices = fault["ctx"]["expected"].replace(" or ", ", ").split(", ")
+            kinds += [_CONSTANTS.get(choice, choice) for choice in choices]
         else:
             kinds.append(_KINDS[fault["type"]])
     kinds = list(dict.fromkeys(kinds))
     asked = " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
-    return Problem(
-        where=dotted(path),
-        message=f"expected {asked}, found {show(value, path)}",
-        fix="" if _is_secret(path, value) else _fix_of_kind(path, value, kinds, choices),
-    )
+    fix = "" if _is_secret(path, value) else _fix_of_kind(path, value, kinds)
+    return _problem(path, f"expected {asked}, found {_show(value, path)}", fix)
 
 
-def _fix_of_kind(path: Path, value: object, kinds: list[str], choices: list[str]) -> str:
+def _fix_of_kind(path: Path, value: object, kinds: list[str]) -> str:
     """Return what to write instead, where the value shows what was meant."""
+    switch = _SWITCHES.get(value.lower()) if isinstance(value, str) else value
+    if kinds == ["a mapping"] and len(path) == 1 and (value is None or isinstance(switch, bool)):
+        if switch is False:
+            return "Remove the key."
+        defaults = f"Write `{path[0]}: {{}}` for its defaults"
+        return f"{defaults}." if switch else f"{defaults}, or remove the key."
     if value is None:
         return "Remove the key, or give it a value."
     if isinstance(value, str):
-        if value.lower() in _SWITCHES and "true or false" in kinds:
-            return f"Write {_SWITCHES[value.lower()]}."
-        if {"a number", "a whole number"} & {*kinds} and _NUMBER.fullmatch(value):
-            return f"Remove the quotes: {value}."
+        choices = [kind[1:-1] for kind in kinds if kind[0] == "'"]
+        if isinstance(switch, bool) and "true or false" in kinds:
+            return f"Write {str(switch).lower()}."
+        if any(kind in kinds and pattern.fullmatch(value) for kind, pattern in _QUOTED.items()):
+            return "Remove the quotes."
         if choices:
-            meant = VALUES.get(value.lower())
-            return f"Write {meant}." if meant in choices else nearest(value, choices)
-        if "a list" in kinds:
+            return meant(value, choices)
+        if "a list" in kinds and len(value) <= _SHOWN:
             return f"Write {dump_inline([value])}."
-    elif "a mapping" in kinds and len(path) == 1 and isinstance(value, bool):
-        return f"Write `{path[0]}: {{}}` for its defaults." if value else "Remove the key."
     elif isinstance(value, float) and value.is_integer() and "a whole number" in kinds:
         return f"Write {int(value)}."
     elif isinstance(value, int | float) and "text" in kinds:
-        return f"Put it in quotes: {str(value).lower()!r}."
+        return "Put it in quotes."
     return ""

@@ -38,6 +38,7 @@ _SYNTAX_FIXES: Final = {
     " indentation.",
     "undefined alias": "Define the anchor above its first use, or put the text in quotes.",
     "expected <block end>": "Mend the indentation: keys of one mapping start in one column.",
+    "expected '<document start>'": "Mend the indentation, or remove what follows the document.",
     "unexpected end of stream": "Close the quotes.",
     "<stream end>": "Close the bracket.",
 }
@@ -58,7 +59,7 @@ def parse(text: str, file: str = "") -> tuple[Any, dict[Path, tuple[int, int]]]:
         composer = _Composer(text, reader)
         node = composer.get_single_node()
     except yaml.MarkedYAMLError as error:
-        reader.stop(*_syntax_fault(error), error.problem_mark or error.context_mark)
+        reader.stop(*_syntax_fault(error, file), error.problem_mark or error.context_mark)
     except yaml.reader.ReaderError as error:
         before = text[: error.position]
         mark = _Mark(before.count("\n"), len(before) - before.rfind("\n") - 1)
@@ -298,12 +299,13 @@ class _Reader:
         )
 
 
-def _syntax_fault(error: yaml.MarkedYAMLError) -> tuple[str, str]:
+def _syntax_fault(error: yaml.MarkedYAMLError, file: str) -> tuple[str, str]:
     if error.context == "expected a single document in the stream":
         return "a second document starts here", "Keep one: remove `---` and what follows."
     problem = error.problem or ""
     fix = next((fix for part, fix in _SYNTAX_FIXES.items() if part in problem), "")
-    return f"this is not valid YAML: {problem}", fix
+    language = "JSON" if file.endswith(".json") else "YAML"
+    return f"this is not valid {language}: {problem}", fix
 
 
 class _Dumper(yaml.SafeDumper):

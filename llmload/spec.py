@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from .errors import Problem, SpecError
-from .explain import InvalidValueError, explain, fields_of, unknown_key
+from .explain import InvalidValueError, explain, fields_of, meant, unknown_key
 from .suggest import nearest
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _auto_class(name: str) -> str:
         return name
     raise InvalidValueError(
         f"expected {', '.join(map(repr, AUTO_CLASSES))} or 'module:Class', found {name!r}",
-        fix=nearest(name, AUTO_CLASSES),
+        fix=meant(name, AUTO_CLASSES),
     )
 
 
@@ -175,7 +175,7 @@ class LoadSpec(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    model: Annotated[str, BeforeValidator(_as_text), Field(min_length=1)] = Field(
+    model: Annotated[str, Field(min_length=1), BeforeValidator(_as_text)] = Field(
         examples=["EleutherAI/pythia-2.8b"]
     )
     """Hub id (``org/name``) or folder, relative to the working directory."""
@@ -225,7 +225,8 @@ class LoadSpec(Section):
         try:
             return handler(data)
         except ValidationError as error:
-            raise SpecError(explain(error, cls, data)) from None
+            places = {"": cls.model_fields}
+            raise SpecError(explain(error, cls, data, places=places)) from None
 
     @property
     def sections(self) -> Mapping[str, Any]:
