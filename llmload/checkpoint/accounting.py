@@ -1,0 +1,22 @@
+"""How a checkpoint's keys fit a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """How a checkpoint's keys fit a model, found out without reading a weight."""
+
+    missing: tuple[str, ...]
+    """Names in the model that get no value from the checkpoint and must be initialised."""
+    excused: tuple[str, ...]
+    """The same, but the model's class declares that they may be missing."""
+    unexpected: tuple[str, ...]
+    """Keys that the model has no place for and its class does not ignore."""
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    """Name, shape in the checkpoint, shape in the model."""
+    failed: Mapping[str, str]
+    """Name -> why transformers could not convert its tensors."""

@@ -1,0 +1,134 @@
+"""The files of a checkpoint mapped into memory: tensors over their pages, nothing copied.
+
+A mapping is private and copy-on-write, as transformers' own: writing to a tensor changes neither
+the file nor any other load of it, and pages that were only read are shared by all processes.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmload.checkpoint.description import Checkpoint, CheckpointFile, identity
+from llmload.checkpoint.dtypes import torch_dtype
+from llmload.checkpoint.folder import refuse, regular_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmload.checkpoint.header import TensorInfo
+
+# mmap names this flag from Python 3.13 on. Without it Linux refuses a private mapping larger than
+# the machine's memory, though no page of it may ever be written.
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+# Reading one page maps the 16 around it if they are in the page cache, over a tensor's ends.
+_FAULT_AROUND = 16 * mmap.PAGESIZE
+
+
+class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
+    """Hands out a checkpoint's tensors and counts the bytes that were asked for, file by file.
+
+    Files are opened on first use and closed at the end of the ``with`` block; tensors that are kept
+    keep their file's mapping alive. A file that changed since its header was checked is refused
+    each time a tensor is asked of it, because reading pages a file no longer has kills the process.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.bytes_read = dict.fromkeys((file.path for file in checkpoint.files), 0)
+        """Bytes of tensors handed out, by file; each tensor counts as often as it was asked for."""
+        self._files = {file.path: file for file in checkpoint.files}
+        self._open: dict[Path, _MappedFile] = {}
+        self._stack = ExitStack()
+
+    def __exit__(self, *exc: object) -> None:
+        self._open.clear()
+        self._stack.close()
+
+    def tensor(self, info: TensorInfo) -> torch.Tensor:
+        """The tensor over the file's own pages; writable, and not counted as read yet.
+
+        Raises ``CheckpointError`` where the file changed or torch does not know the dtype.
+        """
+        import torch
+
+        dtype = torch_dtype(info.dtype)
+        if dtype is None:
+            raise refuse(
+                info.file, f"tensor {info.name!r} has dtype {info.dtype}, which torch lacks"
+            )
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=dtype)
+        buffer = self._file(info.file).checked()
+        if info.start % dtype.itemsize:  # the format does not ask for alignment, torch does
+            copy = bytearray(buffer[info.start : info.stop])
+            return torch.frombuffer(copy, dtype=dtype).view(info.shape)
+        return torch.frombuffer(buffer, dtype=dtype, count=info.numel, offset=info.start).view(
+            info.shape
+        )
+
+    def address(self, info: TensorInfo) -> int:
+        """Where in memory the tensor's first byte is mapped: proof that a tensor lies there."""
+        return self._file(info.file).address + info.start
+
+    def count(self, info: TensorInfo, nbytes: int) -> None:
+        """Note that ``nbytes`` of a tensor are read."""
+        self.bytes_read[info.file] += nbytes
+
+    def drop(self, info: TensorInfo) -> None:
+        """Take the tensor's pages out of this process; they stay in the page cache.
+
+        Nothing is lost, also for tensors beside it, as long as none of them was written to.
+        """
+        self._file(info.file).drop(info.start, info.stop)
+
+    def check(self) -> None:
+        """Raise ``CheckpointError`` where a file that was read changed since it was opened."""
+        for file in self._open.values():
+            file.checked()
+
+    def _file(self, path: Path) -> _MappedFile:
+        if path not in self._open:
+            descriptor, _ = self._stack.enter_context(regular_file(path))
+            self._open[path] = _MappedFile(self._files[path], descriptor)
+        return self._open[path]
+
+
+class _MappedFile:
+    def __init__(self, file: CheckpointFile, descriptor: int) -> None:
+        import torch
+
+        self._file = file
+        self._descriptor = descriptor
+        self._refuse_if_changed()
+        self._buffer = mmap.mmap(
+            descriptor,
+            file.size,
+            flags=mmap.MAP_PRIVATE | _NO_RESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        )
+        self.address = torch.frombuffer(self._buffer, dtype=torch.uint8, count=1).data_ptr()
+
+    def checked(self) -> mmap.mmap:
+        """The mapping, after a look that the file is still the one whose header was checked."""
+        self._refuse_if_changed()
+        return self._buffer
+
+    def _refuse_if_changed(self) -> None:
+        state = os.fstat(self._descriptor)
+        if (state.st_size, identity(state)) != (self._file.size, self._file.identity):
+            raise refuse(
+                self._file.path,
+                "the file changed while it was being loaded",
+                "Load again when nothing writes to the folder.",
+            )
+
+    def drop(self, start: int, stop: int) -> None:
+        start = max(0, start - _FAULT_AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = min(stop + _FAULT_AROUND, self._file.size)
+        self._buffer.madvise(mmap.MADV_DONTNEED, start, stop - start)

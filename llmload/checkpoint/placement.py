@@ -1,0 +1,116 @@
+"""Where and how each weight is stored: the one question that plugins answer for the engine.
+
+The engine reads a weight, brings it under its name and shape in the model, and asks the placement
+for what to put there. Plain tensors are :class:`Plain`; a plugin that partitions, quantises or
+shares sets its own ``ctx.placement`` in ``init_context``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """One parameter or buffer of the model, still on the meta device."""
+
+    name: str
+    """Full name, as in ``state_dict``."""
+    module: nn.Module
+    """The module that owns it."""
+    attribute: str
+    """Its name there."""
+    like: torch.Tensor
+    """The meta tensor: final shape; its dtype is not yet by the dtype plan."""
+    dtype: torch.dtype
+    """Final dtype, modules that stay float32 considered."""
+    device: torch.device
+    """Final device."""
+
+
+class Source:
+    """What the checkpoint has for one target, after conversion and before any cast.
+
+    Nothing is read until :meth:`whole` or :meth:`flat` is asked for and the result is used.
+    """
+
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        count: Callable[[int], None],
+        release: Callable[[], None],
+    ) -> None:
+        self._tensor = tensor
+        self._count = count
+        self._release = release
+
+    @property
+    def shape(self) -> torch.Size:
+        """Same as the target's."""
+        return self._tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored in the checkpoint."""
+        return self._tensor.dtype
+
+    def whole(self) -> torch.Tensor:
+        """The value, on the CPU; over the file's own pages unless it was converted."""
+        self._count(self._tensor.nbytes)
+        return self._tensor
+
+    def flat(self, start: int, stop: int) -> torch.Tensor:
+        """Elements ``start`` to ``stop`` of the value laid out flat; nothing else is read."""
+        self._count((stop - start) * self._tensor.itemsize)
+        return self._tensor.reshape(-1)[start:stop]
+
+    def release(self) -> None:
+        """Say that what was asked for has been copied: the pages behind it leave the process."""
+        self._release()
+
+
+class Placement(Protocol):
+    """Decides where and how each weight is stored."""
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Change the model, built on the meta device, before anything is placed.
+
+        Modules may be replaced; names in ``state_dict`` and shapes must stay.
+        """
+
+    def place(self, target: Target, source: Source) -> torch.Tensor:
+        """Return what takes the target's place: a parameter, or a tensor that becomes one.
+
+        Called once for each target that the checkpoint has, in the order of their names. A tensor
+        for a parameter is wrapped (``requires_grad`` if floating point), one for a buffer is not.
+        Shapes agree already. May set attributes of ``target.module``; must not write into the
+        source.
+        """
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Turn what is left: all is placed, missing weights are initialised, ties are tied."""
+
+
+class Plain:
+    """Ordinary tensors: the file's own pages where dtype and device agree, else a cast copy."""
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Leave the model as it is."""
+
+    def place(self, target: Target, source: Source) -> torch.Tensor:
+        """Return the value in the target's dtype on its device, copied only where it must be."""
+        value = source.whole()
+        placed = value.to(target.device, target.dtype)
+        if placed is not value:
+            source.release()
+        return placed
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Leave the model as it is."""

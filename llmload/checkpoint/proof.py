@@ -1,0 +1,114 @@
+"""What was read and what was placed, tensor by tensor: the engine's part of the report."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmload.errors import LoadFailedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from llmload.checkpoint.mapped import MappedCheckpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """SHA-256 of one parameter's bytes as they were read, and as they were placed."""
+
+    read: str
+    """Of the value after conversion and before the cast, in the checkpoint's dtype."""
+    placed: str
+    """Of the value in its final storage."""
+
+
+class Proof(AbstractContextManager["Proof"]):
+    """Counts how each weight was placed and, if asked, compares digests.
+
+    Without digests a weight that lies on the file's own pages is proven by its address, and costs
+    no read. With digests the value is hashed in a second thread while the placement works, and a
+    weight that was placed as it was read must hash to the same.
+    """
+
+    def __init__(self, *, digests: bool = False) -> None:
+        self.mapped = 0
+        """Parameters and buffers that lie on the file's own pages."""
+        self.copied = 0
+        """All others: cast, moved, converted, quantised or partitioned."""
+        self.converted = 0
+        """Those merged, split or permuted by transformers on the way; among the copied."""
+        self.digests: dict[str, Digest] = {}
+        """By name in the model; empty unless asked for."""
+        self._pool = ThreadPoolExecutor(1, "llmload-digest") if digests else None
+
+    def begin(self, value: torch.Tensor) -> Future[str] | None:
+        """Start to hash what was read; the result goes to :meth:`end`."""
+        return self._pool.submit(sha256, value) if self._pool else None
+
+    def end(
+        self,
+        name: str,
+        value: torch.Tensor,
+        placed: torch.Tensor,
+        address: int | None,
+        reading: Future[str] | None,
+    ) -> None:
+        """Enter one placed weight; ``address`` is its place in the mapped file, None if converted.
+
+        Raises ``LoadFailedError`` where it was placed as it was read and differs from it.
+        """
+        self.converted += address is None
+        if placed.data_ptr() == address:
+            self.mapped += 1
+        else:
+            self.copied += 1
+        if reading is None:
+            return
+        digest = Digest(reading.result(), sha256(placed))
+        self.digests[name] = digest
+        unchanged = placed.dtype == value.dtype and placed.shape == value.shape
+        if unchanged and digest.read != digest.placed:
+            raise LoadFailedError(
+                f"{name!r} was placed with other bytes than were read from the checkpoint",
+                fix="The memory of this machine or the placement plugin is at fault; load again.",
+            )
+
+    def __exit__(self, *exc: object) -> None:
+        if self._pool:
+            self._pool.shutdown()
+
+    def facts(self, files: MappedCheckpoint) -> dict[str, Any]:
+        """Everything for the report, as JSON values."""
+        held = dict.fromkeys(files.bytes_read, 0)
+        for tensor in files.checkpoint.tensors.values():
+            held[tensor.file] += tensor.nbytes
+        facts: dict[str, Any] = {
+            "files": {
+                file.name: {
+                    "tensor_bytes": held[file.path],
+                    "bytes_read": files.bytes_read[file.path],
+                }
+                for file in files.checkpoint.files
+            },
+            "mapped": self.mapped,
+            "copied": self.copied,
+            "converted": self.converted,
+        }
+        if self.digests:
+            facts["sha256"] = {
+                name: {"read": digest.read, "placed": digest.placed}
+                for name, digest in self.digests.items()
+            }
+        return facts
+
+
+def sha256(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's elements in row-major order, as hexadecimal digits."""
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()

@@ -1,0 +1,246 @@
+"""Where transformers 5 hands over: its key mapping and conversions, our reading and placement.
+
+``from_pretrained`` renames and converts checkpoint keys with
+``convert_and_load_state_dict_in_model``, which takes any object that can be indexed for a tensor
+and gives every finished tensor to a "quantiser" if there is one. We come in at these two ends: the
+values are views of mapped files, the quantiser is the placement. What that function does in between
+and what surrounds it in ``from_pretrained`` is private: :func:`unsuited` says where it differs from
+5.23.0, which this was written against.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmload.checkpoint.accounting import Accounting
+from llmload.checkpoint.handover import AbortError, Handover, Outline, Receive, Receiver, View
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from llmload.checkpoint.description import Checkpoint
+    from llmload.checkpoint.header import TensorInfo
+    from llmload.checkpoint.mapped import MappedCheckpoint
+    from llmload.checkpoint.placement import Placement
+    from llmload.checkpoint.proof import Proof
+
+_SIGNATURES = {
+    "core_model_loading:convert_and_load_state_dict_in_model": (
+        "model state_dict load_config disk_offload_index"
+    ),
+    "core_model_loading:build_glob_alternation": "globs",
+    "core_model_loading:spawn_materialize": (
+        "thread_pool tensor device dtype sharding_op tensor_idx"
+    ),
+    "core_model_loading:set_param_for_module": (
+        "model target_name param_value loading_info hf_quantizer"
+    ),
+    "conversion_mapping:get_model_conversion_mapping": "model key_mapping hf_quantizer add_legacy",
+    "monkey_patching:patch_output_recorders": "model",
+    "modeling_utils:_get_dtype": (
+        "dtype checkpoint_files config sharded_metadata state_dict weights_only hf_quantizer"
+    ),
+    "modeling_utils:caching_allocator_warmup": "model expanded_device_map hf_quantizer",
+    "modeling_utils:PreTrainedModel.get_init_context": (
+        "dtype is_quantized _is_ds_init_called allow_all_kernels"
+    ),
+    "modeling_utils:PreTrainedModel._get_dtype_plan": "self dtype",
+    "modeling_utils:PreTrainedModel._finalize_model_loading": "model load_config loading_info",
+    "modeling_utils:PreTrainedModel._adjust_missing_and_unexpected_keys": "self loading_info",
+    "modeling_utils:PreTrainedModel.set_use_kernels": "self use_kernels kernel_config mode",
+    "generation:GenerationMixin.adjust_generation_fn": (
+        "self generation_config from_auto_class from_pipeline pretrained_model_name_or_path "
+        "cache_dir force_download proxies local_files_only token revision subfolder "
+        "trust_remote_code kwargs"
+    ),
+    "integrations.accelerate:check_and_set_device_map": "device_map",
+    "integrations.accelerate:_get_device_map": "model device_map max_memory hf_quantizer",
+    "integrations.accelerate:get_device": "device_map param_name valid_torch_device",
+    "integrations.accelerate:expand_device_map": "device_map param_names",
+    "integrations.accelerate:accelerate_dispatch": (
+        "model hf_quantizer device_map offload_folder offload_index offload_buffers"
+    ),
+    "utils.loading_report:LoadStateDictInfo": (
+        "missing_keys unexpected_keys mismatched_keys error_msgs conversion_errors skipped_pp_keys"
+    ),
+}
+
+
+def unsuited() -> str | None:
+    """The first private function of the installed transformers that is not as expected, or None."""
+    for path, expected in _SIGNATURES.items():
+        module, _, name = path.partition(":")
+        try:
+            found: Any = importlib.import_module(f"transformers.{module}")
+            for part in name.split("."):
+                found = getattr(found, part)
+        except (ImportError, AttributeError):
+            return f"this transformers has no {name}"
+        if " ".join(inspect.signature(found).parameters) != expected:
+            return f"{name} of this transformers takes other arguments than that of 5.23"
+    return None
+
+
+def build(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model on the meta device, weights not tied, as ``from_pretrained`` builds it."""
+    from transformers.modeling_utils import _get_dtype
+    from transformers.monkey_patching import patch_output_recorders
+
+    # Also sets the dtype in sub-configs, from which some heads take theirs.
+    config, dtype = _get_dtype(dtype, None, copy.deepcopy(config), None, None, True, None)
+    with ExitStack() as stack:
+        for context in model_class.get_init_context(dtype, False, False, None):
+            stack.enter_context(context)
+        model = model_class(config)
+        patch_output_recorders(model)
+    return model
+
+
+def resolve_device_map(
+    model: PreTrainedModel, requested: Any
+) -> dict[str, int | str | torch.device] | None:
+    """Module names and their devices, ``auto`` and a ``torch.device`` context resolved."""
+    from transformers.integrations.accelerate import _get_device_map, check_and_set_device_map
+
+    checked = check_and_set_device_map(requested)
+    return None if checked is None else _get_device_map(model, checked, None, None)
+
+
+def rehearse(
+    model: PreTrainedModel, checkpoint: Checkpoint, key_map: Mapping[str, str]
+) -> Accounting:
+    """Run transformers' mapping and conversion over the checkpoint's shapes. Changes nothing."""
+    state = model.state_dict()
+    found: dict[str, torch.Size] = {}
+
+    def receive(first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found.update((name, value.shape) for name, value in values.items())
+        return {}
+
+    outlines = {info.name: Outline(info) for info in checkpoint.tensors.values()}
+    info = _convert(model, outlines, key_map, receive, "meta")
+    absent = state.keys() - found.keys() - info.conversion_errors.keys()
+    for tied in _ties(model):
+        if not tied <= absent:
+            absent -= tied
+    info.missing_keys = set(absent)
+    model._adjust_missing_and_unexpected_keys(info)
+    return Accounting(
+        missing=tuple(sorted(info.missing_keys)),
+        excused=tuple(sorted(absent - info.missing_keys)),
+        unexpected=tuple(sorted(info.unexpected_keys)),
+        mismatched=tuple(
+            (name, tuple(shape), tuple(state[name].shape))
+            for name, shape in found.items()
+            if name in state and shape != state[name].shape
+        ),
+        failed=info.conversion_errors,
+    )
+
+
+def _ties(model: PreTrainedModel) -> Iterator[set[str]]:
+    groups: dict[str, set[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, {source}).add(target)
+    yield from groups.values()
+
+
+def fill(
+    model: PreTrainedModel,
+    files: MappedCheckpoint,
+    placement: Placement,
+    proof: Proof,
+    *,
+    dtype: torch.dtype,
+    key_map: Mapping[str, str],
+    device_map: dict[str, Any] | None,
+    name_or_path: str,
+) -> list[str]:
+    """Place every weight the checkpoint has, initialise the others, tie what is tied.
+
+    Returns the names that were initialised. Whatever reading or the placement raises comes out as
+    it is.
+    """
+    from transformers.integrations.accelerate import expand_device_map
+    from transformers.modeling_utils import LoadStateDictConfig, caching_allocator_warmup
+
+    if device_map is not None:
+        expanded = expand_device_map(device_map, list(model.state_dict()))
+        caching_allocator_warmup(model, expanded, None)
+    taken: list[tuple[TensorInfo, torch.Tensor]] = []
+    receiver = Receiver(model, files, placement, proof, taken, dtype, device_map)
+    views = {info.name: View(info, files, taken) for info in files.checkpoint.tensors.values()}
+    try:
+        info = _convert(model, views, key_map, receiver, "cpu")
+    except AbortError as abort:
+        raise abort.cause from None
+    files.check()
+    finishing = LoadStateDictConfig(
+        pretrained_model_name_or_path=name_or_path, device_map=device_map
+    )
+    model._finalize_model_loading(model, finishing, info)
+    placement.finish(model)
+    return sorted(info.missing_keys)
+
+
+def finish(
+    model: PreTrainedModel,
+    folder: Path,
+    device_map: dict[str, Any] | None,
+    *,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """Do what ``from_pretrained`` does last: eval mode, generation config, hooks across devices."""
+    from transformers.integrations.accelerate import accelerate_dispatch
+
+    model.eval()
+    model.set_use_kernels(False, None)
+    if model.can_generate() and hasattr(model, "adjust_generation_fn"):
+        model.adjust_generation_fn(
+            generation_config=None,
+            from_auto_class=False,
+            from_pipeline=None,
+            pretrained_model_name_or_path=str(folder),
+            cache_dir=None,
+            force_download=False,
+            proxies=None,
+            local_files_only=True,
+            token=None,
+            revision="main",
+            subfolder="",
+            trust_remote_code=trust_remote_code,
+        )
+    if device_map is not None and len(set(device_map.values())) > 1:
+        accelerate_dispatch(model, None, device_map, None, None, False)
+    return model
+
+
+def _convert(
+    model: PreTrainedModel,
+    values: Mapping[str, Any],
+    key_map: Mapping[str, str],
+    receive: Receive,
+    device: str,
+) -> Any:
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    config = LoadStateDictConfig(
+        device_map={"": device},
+        dtype=None,  # nothing is cast before the placement has it
+        hf_quantizer=Handover(receive),
+        # New for each run: rules remember what they matched.
+        weight_mapping=get_model_conversion_mapping(model, dict(key_map) or None, None),
+    )
+    info, _ = convert_and_load_state_dict_in_model(model, values, config)
+    return info
