@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from importlib import metadata
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,6 +80,13 @@ def meta_contexts(
     from transformers.modeling_utils import no_init_weights
 
     return [default_dtype(dtype), no_init_weights(), torch.device("meta")]
+
+
+def seam() -> ModuleType:
+    """Return the module that joins the streaming engine to this transformers' loading code."""
+    from .checkpoint import seam
+
+    return seam
 
 
 def no_init_weights() -> AbstractContextManager[Any]:
