@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from llmload.report import installed_versions
+from llmload.versions import installed_versions
 
 from . import show
 from .cases import CASES, WHOLE

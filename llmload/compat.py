@@ -6,9 +6,10 @@ Two versions of transformers are supported, 5.23 and 4.51.3; each function says 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from .versions import version_of
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def major(distribution: str) -> int:
     """Return the major version of an installed distribution."""
-    return int(metadata.version(distribution).partition(".")[0])
+    return int((version_of(distribution) or "0").partition(".")[0])
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from . import hookspecs
 from .errors import PluginError
+from .versions import name_and_version
 
 GROUP = "llmload"
 GIVEN = "given as an object"
@@ -85,11 +86,15 @@ def installed(named: set[str], *, autoload: bool, blocked: set[str]) -> list[Plu
     """Return one entry per name and distribution; only what is selected is imported."""
     infos = []
     for entry in metadata.entry_points(group=GROUP):
-        owner = entry.dist
-        distribution = f"{owner.metadata['Name']} {owner.version}" if owner else "unknown"
-        builtin = owner is not None and owner.metadata["Name"] == GROUP
-        info = PluginInfo(entry.name, distribution, builtin, "active", named=entry.name in named)
-        if not (autoload or builtin or info.named):
+        owner, version = name_and_version(entry.dist) if entry.dist else ("unknown", "")
+        info = PluginInfo(
+            name=entry.name,
+            distribution=f"{owner} {version}",
+            builtin=owner == GROUP,
+            status="active",
+            named=entry.name in named,
+        )
+        if not (autoload or info.builtin or info.named):
             info.status = "not selected"
         elif entry.name not in blocked:
             _import(info, entry.load)

@@ -13,7 +13,8 @@ from .findings import Decline
 from .ledger import Ledger
 from .planning import Plan, Prepared, prepare
 from .registry import Registry, create_registry
-from .report import Report, installed_versions
+from .report import Report
+from .versions import installed_versions
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +16,7 @@ from .context import LoadContext
 from .errors import LoadFailedError, PlanError, PluginError, Problem, RequestError
 from .findings import Conflict, Decline, Note
 from .ledger import Ledger
+from .versions import version_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -151,18 +151,11 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
 def require_stack() -> None:
     """Raise ``PluginError`` where torch or transformers is missing: nothing can be loaded."""
     for name in ("torch", "transformers"):
-        if not _version(name):
+        if not version_of(name):
             raise PluginError(
                 f"loading a model needs {name}, which is not installed",
                 fix="Install it with `pip install 'llmload[hf]'`.",
             )
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _missing_requirements(host: Host) -> Iterable[Problem]:
@@ -171,7 +164,7 @@ def _missing_requirements(host: Host) -> Iterable[Problem]:
     for info in host.infos:
         for text in getattr(info.plugin, "requires", ()):
             requirement = Requirement(text)
-            found = _version(requirement.name)
+            found = version_of(requirement.name)
             if found is None or not requirement.specifier.contains(found, prereleases=True):
                 yield Problem(
                     where=info.name,

@@ -7,22 +7,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
-
-_STACK = (
-    "llmload",
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "safetensors",
-    "bitsandbytes",
-    "deepspeed",
-    "colossalai",
-)
 
 
 class Phase(BaseModel):
@@ -109,14 +96,3 @@ def peak_rss_mib() -> float:
     """Return the process's peak resident set size in MiB; Linux counts KiB, macOS bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of Python and the libraries of the stack, without importing any."""
-    versions = {"python": sys.version.split()[0]}
-    for name in _STACK:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
