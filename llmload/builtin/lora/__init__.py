@@ -1,0 +1,192 @@
+"""LoRA adapters through PEFT: new, resumed, or as ColossalChat's files describe them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from ...errors import Problem
+from ...findings import Conflict, Note
+from ...hookspecs import hookimpl
+from .section import LoraSection
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+
+    from ...context import LoadContext
+    from .request import Request
+
+__all__ = ["LoraPlugin", "LoraSection"]
+
+_UNQUANTISED: Final = ("pissa", "corda", "loftq", "mica", "lora_ga")
+
+
+def _needs_plain_weights(section: LoraSection, _other: object) -> bool:
+    start = section.init_lora_weights
+    return isinstance(start, str) and start.startswith(_UNQUANTISED)
+
+
+class LoraPlugin:
+    """Wraps the finished base model in a ``PeftModel``."""
+
+    name = "lora"
+    requires = ("peft>=0.13.2",)
+    Section = LoraSection
+    conflicts = (
+        Conflict(
+            key="kbit",
+            reason="this `init_lora_weights` decomposes weights that are not quantised",
+            fix="Use `init_lora_weights: true` or olora, or prepare adapter and residual model"
+            " beforehand from the unquantised model.",
+            when=_needs_plain_weights,
+        ),
+    )
+
+    @hookimpl
+    def check(self, ctx: LoadContext) -> Iterator[Problem | Note]:
+        """Say which adapter will be made, and find what PEFT would refuse or get wrong."""
+        from .request import heard, resolve
+
+        request = resolve(ctx)
+        with heard() as warned:
+            request.config()
+        for text in warned:
+            yield Problem(
+                where="lora", severity="warning", message=f"PEFT warns: {text.rstrip('.')}"
+            )
+        yield from _targets_problems(ctx, request)
+        yield from _start_problems(request)
+        yield from _resume_problems(request)
+        for text in _notes(request):
+            yield Note(text=text)
+
+    @hookimpl
+    def wrap_adapter(self, ctx: LoadContext, model: nn.Module) -> PeftModel:
+        """Put the adapter around the model."""
+        from ._install import install
+
+        return install(ctx, model)
+
+    @hookimpl
+    def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
+        """Prove that the adapter is where it was put, and holds what it should."""
+        from ._proof import prove
+
+        yield from prove(ctx, model)
+
+
+def _targets_problems(ctx: LoadContext, request: Request) -> Iterator[Problem]:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    fields = request.fields
+    if fields.get("arrow_config") is not None:
+        yield Problem(
+            where="lora.arrow_config",
+            message="Arrow routes between adapters that are there already, and this makes one",
+            fix="Load the base model without `lora`, and call peft's create_arrow_model.",
+        )
+    if (
+        fields.get("target_modules") is None
+        and not fields.get("target_parameters")
+        and request.coati is None
+        and ctx.config.model_type not in DEFAULTS
+    ):
+        yield Problem(
+            where="lora.target_modules",
+            message=f"PEFT knows no default targets for the model type {ctx.config.model_type!r}",
+            fix="Write `target_modules: all-linear`, or a list of names.",
+        )
+
+
+def _start_problems(request: Request) -> Iterator[Problem]:
+    """Yield what initialisations need beyond the weights."""
+    start = request.initialisation
+    where = "lora.init_lora_weights"
+    if request.saved is not None:
+        return
+    if start == "eva":
+        yield Problem(
+            where=where,
+            severity="warning",
+            message="'eva' starts from data: until then, the adapter starts at random",
+            fix="Call peft's initialize_lora_eva_weights(result.model, batches) before training.",
+        )
+    elif start == "lora_ga":
+        yield Problem(
+            where=where,
+            severity="warning",
+            message="'lora_ga' starts from gradients, which a spec cannot make",
+            fix="Let a plugin's post_load call peft's preprocess_loraga.",
+        )
+    elif start == "corda" and not _corda_files(request):
+        yield Problem(
+            where=where,
+            message="'corda' starts from covariances of activations, and `corda_config` names no"
+            " file that holds them",
+            fix="Make one with peft's preprocess_corda, and name it as `covariance_file` or"
+            " `cache_file` in `corda_config`.",
+        )
+    elif start == "loftq":
+        yield from _accelerator(where)
+
+
+def _corda_files(request: Request) -> bool:
+    from pathlib import Path
+
+    options: dict[str, Any] = request.fields.get("corda_config") or {}
+    named = [options.get(name) for name in ("cache_file", "covariance_file")]
+    return any(name is not None and Path(name).is_file() for name in named)
+
+
+def _accelerator(where: str) -> Iterator[Problem]:
+    import torch
+
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        yield Problem(
+            where=where,
+            message="PEFT computes 'loftq' on a GPU, and there is none",
+            fix="Use pissa or olora, or load where there is a GPU.",
+        )
+
+
+def _resume_problems(request: Request) -> Iterator[Problem]:
+    """Refuse adapters whose base weights cannot be had again.
+
+    Such an adapter was trained on what its initialisation left of the base; PEFT repeats the
+    initialisation when it resumes, which gives the same base only where nothing is drawn or read.
+    """
+    start = request.initialisation
+    if request.saved is None or not isinstance(start, str):
+        return
+    if start.startswith("pissa_niter_") or start in ("corda", "lora_ga"):
+        yield Problem(
+            where="lora.adapter",
+            message=f"the adapter in {request.section.adapter!r} was made with {start!r}, which"
+            " changed the base weights in a way that cannot be repeated",
+            fix="Save it with `path_initial_model_for_weight_conversion`, which makes it a plain"
+            " LoRA for the unchanged base.",
+        )
+
+
+def _notes(request: Request) -> Iterator[str]:
+    fields, section = request.fields, request.section
+    rank, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
+    targets = fields.get("target_modules")
+    if request.coati is not None:
+        where = "the layers that ColossalChat would adapt"
+    elif targets is None:
+        where = "target_parameters" if fields.get("target_parameters") else "PEFT's default targets"
+    else:
+        where = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    scale = "sqrt(r)" if fields.get("use_rslora") else "r"
+    yield f"LoRA of rank {rank}, alpha {alpha} / {scale}, on {where}"
+    if request.saved is not None:
+        yield f"resume the {len(request.saved.checkpoint)} tensors in {section.adapter!r}"
+    if request.changes_base:
+        cause = "KaSA" if fields.get("kasa_config") is not None else repr(request.initialisation)
+        yield f"{cause} changes the weights of the layers it adapts"
+    if section.ensure_weight_tying:
+        yield "tied adapters share one storage: they part when the model is moved or cast afterwards"
+    if request.coati is not None:
+        yield from request.coati.notes(str(section.lora_config))

@@ -1,0 +1,285 @@
+"""Puts the adapter around the model, in the rehearsal and in the load by the same steps."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Final
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from ...errors import Problem, RequestError
+from . import _resume, _targets
+from ._names import translate_targets
+from .request import Request, heard, refused, resolve
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+    from ...context import LoadContext
+
+PREFIX: Final = "base_model.model."
+"""Goes before the base model's names in a ``PeftModel``."""
+
+# Initialisations that PEFT cannot run on the meta device; names and shapes are those of any other.
+_NEED_VALUES: Final = ("corda", "loftq")
+
+
+def install(ctx: LoadContext, model: nn.Module) -> PeftModel:
+    """Wrap ``model`` and record what came of it under ``ctx.facts["lora"]``.
+
+    :raises RequestError: PEFT refuses the adapter, a name matches nothing, the adapter reaches tied
+        weights without a choice, or a saved adapter does not fit.
+    """
+    request = resolve(ctx)
+    section = request.section
+    untied = _targets.untie(model) if section.tied_weights == "untie" else []
+    config = _config(ctx, request, model)
+    unmatched = _targets.hold_to_names(config, model)
+    linear = _targets.linear_layers(model)
+    tied = _targets.tied_embeddings(model)
+    trial = _trial(ctx, request, model)
+    # Held, not only their ids: PEFT may replace one, and its id would be given away again.
+    before = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+
+    with heard() as warned:
+        wrapped = _wrap(ctx, request, model, config)
+    reached = _reached(wrapped, tied)
+    _refuse_undecided(request, reached, tied)
+    _set_dtype(ctx, request, wrapped)
+    if section.ensure_weight_tying:
+        _tie_again(wrapped, section.adapter_name)
+    layers = lora_layers(wrapped, section.adapter_name)
+    if trial is not None:
+        _refuse_other_targets(request, set(layers), trial)
+
+    ctx.newly_initialised |= {f"{PREFIX}{name}": "an untied copy" for name in untied} | {
+        name: f"resumed from {section.adapter}" if section.adapter else "made by PEFT"
+        for name, tensor in [*wrapped.named_parameters(), *wrapped.named_buffers()]
+        if id(tensor) not in before
+    }
+    changed = [f"{PREFIX}{name}.base_layer.weight" for name in layers if request.changes_base]
+    if request.saved is not None:
+        changed += _resume.restore(ctx, request.saved, wrapped, section.adapter_name)
+    ctx.record(
+        "lora",
+        {
+            "targets": list(layers),
+            "unmatched": unmatched,
+            "left_out": _targets.by_kind(set(linear) - layers.keys()),
+            "changed_base": changed,
+            "tied": reached,
+            "untied": untied,
+            "warnings": warned,
+        },
+    )
+    # PEFT makes its modules in training mode, whatever the base model's.
+    return wrapped.train(model.training)
+
+
+def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    """Return the layers that carry ``adapter``, by their names in the base model."""
+    return {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.r
+    }
+
+
+def adapter_parameters(layer: LoraLayer, adapter: str) -> dict[str, nn.Parameter]:
+    """Return one layer's parameters of ``adapter``, by the name of what holds them."""
+    found = {}
+    for kind in layer.adapter_layer_names:
+        holder = getattr(layer, kind)
+        if adapter not in holder:
+            continue
+        held = holder[adapter]
+        if isinstance(held, nn.Parameter):
+            found[kind] = held
+        else:
+            found |= {f"{kind}.{name}": parameter for name, parameter in held.named_parameters()}
+    return found
+
+
+def _config(ctx: LoadContext, request: Request, model: nn.Module, **changes: Any) -> LoraConfig:
+    """Make PEFT's configuration for this model."""
+    if request.coati is not None:
+        changes["target_modules"] = request.coati.targets(model)
+        if not changes["target_modules"]:
+            raise RequestError(
+                Problem(
+                    where="lora.lora_config",
+                    message=f"no linear or embedding layer of {type(model).__name__} is named in"
+                    f" its target_modules {list(request.coati.target_modules or ())}",
+                    fix="Name layers as ColossalChat does, such as q_proj; it does not adapt"
+                    " transformers' Conv1D.",
+                )
+            )
+    if ctx.rehearsing and request.initialisation in _NEED_VALUES:
+        changes["init_lora_weights"] = True
+    config = request.config(**changes)
+    try:
+        translate_targets(config, model)
+    except ValueError as error:
+        raise refused(error) from error
+    return config
+
+
+def _wrap(
+    ctx: LoadContext, request: Request, model: nn.Module, config: LoraConfig
+) -> PeftModel:
+    section = request.section
+    if ctx.rehearsing and config.to_dict().get("monteclora_config") is not None:
+        # Its samplers are made on a real device only; the host then promises nothing.
+        raise NotImplementedError("PEFT cannot make MonteCLoRA on the meta device")
+    if not ctx.rehearsing:
+        _prepare(config, model)
+    try:
+        # Made on the meta device, the adapter costs no memory and draws no random number.
+        with torch.device("meta") if ctx.rehearsing else nullcontext():
+            wrapped = peft.get_peft_model(
+                model,
+                config,
+                adapter_name=section.adapter_name,
+                autocast_adapter_dtype=section.adapter_dtype == "auto",
+            )
+    except (ImportError, TypeError, ValueError) as error:
+        raise refused(error) from error
+    _name_base(ctx, request, config)
+    return wrapped
+
+
+def _prepare(config: LoraConfig, model: nn.Module) -> None:
+    """Do what an initialisation needs done first, and make sure of what a plugin was to do."""
+    if config.init_lora_weights == "corda":
+        from peft.tuners.lora.corda import preprocess_corda
+
+        if not any(hasattr(module, "eigens") for module in model.modules()):
+            preprocess_corda(model, config)
+    elif config.init_lora_weights == "lora_ga" and not any(
+        # PEFT would quietly fall back to its default.
+        hasattr(module, "_peft_loraga_grad")
+        for module in model.modules()
+    ):
+        raise RequestError(
+            Problem(
+                where="lora.init_lora_weights",
+                message="no layer carries the gradients that 'lora_ga' starts from",
+                fix="Let a plugin's post_load call peft's preprocess_loraga.",
+            )
+        )
+
+
+def _name_base(ctx: LoadContext, request: Request, config: LoraConfig) -> None:
+    """Let the saved adapter find its base: PEFT knows only the folder the model was read from."""
+    from pathlib import Path
+
+    spec = ctx.spec
+    if spec.weights == "pretrained" and not Path(spec.model).expanduser().is_dir():
+        config.base_model_name_or_path = spec.model
+    config.revision = spec.revision
+    for name in ("base_model_name_or_path", "revision"):
+        if request.fields.get(name) is not None:
+            setattr(config, name, request.fields[name])
+
+
+def _set_dtype(ctx: LoadContext, request: Request, model: PeftModel) -> None:
+    """Cast the adapter to the dtype asked for; ``auto`` was PEFT's own work."""
+    asked, adapter = request.section.adapter_dtype, request.section.adapter_name
+    if asked == "auto":
+        return
+    dtype = ctx.dtype if asked == "base" else getattr(torch, asked)
+    for layer in lora_layers(model, adapter).values():
+        for parameter in adapter_parameters(layer, adapter).values():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _reached(model: PeftModel, tied: dict[str, nn.Module]) -> list[str]:
+    """Return the tied modules that the adapter wraps or copies."""
+    inner = set()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            inner.add(id(module.get_base_layer()))
+        elif isinstance(module, ModulesToSaveWrapper):
+            inner.add(id(module.original_module))
+    return [name for name, module in tied.items() if id(module) in inner]
+
+
+def _refuse_undecided(request: Request, reached: list[str], tied: dict[str, nn.Module]) -> None:
+    if not reached:
+        return
+    section = request.section
+    others = [name for name in tied if name not in reached] or reached[1:]
+    if section.tied_weights is None and not section.ensure_weight_tying:
+        together = (
+            "`ensure_weight_tying: true` for one adapter for both, "
+            if hasattr(peft.LoraConfig(), "ensure_weight_tying")
+            else ""
+        )
+        raise RequestError(
+            Problem(
+                where="lora.tied_weights",
+                message=f"the adapter reaches {reached[0]!r}, whose weight is also that of"
+                f" {' and '.join(map(repr, others))}",
+                fix=f"Choose {together}`tied_weights: separate` to adapt only what is named, or"
+                " `tied_weights: untie` to give each a weight of its own.",
+            )
+        )
+    if request.changes_base:
+        raise RequestError(
+            Problem(
+                where="lora.init_lora_weights",
+                message=f"{request.initialisation!r} changes the weight of {reached[0]!r}, which is"
+                f" also that of {' and '.join(map(repr, others))}",
+                fix="Set `tied_weights: untie`, or exclude it from the targets.",
+            )
+        )
+
+
+def _tie_again(model: PeftModel, adapter: str) -> None:
+    """Share the storage of tied adapters anew.
+
+    PEFT makes the head's A the transpose of the embedding's B, and likewise B of A, as views of one
+    storage, and parts them again where it casts them (0.21.2, base in bfloat16 or float16).
+    """
+    source = model.get_base_model().get_input_embeddings()
+    if not isinstance(source, LoraLayer):
+        return
+    for layer in lora_layers(model, adapter).values():
+        if layer is not source and layer.get_base_layer().weight is source.get_base_layer().weight:
+            for mine, its in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
+                parameter = getattr(layer, mine)[adapter].weight
+                parameter.data = getattr(source, its)[adapter].data.t()
+
+
+def _trial(ctx: LoadContext, request: Request, model: nn.Module) -> set[str] | None:
+    """Return the layers that the section's own words would adapt, where a saved adapter's hold.
+
+    PEFT saves ``all-linear`` and regular expressions as the names they matched, so the words can
+    only be compared by their effect; in the rehearsal a second wrap costs nothing.
+    """
+    given = request.section.given()
+    words = {n: given[n] for n in ("target_modules", "exclude_modules") if n in given}
+    if request.saved is None or not ctx.rehearsing or not words:
+        return None
+    twin = copy.deepcopy(model)
+    with heard():
+        wrapped = _wrap(ctx, request, twin, _config(ctx, request, twin, **words))
+    return set(lora_layers(wrapped, request.section.adapter_name))
+
+
+def _refuse_other_targets(request: Request, found: set[str], asked: set[str]) -> None:
+    if asked == found:
+        return
+    raise RequestError(
+        Problem(
+            where="lora.target_modules",
+            message=f"the section asks for {', '.join(_targets.by_kind(asked))}, and the adapter in"
+            f" {request.section.adapter!r} has {', '.join(_targets.by_kind(found))}",
+            fix="Remove `target_modules` and `exclude_modules` from the section.",
+        )
+    )

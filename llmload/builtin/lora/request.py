@@ -1,0 +1,238 @@
+"""What adapter is asked for: the section, a saved adapter or ColossalChat's file made one.
+
+Everything here is known before a model is built; PEFT is imported only to make its ``LoraConfig``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, Final
+
+from ...errors import Problem, RequestError
+from ...suggest import nearest
+from . import coati, saved
+from .section import FIELDS_SINCE, INITIALISATIONS, LoraSection
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from ...context import LoadContext
+
+TASKS: Final = {
+    "causal_lm": "CAUSAL_LM",
+    "seq2seq_lm": "SEQ_2_SEQ_LM",
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "base": "FEATURE_EXTRACTION",
+}
+"""PEFT's task type for each ``auto_class``; a class named by its path has none."""
+
+ALL_LINEAR: Final = "all-linear"
+
+# Field -> PEFT's dataclass for it, in peft.tuners.lora.config.
+_NESTED: Final = {
+    "arrow_config": "ArrowConfig",
+    "corda_config": "CordaConfig",
+    "eva_config": "EvaConfig",
+    "kasa_config": "KasaConfig",
+    "loftq_config": "LoftQConfig",
+    "lora_ga_config": "LoraGAConfig",
+    "monteclora_config": "MontecloraConfig",
+    "runtime_config": "LoraRuntimeConfig",
+    "use_bdlora": "BdLoraConfig",
+    "velora_config": "VeloraConfig",
+}
+_TAKES_FROM_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The adapter that a load is asked to make."""
+
+    section: LoraSection
+    fields: dict[str, Any]
+    """The fields of ``LoraConfig`` that are set, as plain data; all others keep PEFT's default."""
+    saved: saved.SavedAdapter | None
+    """The adapter to resume."""
+    coati: coati.CoatiLora | None
+    """ColossalChat's file; its targets are found on the model."""
+
+    @property
+    def initialisation(self) -> bool | str:
+        """``init_lora_weights``, as asked or by default."""
+        value: bool | str = self.fields.get("init_lora_weights", True)
+        return value
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether making the adapter changes the weights of the layers it adapts."""
+        return bool(self.fields.get("kasa_config") is not None) or (
+            isinstance(self.initialisation, str)
+            and self.initialisation.startswith(_TAKES_FROM_BASE)
+        )
+
+    def config(self, **changes: Any) -> LoraConfig:
+        """Make PEFT's configuration; ``changes`` replace fields.
+
+        :raises RequestError: the installed PEFT does not know a field or an initialisation, or
+            refuses the combination.
+        """
+        import peft
+
+        fields = self.fields | changes
+        known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
+        if self.saved is not None:
+            # A file lists all fields of the PEFT that wrote it; a default here asks for nothing.
+            fields = {n: v for n, v in fields.items() if n in known or not _is_default(n, v)}
+        problems = [*_too_new(fields, known), *_nested_faults(fields)]
+        if problems:
+            raise RequestError(problems)
+        try:
+            with heard():
+                return peft.LoraConfig(**{name: _nested(name, v) for name, v in fields.items()})
+        except (ImportError, TypeError, ValueError) as error:
+            raise refused(error) from error
+
+
+def resolve(ctx: LoadContext) -> Request:
+    """Put together what the section, a saved adapter or ColossalChat's file say.
+
+    :raises RequestError: a file is wrong, or the section contradicts it.
+    """
+    section = ctx.section(LoraSection)
+    adapter = theirs = None
+    given = section.given()
+    base: dict[str, Any] = {}
+    if section.adapter is not None:
+        adapter = saved.open_adapter(section.adapter)
+        base = adapter.fields
+        _refuse_contradictions(given, base, f"the adapter in {section.adapter!r}")
+        # What the section says of targets agrees in effect (see `targets.agree`); the file's words
+        # stand, as PEFT wrote them out.
+        given = {name: value for name, value in given.items() if name not in base}
+    elif section.lora_config is not None:
+        theirs = coati.read(section.lora_config)
+        base = theirs.fields()
+        _refuse_contradictions(given, base, repr(section.lora_config))
+        if "target_modules" in given:
+            raise RequestError(
+                Problem(
+                    where="lora.target_modules",
+                    message=f"{section.lora_config!r} says which modules are adapted",
+                    fix="Remove `target_modules` from the section or `lora_config`.",
+                )
+            )
+    if "task_type" not in base and "task_type" not in given:
+        base = base | {"task_type": TASKS.get(ctx.spec.auto_class)}
+    return Request(section=section, fields=base | given, saved=adapter, coati=theirs)
+
+
+def _refuse_contradictions(given: dict[str, Any], base: dict[str, Any], source: str) -> None:
+    problems = [
+        Problem(
+            where=f"lora.{name}",
+            message=f"the section says {given[name]!r}, and {source} says {base[name]!r}",
+            fix=f"Remove `{name}` from the section.",
+        )
+        for name in given
+        if name in base and not _agree(name, given[name], base[name])
+    ]
+    if problems:
+        raise RequestError(problems)
+
+
+def _agree(name: str, asked: Any, found: Any) -> bool:
+    """Say whether a field asks for what a saved adapter has; PEFT keeps lists of names as sets."""
+    if name in ("target_modules", "exclude_modules") and isinstance(asked, str):
+        # Saved as the names that it matched: compared on the model.
+        return True
+    if isinstance(asked, list) and isinstance(found, list):
+        # PEFT adds the classification head to the modules that are saved.
+        return set(asked) == set(found) or (name == "modules_to_save" and set(asked) < set(found))
+    return bool(asked == found)
+
+
+def _is_default(name: str, value: Any) -> bool:
+    return bool(LoraSection().model_dump(mode="json")[name] == value)
+
+
+def _too_new(fields: dict[str, Any], known: set[str]) -> Iterator[Problem]:
+    """Yield what the installed PEFT does not have yet."""
+    installed = metadata.version("peft")
+    for name in sorted(fields.keys() - known):
+        yield _since(f"lora.{name}", f"the field {name!r}", FIELDS_SINCE[name], installed)
+    start = fields.get("init_lora_weights")
+    since = INITIALISATIONS.get(start) if isinstance(start, str) else None
+    if since is not None and _release(installed) < _release(since):
+        yield _since("lora.init_lora_weights", f"the initialisation {start!r}", since, installed)
+
+
+def _since(where: str, what: str, since: str, installed: str) -> Problem:
+    return Problem(
+        where=where,
+        message=f"{what} came with peft {since}, and peft {installed} is installed",
+        fix=f"Install it with `pip install 'peft>={since}'`, or remove the key.",
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    from packaging.version import Version
+
+    return Version(version).release
+
+
+def _nested_faults(fields: dict[str, Any]) -> Iterator[Problem]:
+    for name in _NESTED.keys() & fields.keys():
+        if not fields[name]:
+            continue
+        known = [f.name for f in dataclasses.fields(_nested_class(name)) if f.init]
+        for key in fields[name]:
+            if key not in known:
+                yield Problem(
+                    where=f"lora.{name}.{key}",
+                    message="unknown key",
+                    fix=nearest(key, known) or f"Known keys are: {', '.join(known)}.",
+                )
+
+
+def _nested(name: str, value: Any) -> Any:
+    """Return a nested configuration as PEFT's dataclass; an empty LoftQ is PEFT's way to say none."""
+    if name not in _NESTED or value is None or (name == "loftq_config" and not value):
+        return value
+    return _nested_class(name)(**value)
+
+
+def _nested_class(name: str) -> Any:
+    from peft.tuners.lora import config
+
+    return getattr(config, _NESTED[name])
+
+
+def refused(error: Exception) -> RequestError:
+    """Tell PEFT's own refusal of a request in one sentence."""
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return RequestError(
+        Problem(
+            where="lora",
+            message=f"PEFT refuses this adapter: {reason}",
+            fix="Change what it names.",
+        )
+    )
+
+
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """Collect what PEFT warns of, each text once, instead of letting it pass unseen in a log."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield texts
+    for warning in caught:
+        text = str(warning.message)
+        if issubclass(warning.category, UserWarning | RuntimeWarning) and text not in texts:
+            texts.append(text)

@@ -1,0 +1,138 @@
+"""A saved adapter: its configuration and the headers of its weights, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import ValidationError
+
+from ...checkpoint import Checkpoint
+from ...errors import CheckpointError, Problem
+from ...explain import explain
+from .section import LEFT_TO_PEFT, OWN_FIELDS, LoraSection
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG: Final = "adapter_config.json"
+WEIGHTS: Final = "adapter_model.safetensors"
+_PICKLE: Final = "adapter_model.bin"
+
+# What the file says of where it came from, and of how it is used; neither is inherited.
+_NOT_INHERITED: Final = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "revision"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedAdapter:
+    """A folder written by ``PeftModel.save_pretrained``."""
+
+    folder: Path
+    fields: dict[str, Any]
+    """The fields of ``LoraConfig`` in ``adapter_config.json`` that hold for a resumed adapter."""
+    checkpoint: Checkpoint
+    """Names, shapes and dtypes of the weights."""
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """Return the weights by name, on the CPU."""
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / WEIGHTS)  # type: ignore[no-any-return]
+
+    def outline(self) -> dict[str, torch.Tensor]:
+        """Return the weights by name on the meta device: shapes and dtypes, nothing read."""
+        import torch
+
+        from ...checkpoint.dtypes import torch_dtype
+
+        return {
+            name: torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
+            for name, info in self.checkpoint.tensors.items()
+        }
+
+
+def open_adapter(path: str) -> SavedAdapter:
+    """Describe the adapter at ``path``, reading its configuration and headers.
+
+    :raises CheckpointError: the folder or a file is missing, damaged, no LoRA, or made by a PEFT
+        that knows more than this one.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise _refusal(
+            f"the adapter folder {path!r} does not exist",
+            "Give a folder written by save_pretrained of a PeftModel.",
+        )
+    fields = _read_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        if (folder / _PICKLE).is_file():
+            raise _refusal(
+                f"the adapter's weights in {path!r} are a pickle, which can run code when opened",
+                f"Load it elsewhere with PEFT and save it again, which writes {WEIGHTS}.",
+            )
+        raise _refusal(
+            f"the adapter folder {path!r} holds no {WEIGHTS}",
+            "Give a folder written by save_pretrained of a PeftModel.",
+        )
+    checkpoint = Checkpoint.open(folder / WEIGHTS)
+    return SavedAdapter(folder=folder, fields=fields, checkpoint=checkpoint)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise _refusal(
+            f"the adapter folder {str(folder)!r} holds no {CONFIG}",
+            "Give a folder written by save_pretrained of a PeftModel.",
+        ) from None
+    except ValueError as error:
+        raise _refusal(f"{CONFIG} is not JSON: {error}", "Save the adapter again.", file) from None
+    if not isinstance(content, dict):
+        raise _refusal(f"{CONFIG} is not a JSON object", "Save the adapter again.", file)
+    kind = content.get("peft_type")
+    if kind != "LORA":
+        raise _refusal(
+            f"the adapter is of PEFT's type {kind!r}, and the section `lora` resumes 'LORA'",
+            "Give the folder of a LoRA adapter.",
+            file,
+        )
+    ours = LoraSection.model_fields.keys() - OWN_FIELDS
+    known = {name: value for name, value in content.items() if name in ours}
+    # PEFT writes every field it has: an unknown one that is not set changes nothing.
+    unknown = [
+        name for name in content.keys() - known.keys() - LEFT_TO_PEFT if content[name]
+    ]
+    if unknown:
+        version = content.get("peft_version")
+        raise CheckpointError(
+            Problem(
+                where=name,
+                file=str(file),
+                message=f"the adapter was saved with a setting that is not known here,"
+                f" {content[name]!r}",
+                fix="It was written by"
+                f" {f'peft {version}' if version else 'another peft'}; use an llmload that knows"
+                " it.",
+            )
+            for name in sorted(unknown)
+        )
+    try:
+        section = LoraSection.model_validate_json(json.dumps(known), strict=True)
+    except ValidationError as error:
+        problems = explain(error, LoraSection, known)
+        raise CheckpointError(p.model_copy(update={"file": str(file)}) for p in problems) from None
+    return {name: value for name, value in section.given().items() if name not in _NOT_INHERITED}
+
+
+def _refusal(message: str, fix: str, file: Path | None = None) -> CheckpointError:
+    return CheckpointError(
+        Problem(
+            where="lora.adapter", file=str(file) if file else "", message=message, fix=fix
+        )
+    )
