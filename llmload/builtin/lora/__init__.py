@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from ...errors import Problem
-from ...findings import Conflict, Note
-from ...hookspecs import hookimpl
+from llmload.errors import Problem
+from llmload.findings import Conflict, Note
+from llmload.hookspecs import hookimpl
+
 from .section import LoraSection
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
+    from transformers import PreTrainedModel
 
-    from ...context import LoadContext
+    from llmload.context import LoadContext
+
     from .request import Request
 
 __all__ = ["LoraPlugin", "LoraSection"]
@@ -62,7 +65,7 @@ class LoraPlugin:
             yield Note(text=text)
 
     @hookimpl
-    def wrap_adapter(self, ctx: LoadContext, model: nn.Module) -> PeftModel:
+    def wrap_adapter(self, ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
         """Put the adapter around the model."""
         from ._install import install
 
@@ -187,6 +190,6 @@ def _notes(request: Request) -> Iterator[str]:
         cause = "KaSA" if fields.get("kasa_config") is not None else repr(request.initialisation)
         yield f"{cause} changes the weights of the layers it adapts"
     if section.ensure_weight_tying:
-        yield "tied adapters share one storage: they part when the model is moved or cast afterwards"
+        yield "tied adapters share one storage: moving or casting the model parts them"
     if request.coati is not None:
         yield from request.coati.notes(str(section.lora_config))

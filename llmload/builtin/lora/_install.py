@@ -12,15 +12,17 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ...errors import Problem, RequestError
+from llmload.errors import Problem, RequestError
+
 from . import _resume, _targets
 from ._names import translate_targets
 from .request import Request, heard, refused, resolve
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
 
-    from ...context import LoadContext
+    from llmload.context import LoadContext
 
 PREFIX: Final = "base_model.model."
 """Goes before the base model's names in a ``PeftModel``."""
@@ -29,7 +31,7 @@ PREFIX: Final = "base_model.model."
 _NEED_VALUES: Final = ("corda", "loftq")
 
 
-def install(ctx: LoadContext, model: nn.Module) -> PeftModel:
+def install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
     """Wrap ``model`` and record what came of it under ``ctx.facts["lora"]``.
 
     :raises RequestError: PEFT refuses the adapter, a name matches nothing, the adapter reaches tied
@@ -129,9 +131,7 @@ def _config(ctx: LoadContext, request: Request, model: nn.Module, **changes: Any
     return config
 
 
-def _wrap(
-    ctx: LoadContext, request: Request, model: nn.Module, config: LoraConfig
-) -> PeftModel:
+def _wrap(ctx: LoadContext, request: Request, model: nn.Module, config: LoraConfig) -> PeftModel:
     section = request.section
     if ctx.rehearsing and config.to_dict().get("monteclora_config") is not None:
         # Its samplers are made on a real device only; the host then promises nothing.
@@ -217,7 +217,7 @@ def _refuse_undecided(request: Request, reached: list[str], tied: dict[str, nn.M
     if section.tied_weights is None and not section.ensure_weight_tying:
         together = (
             "`ensure_weight_tying: true` for one adapter for both, "
-            if hasattr(peft.LoraConfig(), "ensure_weight_tying")
+            if hasattr(peft.LoraConfig, "ensure_weight_tying")  # since peft 0.18
             else ""
         )
         raise RequestError(

@@ -9,8 +9,9 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from ...audit import some
-from ...errors import Problem
+from llmload.audit import some
+from llmload.errors import Problem
+
 from . import _resume
 from ._install import adapter_parameters, lora_layers
 from ._names import translate_weights
@@ -19,7 +20,7 @@ from .request import Request, resolve
 if TYPE_CHECKING:
     from torch import nn
 
-    from ...context import LoadContext
+    from llmload.context import LoadContext
 
 _REPORT = "Report this with the plan and the versions of `llmload env`."
 
@@ -61,7 +62,9 @@ def prove(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         yield from _tie(model, facts["tied"], adapter)
 
 
-def _start_values(request: Request, layers: dict[str, LoraLayer], adapter: str) -> Iterator[Problem]:
+def _start_values(
+    request: Request, layers: dict[str, LoraLayer], adapter: str
+) -> Iterator[Problem]:
     """Look for factors that are all zero: of two, one may be, so that the adapter starts idle."""
     start = request.initialisation
     # These start with an effect; in pissa and its kin it replaces what was taken from the base.
@@ -88,7 +91,7 @@ def _start_values(request: Request, layers: dict[str, LoraLayer], adapter: str) 
 
 def _saved_values(request: Request, model: PeftModel, adapter: str) -> Iterator[Problem]:
     """Hold every value against the file's, bit by bit after the cast."""
-    assert request.saved is not None  # noqa: S101 - asked for by the caller only then
+    assert request.saved is not None
     held = _resume.allowed(model, adapter)
     saved = translate_weights(model, request.saved.read(), adapter)
     wrong = [

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from ...audit import some
-from ...errors import CheckpointError, Problem
+from llmload.audit import some
+from llmload.errors import CheckpointError, Problem
+
 from ._names import translate_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from ...context import LoadContext
+    from llmload.context import LoadContext
+
     from .saved import SavedAdapter
 
 
-def restore(
-    ctx: LoadContext, saved: SavedAdapter, model: PeftModel, adapter: str
-) -> list[str]:
+def restore(ctx: LoadContext, saved: SavedAdapter, model: PeftModel, adapter: str) -> list[str]:
     """Copy the saved weights into ``model``, cast to the adapter's dtype.
 
     In the rehearsal only names and shapes are held against each other.

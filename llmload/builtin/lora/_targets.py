@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import Problem, RequestError
+from llmload.errors import Problem, RequestError
+
 from .request import ALL_LINEAR
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import PreTrainedModel
 
 _ADAPTABLE: Final = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LINEAR: Final = (nn.Linear, Conv1D)
@@ -133,7 +135,7 @@ def by_kind(names: Iterable[str]) -> list[str]:
     return sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names})
 
 
-def tied_embeddings(model: nn.Module) -> dict[str, nn.Module]:
+def tied_embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return the modules that share the weight of the input or output embeddings, by name.
 
     Empty where nothing is tied. A module that is used in two places is no tie: it gets one adapter.
@@ -151,12 +153,10 @@ def tied_embeddings(model: nn.Module) -> dict[str, nn.Module]:
         }
         for weight in weights
     ]
-    return {
-        name: module for group in groups if len(group) > 1 for name, module in group.items()
-    }
+    return {name: module for group in groups if len(group) > 1 for name, module in group.items()}
 
 
-def untie(model: nn.Module) -> list[str]:
+def untie(model: PreTrainedModel) -> list[str]:
     """Give each module of a tied embedding a weight of its own, and say so in the config.
 
     :returns: names of the parameters that are now copies.
@@ -165,6 +165,7 @@ def untie(model: nn.Module) -> list[str]:
     copies = []
     for name, module in tied_embeddings(model).items():
         weight = module.weight
+        assert isinstance(weight, nn.Parameter)
         if id(weight) in owners:
             module.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
             copies.append(f"{name}.weight")

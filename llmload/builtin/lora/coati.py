@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError
 
-from ...errors import Problem, SpecError
-from ...explain import explain
-from ...spec import Section
+from llmload.errors import Problem, SpecError
+from llmload.explain import explain
+from llmload.spec import Section
+
 from .section import Alpha, Names, Rank
 
 if TYPE_CHECKING:

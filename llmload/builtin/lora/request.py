@@ -5,6 +5,7 @@ Everything here is known before a model is built; PEFT is imported only to make 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator
@@ -13,15 +14,16 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
 
-from ...errors import Problem, RequestError
-from ...suggest import nearest
+from llmload.errors import Problem, RequestError
+from llmload.suggest import nearest
+
 from . import coati, saved
 from .section import FIELDS_SINCE, INITIALISATIONS, LoraSection
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from ...context import LoadContext
+    from llmload.context import LoadContext
 
 TASKS: Final = {
     "causal_lm": "CAUSAL_LM",
@@ -84,7 +86,8 @@ class Request:
         """
         import peft
 
-        fields = self.fields | changes
+        # PEFT adds to the lists it is given.
+        fields = copy.deepcopy(self.fields | changes)
         known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
         if self.saved is not None:
             # A file lists all fields of the PEFT that wrote it; a default here asks for nothing.
@@ -201,7 +204,7 @@ def _nested_faults(fields: dict[str, Any]) -> Iterator[Problem]:
 
 
 def _nested(name: str, value: Any) -> Any:
-    """Return a nested configuration as PEFT's dataclass; an empty LoftQ is PEFT's way to say none."""
+    """Return a nested configuration as PEFT's dataclass; an empty LoftQ means none to PEFT."""
     if name not in _NESTED or value is None or (name == "loftq_config" and not value):
         return value
     return _nested_class(name)(**value)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import ValidationError
 
-from ...checkpoint import Checkpoint
-from ...errors import CheckpointError, Problem
-from ...explain import explain
+from llmload.checkpoint import Checkpoint
+from llmload.errors import CheckpointError, Problem
+from llmload.explain import explain
+
 from .section import LEFT_TO_PEFT, OWN_FIELDS, LoraSection
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class SavedAdapter:
         """Return the weights by name on the meta device: shapes and dtypes, nothing read."""
         import torch
 
-        from ...checkpoint.dtypes import torch_dtype
+        from llmload.checkpoint.dtypes import torch_dtype
 
         return {
             name: torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")
@@ -105,9 +106,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     ours = LoraSection.model_fields.keys() - OWN_FIELDS
     known = {name: value for name, value in content.items() if name in ours}
     # PEFT writes every field it has: an unknown one that is not set changes nothing.
-    unknown = [
-        name for name in content.keys() - known.keys() - LEFT_TO_PEFT if content[name]
-    ]
+    unknown = [name for name in content.keys() - known.keys() - LEFT_TO_PEFT if content[name]]
     if unknown:
         version = content.get("peft_version")
         raise CheckpointError(
@@ -132,7 +131,5 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _refusal(message: str, fix: str, file: Path | None = None) -> CheckpointError:
     return CheckpointError(
-        Problem(
-            where="lora.adapter", file=str(file) if file else "", message=message, fix=fix
-        )
+        Problem(where="lora.adapter", file=str(file) if file else "", message=message, fix=fix)
     )

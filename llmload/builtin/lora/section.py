@@ -13,9 +13,9 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from ...explain import InvalidValue
-from ...spec import Regex, Section
-from ...suggest import nearest
+from llmload.explain import InvalidValueError
+from llmload.spec import Regex, Section
+from llmload.suggest import nearest
 
 OWN_FIELDS: Final = frozenset(
     {"adapter", "adapter_dtype", "adapter_name", "lora_config", "tied_weights"}
@@ -72,7 +72,7 @@ Options: TypeAlias = Mapping[str, Any]
 def _rank(value: int) -> int:
     if value > 0:
         return value
-    raise InvalidValue(
+    raise InvalidValueError(
         f"a LoRA of rank {value} has no parameters",
         fix="Give a rank of 1 or more, or remove the section `lora` to load without an adapter.",
     )
@@ -81,7 +81,7 @@ def _rank(value: int) -> int:
 def _initialisation(value: bool | str) -> bool | str:
     if isinstance(value, bool) or value in INITIALISATIONS or re.fullmatch(_FAST_PISSA, value):
         return value
-    raise InvalidValue(
+    raise InvalidValueError(
         f"{value!r} is not an initialisation of PEFT",
         fix=nearest(value, INITIALISATIONS)
         or f"Write true, false, {', '.join(INITIALISATIONS)} or pissa_niter_N.",
@@ -210,7 +210,7 @@ class LoraSection(Section):
         # A text is a regular expression to PEFT; "q_proj,v_proj" would match nothing.
         if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value):
             names = ", ".join(part.strip() for part in value.split(","))
-            raise InvalidValue(
+            raise InvalidValueError(
                 f"{value!r} is several names in one text, which is read as a regular expression",
                 fix=f"Write [{names}].",
             )
@@ -219,12 +219,12 @@ class LoraSection(Section):
     @model_validator(mode="after")
     def _one_source(self) -> LoraSection:
         if self.adapter is not None and self.lora_config is not None:
-            raise InvalidValue(
+            raise InvalidValueError(
                 "`adapter` and `lora_config` both say what the adapter is like",
                 fix="Remove `lora_config`: a saved adapter has its own configuration.",
             )
         if self.ensure_weight_tying and self.tied_weights is not None:
-            raise InvalidValue(
+            raise InvalidValueError(
                 f"`ensure_weight_tying` and `tied_weights: {self.tied_weights}` contradict each"
                 " other",
                 fix="Keep one of them.",
