@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 from pydantic import BaseModel
 
 from .errors import Problem
-from .plainyaml import Path, dotted, dump_inline
 from .spellings import SPELLINGS, VALUES
 from .suggest import nearest
+from .yamlread import Path, dotted
+from .yamlwrite import dump_inline
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

@@ -12,10 +12,10 @@ from typing import Any, Final, TypeAlias
 
 from pydantic import BaseModel
 
-from . import plainyaml
+from . import yamlread, yamlwrite
 from .errors import Problem, SpecError
-from .plainyaml import Path, dotted
 from .spec import LoadSpec
+from .yamlread import Path, dotted
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | LoadSpec
 """What ``llmload.load`` takes: a file name, or the spec itself."""
@@ -73,7 +73,7 @@ def parse(text: str, file: str = "<text>") -> Document:
     :param file: name for messages; with the ending ``.json`` tabs are allowed between tokens.
     :raises SpecError: as :func:`read`.
     """
-    data, positions = plainyaml.parse(text, file)
+    data, positions = yamlread.parse(text, file)
     if not isinstance(data, dict):
         kind = "a list" if isinstance(data, list) else "a single value"
         raise SpecError(
@@ -90,7 +90,7 @@ def parse(text: str, file: str = "<text>") -> Document:
 
 def dump_yaml(spec: LoadSpec) -> str:
     """Return a spec as YAML with the keys that were set; reading it gives an equal spec."""
-    return plainyaml.dump(_plain_mapping(spec))
+    return yamlwrite.dump(_plain_mapping(spec))
 
 
 def _text(path: FilePath) -> str:
@@ -140,11 +140,11 @@ def _plain_mapping(source: LoadSpec | Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: object, path: Path, problems: list[Problem]) -> Any:
     """Return ``value`` as dict, list and scalars; what cannot be is added to ``problems``."""
-    if len(path) > plainyaml.MAX_DEPTH:
+    if len(path) > yamlread.MAX_DEPTH:
         raise SpecError(
             Problem(
                 where=dotted(path[:3]),
-                message=f"the spec is nested deeper than {plainyaml.MAX_DEPTH} levels",
+                message=f"the spec is nested deeper than {yamlread.MAX_DEPTH} levels",
                 fix="Flatten it; a list or mapping must not contain itself.",
             )
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from .plainyaml import dump_inline
+from .yamlwrite import dump_inline
 
 _SHOWN: Final = 60
 """Characters of a value that a fix repeats."""

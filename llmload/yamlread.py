@@ -1,4 +1,4 @@
-"""YAML (and JSON) text as plain data with the place of every key, and back.
+"""YAML (and JSON) text as plain data, with the place of every key.
 
 What is read is the core schema of YAML 1.2, so ``no`` is text and ``1e-4`` is a number, as people
 mean them and as JSON has them; JSON is read as the YAML that it is. Nothing is ever constructed but
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any, Final, NoReturn, TypeAlias, cast
 
 import yaml
@@ -26,8 +25,8 @@ MAX_VALUES: Final = 10_000
 
 _NULLS: Final = re.compile(r"~|null|Null|NULL|")
 _BOOLS: Final = re.compile(r"true|True|TRUE|false|False|FALSE")
-_INTS: Final = re.compile(r"[-+]?[0-9]{1,4000}|0o[0-7]{1,4000}|0x[0-9a-fA-F]{1,4000}")
-_FLOATS: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+INTS: Final = re.compile(r"[-+]?[0-9]{1,4000}|0o[0-7]{1,4000}|0x[0-9a-fA-F]{1,4000}")
+FLOATS: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITE: Final = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 # A part of PyYAML's message -> what to do about it.
@@ -52,8 +51,7 @@ def parse(text: str, file: str = "") -> tuple[Any, dict[Path, tuple[int, int]]]:
         are not text, and values that are no finite numbers.
     """
     if file.endswith(".json"):
-        # Between the tokens of JSON a tab is as good as a space; inside one it is not allowed.
-        text = text.replace("\t", " ")
+        text = _json_as_yaml(text)
     reader = _Reader(file)
     try:
         composer = _Composer(text, reader)
@@ -74,17 +72,6 @@ def parse(text: str, file: str = "") -> tuple[Any, dict[Path, tuple[int, int]]]:
     if reader.problems:
         raise SpecError(reader.problems)
     return data, reader.positions
-
-
-def dump(data: Mapping[str, Any]) -> str:
-    """Return plain data as YAML that every YAML 1.1 and 1.2 reader understands alike."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
-
-
-def dump_inline(data: object) -> str:
-    """Return plain data as YAML on one line, for use inside a message."""
-    text = yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=math.inf)
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def dotted(path: Path) -> str:
@@ -240,10 +227,10 @@ class _Reader:
             return None
         if _BOOLS.fullmatch(text):
             return text.lower() == "true"
-        if _INTS.fullmatch(text):
+        if INTS.fullmatch(text):
             return int(text, 8 if text[:2] == "0o" else 16 if text[:2] == "0x" else 10)
-        if _INFINITE.fullmatch(text) or _FLOATS.fullmatch(text):
-            number = float(text) if _FLOATS.fullmatch(text) else math.inf
+        if _INFINITE.fullmatch(text) or FLOATS.fullmatch(text):
+            number = float(text) if FLOATS.fullmatch(text) else math.inf
             if math.isfinite(number):
                 return number
             self.fault(
@@ -299,6 +286,14 @@ class _Reader:
         )
 
 
+def _json_as_yaml(text: str) -> str:
+    """Return JSON without what YAML lacks: tabs between tokens, some characters inside text."""
+    text = text.replace("\t", " ")
+    return re.sub(
+        "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda m: f"\\u{ord(m[0]):04x}", text
+    )
+
+
 def _syntax_fault(error: yaml.MarkedYAMLError, file: str) -> tuple[str, str]:
     if error.context == "expected a single document in the stream":
         return "a second document starts here", "Keep one: remove `---` and what follows."
@@ -306,22 +301,3 @@ def _syntax_fault(error: yaml.MarkedYAMLError, file: str) -> tuple[str, str]:
     fix = next((fix for part, fix in _SYNTAX_FIXES.items() if part in problem), "")
     language = "JSON" if file.endswith(".json") else "YAML"
     return f"this is not valid {language}: {problem}", fix
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that either version of YAML would take for something else."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    style = "|" if "\n" in text else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
-for _tag, _pattern in {"int": _INTS, "float": _FLOATS}.items():
-    _Dumper.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern.pattern})\Z"), list("-+.0123456789")
-    )

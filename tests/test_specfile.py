@@ -1,0 +1,365 @@
+"""Reading a spec as plain data with places, and writing it so that it reads back the same."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from llmload import LoadSpec, Problem, Section, SpecError, specfile, yamlread, yamlwrite
+from llmload.spec import KeyExceptions, validate
+
+
+class Part(Section):
+    """Stands for a plugin's section."""
+
+    text: str = ""
+    number: float = 0.0
+    count: int | None = None
+    names: tuple[str, ...] = ()
+    rest: dict[str, bool | int | float | str | None] | None = None
+
+
+# Text that YAML makes something else of, in one version or the other, or that is hard to write.
+TRAPS = [
+    "", " ", "~", "null", "no", "Off", "true", "0o17", "017", "0x1f", "1_000", "1:30", "12e3",
+    "1e-4", ".5", "-.inf", ".NaN", "2001-01-01", "<<", "=", "*a", "&a", "!a", "@a", "%a", "`a",
+    "? a", "- a", "-", "a: b", "a #b", "#", "{a", "[a", "'", '"', "---", "...", "\t", " a", "a ",
+    "a\n", "\na", " \n a\n\n", "a\n b\n", "\r", "\r\n", "\x85", "\u2028", "\ufeff", "\x00",
+    "\x7f", "\U0001f600", "{{ messages }}",
+]  # fmt: skip
+
+text = st.one_of(
+    st.sampled_from(TRAPS), st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+)
+floats = st.floats(allow_nan=False, allow_infinity=False)
+scalars = st.one_of(st.none(), st.booleans(), st.integers(), floats, text)
+plain_data = st.recursive(
+    scalars,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(text, inner, max_size=4)),
+    max_leaves=12,
+)
+mappings = st.dictionaries(text, plain_data, max_size=5)
+parts = st.builds(
+    Part,
+    text=text,
+    number=floats,
+    count=st.none() | st.integers(),
+    names=st.lists(text, max_size=3).map(tuple),
+    rest=st.none() | st.dictionaries(text, scalars, max_size=3),
+)
+patterns = st.lists(st.sampled_from(["^a", r"b\.", "(c|d)", "é"]), max_size=2).map(tuple)
+specs = st.fixed_dictionaries(
+    {"model": text.filter(bool)},
+    optional={
+        "revision": st.none() | text,
+        "dtype": st.sampled_from(["auto", "bfloat16"]),
+        "device_map": st.sampled_from([None, "auto", 0, {"": 0, "a.b": "cpu"}]),
+        "cache_dir": st.none() | text | st.lists(text, max_size=3).map(tuple),
+        "key_map": st.dictionaries(st.sampled_from(["^a", r"b\.", "(c|d)"]), st.just(r"\g<0>")),
+        "strict": st.booleans()
+        | st.builds(KeyExceptions, allow_missing=patterns, allow_unexpected=patterns),
+        "allow_pickle": st.booleans(),
+        "part": parts,
+        "other": parts,
+    },
+).map(lambda keys: LoadSpec(**keys))
+
+
+def parsed(text: str, file: str = "s.yaml") -> Any:
+    return yamlread.parse(text, file)[0]
+
+
+def refusal(source: specfile.Source) -> str:
+    with pytest.raises(SpecError) as caught:
+        specfile.read(source)
+    return str(caught.value)
+
+
+# --- there and back -------------------------------------------------------------------------------
+
+
+@given(specs)
+def test_a_spec_written_as_yaml_and_read_again_is_the_same(spec: LoadSpec) -> None:
+    written = specfile.dump_yaml(spec)
+    again = validate(specfile.parse(written), {"part": Part, "other": Part})
+    assert again == spec
+    assert again.model_fields_set == spec.model_fields_set
+    assert specfile.dump_yaml(again) == written
+
+
+@given(mappings)
+@example({trap: [trap] for trap in TRAPS})
+def test_written_data_reads_back_the_same_here_and_in_yaml_1_1(data: dict[str, Any]) -> None:
+    written = yamlwrite.dump(data)
+    assert parsed(written) == data
+    assert yaml.safe_load(written) == data
+
+
+@given(data=mappings)
+@example(data={trap: [trap] for trap in TRAPS})
+@pytest.mark.parametrize("indent", [None, 2, "\t"])
+@pytest.mark.parametrize("ensure_ascii", [True, False])
+def test_json_is_read_as_json_has_it(
+    data: dict[str, Any], indent: int | str | None, ensure_ascii: bool
+) -> None:
+    written = json.dumps(data, indent=indent, ensure_ascii=ensure_ascii)
+    assert parsed(written, "s.json") == data
+
+
+@given(plain_data)
+def test_inline_yaml_is_one_line_that_reads_back_the_same(data: Any) -> None:
+    written = yamlwrite.dump_inline(data)
+    assert "\n" not in written
+    assert parsed(f"key: {written}") == {"key": data}
+
+
+def test_only_what_was_set_is_written_in_a_form_for_people() -> None:
+    spec = LoadSpec(
+        model="gpt2",
+        cache_dir=("/scr", ".cache"),
+        part=Part(number=1e-4, text="{% for m in messages %}\n{{ m }}\n{% endfor %}\n"),
+    )
+    assert specfile.dump_yaml(spec) == (
+        "model: gpt2\n"
+        "cache_dir:\n"
+        "- /scr\n"
+        "- .cache\n"
+        "part:\n"
+        "  text: |\n"
+        "    {% for m in messages %}\n"
+        "    {{ m }}\n"
+        "    {% endfor %}\n"
+        "  number: 0.0001\n"
+    )
+
+
+# --- YAML as people mean it -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("no", "no"), ("yes", "yes"), ("on", "on"), ("off", "off"), ("y", "y"), ("NO", "NO"),
+        ("true", True), ("True", True), ("FALSE", False), ("null", None), ("~", None), ("", None),
+        ("1e-4", 1e-4), ("1E5", 1e5), ("-2.5e+3", -2500.0), (".5", 0.5), ("5.", 5.0), ("1.", 1.0),
+        ("10", 10), ("-3", -3), ("+3", 3), ("0o17", 15), ("0x1f", 31), ("017", 17),
+        ("1_000", "1_000"), ("1:30", "1:30"), ("2001-01-01", "2001-01-01"), ("0b11", "0b11"),
+        ("'1'", "1"), ('"true"', "true"), ("'~'", "~"), ("1.2.3", "1.2.3"), ("e5", "e5"),
+        ("1e5x", "1e5x"), ("-", [None]), ("|\n  1\n", "1\n"), ('"\\ud83d\\ude00"', "\U0001f600"),
+    ],
+)  # fmt: skip
+def test_plain_words_are_read_by_yaml_1_2(written: str, value: Any) -> None:
+    got = parsed(f"key: {written}" if written != "-" else "key:\n-")["key"]
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_anchors_and_merges_share_settings_within_a_file() -> None:
+    document = specfile.parse(
+        "base: &base\n"
+        "  model: gpt2\n"
+        "  part: &part {count: 1, text: a}\n"
+        "more: &more {dtype: float16, model: opt}\n"
+        "one:\n"
+        "  <<: [*base, *more]\n"
+        "  part: {<<: *part, count: 2}\n"
+        "two: *part\n",
+        "s.yaml",
+    )
+    assert document.data["one"] == {
+        "model": "gpt2",
+        "dtype": "float16",
+        "part": {"count": 2, "text": "a"},
+    }
+    assert document.data["two"] == {"count": 1, "text": "a"}
+    # A merged key stands where it was written.
+    assert document.position("one.model") == (2, 3)
+    assert document.position("one.dtype") == (4, 14)
+    assert document.position("one.part") == (7, 3)
+    assert document.position("one.part.count") == (7, 21)
+    assert document.position("one.part.text") == (3, 26)
+
+
+def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_bytes(b"\xef\xbb\xbfmodel: gpt2\r\ndtype: auto\r\n")
+    assert specfile.read(path).data == {"model": "gpt2", "dtype": "auto"}
+
+
+# --- places ---------------------------------------------------------------------------------------
+
+
+DOCUMENT = """\
+model: gpt2
+part:
+  text: a
+  names: [a,
+    b]
+key_map:
+  '^a\\.': b
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "position"),
+    [
+        ("model", (1, 1)),
+        ("part.text", (3, 3)),
+        ("part.names[0]", (4, 11)),
+        ("part.names[1]", (5, 5)),
+        (r"key_map['^a\\.']", (7, 3)),
+        ("part.not_set", (2, 1)),
+        ("part.names[7].deeper", (4, 3)),
+        ("not_set.at_all", (1, 1)),
+        ("", (1, 1)),
+    ],
+)
+def test_the_place_of_a_key_or_of_the_nearest_key_around_it(
+    where: str, position: tuple[int, int]
+) -> None:
+    assert specfile.parse(DOCUMENT, "s.yaml").position(where) == position
+
+
+def test_problems_are_placed_and_put_in_the_order_of_the_file() -> None:
+    problems = [Problem(message="late", where="part.text"), Problem(message="early", where="model")]
+    placed = specfile.parse(DOCUMENT, "s.yaml").placed(problems)
+    assert [str(problem) for problem in placed] == [
+        "s.yaml:1:1: model: early",
+        "s.yaml:3:3: part.text: late",
+    ]
+
+
+def test_a_spec_from_python_has_no_places() -> None:
+    document = specfile.read({"model": "gpt2"})
+    assert document.position("model") is None
+    problems = [Problem(message="late", where="z"), Problem(message="early", where="a")]
+    assert document.placed(problems) == problems
+
+
+# --- files that are refused ---------------------------------------------------------------------
+
+
+def test_a_missing_file_a_folder_and_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
+    missing = tmp_path / "s.yaml"
+    assert refusal(missing) == f"{missing}: the spec file does not exist. Check the name."
+    assert refusal(tmp_path) == (
+        f"{tmp_path}: this is a folder, not a spec file."
+        " Write a spec with `model:` set to the folder, and give the spec's name."
+    )
+    assert refusal("a" * 300) == (
+        f"{'a' * 300}: the spec file cannot be read: File name too long. Check the name."
+    )
+    assert refusal("a\0b") == (
+        "a\0b: the spec file cannot be read: embedded null byte. Check the name."
+    )
+
+
+def test_an_endless_file_is_not_read_to_its_end() -> None:
+    assert refusal(os.devnull) == (
+        f"{os.devnull}:1:1: the document is empty. Write at least `model: ...`."
+    )
+    if Path("/dev/zero").exists():
+        assert refusal("/dev/zero") == (
+            "/dev/zero: the spec file is larger than 256 KiB."
+            " Check that it is a spec; give a spec of that size from Python."
+        )
+
+
+def _chain(start: str, line: str) -> str:
+    letters = "abcdefghijklmnop"
+    pairs = itertools.pairwise(letters)
+    return start + "".join(line.format(old=old, new=new) for old, new in pairs)
+
+
+BOMBS = {
+    "laughs": _chain("a: &a [x, x, x, x]\n", "{new}: &{new} [*{old}, *{old}, *{old}, *{old}]\n"),
+    "merges": _chain("a: &a {k: 1, l: 2}\n", "{new}: &{new} {{<<: [*{old}, *{old}, *{old}]}}\n"),
+    "many aliases": "a: &a [" + "x," * 1000 + "]\nb: [" + "*a," * 80_000 + "]\n",
+    "aliases of long text": "a: &a " + "x" * 100_000 + "\nb: [" + "*a," * 50_000 + "]\n",
+    "self": "a: &a [*a, *a]\n",
+    "self merge": "a: &a {<<: *a}\n",
+    "brackets": "a: " + "[" * 250_000,
+    "braces": "{a: " * 60_000,
+    "dashes": "- " * 120_000,
+    "questions": "? " * 120_000,
+    "indentation": "\n".join(" " * depth + "a:" for depth in range(700)),
+    "deep aliases": _chain("a: &a [[[x]]]\n", "{new}: &{new} [[[*{old}]]]\n"),
+    "anchors": "".join(f"- &a{number} x\n" for number in range(18_000)),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_document_made_to_exhaust_its_reader_is_refused_at_once(name: str) -> None:
+    bomb = BOMBS[name]
+    assert len(bomb) <= specfile.MAX_BYTES
+    taken = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        start = time.perf_counter()
+        with pytest.raises(SpecError, match=r"10,000 values|32 levels|contains its own alias"):
+            specfile.parse(bomb)
+        taken.append(time.perf_counter() - start)
+    assert min(taken) < (0.5 if name == "anchors" else 0.1)
+
+
+def test_all_that_is_not_plain_in_a_file_is_named_at_once() -> None:
+    with pytest.raises(SpecError) as caught:
+        specfile.parse("a: !b c\nd: .nan\nd: 1\n2: e\n? [f]\n: g\n", "s.yaml")
+    assert [str(problem) for problem in caught.value.problems] == [
+        "s.yaml:1:4: the tag '!b' is not allowed: a spec is plain data. Remove the tag.",
+        "s.yaml:3:1: d: the key stands twice, first on line 2, column 1. Keep one of the two.",
+        "s.yaml:4:1: a key must be text. Put it in quotes: '2'.",
+        "s.yaml:5:3: a key must be text. Put text that starts with a bracket or brace in quotes.",
+        "s.yaml:2:4: d: .nan is not a finite number."
+        " Write a number, or put it in quotes if it is text.",
+    ]
+
+
+# --- data from Python -----------------------------------------------------------------------------
+
+
+class dtype:
+    __module__ = "torch"
+
+    def __str__(self) -> str:
+        return "torch.bfloat16"
+
+
+SELF: list[Any] = []
+SELF.append(SELF)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (dtype(), "k: a spec is plain data, found an object of type torch.dtype."
+                  " Write 'bfloat16'."),
+        (object(), "k: a spec is plain data, found an object of type builtins.object."
+                   " Write text, a number, true, false, null, a list or a mapping."),
+        ({"a": [b"x"]}, "k.a[0]: a spec is plain data, found an object of type builtins.bytes."
+                        " Write text, a number, true, false, null, a list or a mapping."),
+        (math.nan, "k: nan is not a finite number. Write a number."),
+        ([-math.inf], "k[0]: -inf is not a finite number. Write a number."),
+        ("\ud800", "k: the text has half of a surrogate pair, which is no character."
+                   " Write the whole pair, or the character itself."),
+        ({1: 2}, "k: a key must be text, found 1. Write '1'."),
+        (SELF, "k[0][0]: the spec is nested deeper than 32 levels."
+               " Flatten it; a list or mapping must not contain itself."),
+    ],
+)  # fmt: skip
+def test_python_objects_that_no_file_could_hold_are_refused(value: Any, message: str) -> None:
+    assert refusal({"model": "gpt2", "k": value}) == message
+
+
+def test_paths_tuples_and_sections_become_plain(tmp_path: Path) -> None:
+    document = specfile.read({"model": tmp_path, "a": (1, [True]), "part": Part(names=("a",))})
+    assert document.data == {"model": str(tmp_path), "a": [1, [True]], "part": {"names": ["a"]}}
