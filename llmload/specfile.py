@@ -17,9 +17,6 @@ from .errors import Problem, SpecError
 from .spec import LoadSpec
 from .yamlread import Path, dotted
 
-Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | LoadSpec
-"""What ``llmload.load`` takes: a file name, or the spec itself."""
-
 MAX_BYTES: Final = 256 * 1024
 """Size of the largest spec file that is read."""
 
@@ -57,22 +54,30 @@ class Document:
         return sorted(placed, key=lambda problem: (problem.line, problem.column))
 
 
+Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | LoadSpec | Document
+"""What ``llmload.load`` takes: a file name, or the spec itself."""
+
+
 def read(source: Source) -> Document:
     """Return a spec as plain data; keys and types are checked by ``spec.validate``.
 
     :raises SpecError: the file cannot be read, is not YAML or JSON, or the data is not plain.
     """
+    if isinstance(source, Document):
+        return source
     if isinstance(source, LoadSpec | Mapping):
         return Document(data=_plain_mapping(source))
-    return parse(_text(FilePath(source)), os.fspath(source))
+    return parse(_content(FilePath(source)), os.fspath(source))
 
 
-def parse(text: str, file: str = "<text>") -> Document:
-    """Return the spec that ``text`` holds as YAML or JSON.
+def parse(text: str | bytes, file: str = "<text>") -> Document:
+    """Return the spec that ``text`` holds as YAML or JSON; bytes are UTF-8.
 
     :param file: name for messages; with the ending ``.json`` tabs are allowed between tokens.
     :raises SpecError: as :func:`read`.
     """
+    if isinstance(text, bytes):
+        text = _decoded(text, file)
     data, positions = yamlread.parse(text, file)
     if not isinstance(data, dict):
         kind = "a list" if isinstance(data, list) else "a single value"
@@ -93,35 +98,43 @@ def dump_yaml(spec: LoadSpec) -> str:
     return yamlwrite.dump(_plain_mapping(spec))
 
 
-def _text(path: FilePath) -> str:
-    def refusal(message: str, fix: str) -> SpecError:
-        return SpecError(Problem(message=message, fix=fix, file=os.fspath(path)))
-
+def _content(path: FilePath) -> bytes:
+    """Return the bytes of a spec file, or one more than ``MAX_BYTES`` where there are more."""
     try:
         with path.open("rb") as handle:
-            content = handle.read(MAX_BYTES + 1)
+            return handle.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise refusal("the spec file does not exist", "Check the name.") from None
+        raise _refusal(path, "the spec file does not exist", "Check the name.") from None
     except IsADirectoryError:
-        raise refusal(
+        raise _refusal(
+            path,
             "this is a folder, not a spec file",
             "Write a spec with `model:` set to the folder, and give the spec's name.",
         ) from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise refusal(f"the spec file cannot be read: {reason}", "Check the name.") from None
+        raise _refusal(path, f"the spec file cannot be read: {reason}", "Check the name.") from None
+
+
+def _decoded(content: bytes, file: str) -> str:
     if len(content) > MAX_BYTES:
-        raise refusal(
+        raise _refusal(
+            file,
             f"the spec file is larger than {MAX_BYTES // 1024} KiB",
             "Check that it is a spec; give a spec of that size from Python.",
         )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise refusal(
+        raise _refusal(
+            file,
             f"the spec file is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}",
             "Save it as UTF-8.",
         ) from None
+
+
+def _refusal(file: str | FilePath, message: str, fix: str) -> SpecError:
+    return SpecError(Problem(message=message, fix=fix, file=os.fspath(file)))
 
 
 def _plain_mapping(source: LoadSpec | Mapping[str, Any]) -> dict[str, Any]:
