@@ -14,17 +14,19 @@ def plan_order(plugins: Mapping[str, object]) -> list[str]:
     """Sort plugins topologically, ties by name, so that one set of plugins has one order.
 
     Names in ``after`` and ``before`` that are not among ``plugins`` are ignored: they say what
-    would hold if that plugin took part. ``after = ("*",)`` means after all that do not say so too.
+    would hold if that plugin took part. ``after = ("*",)`` means after all that neither say so too
+    nor have asked to come later than this one.
 
     :raises PluginError: the wishes contradict each other; the message shows the circle.
     """
     after = {name: set(getattr(plugin, "after", ())) for name, plugin in plugins.items()}
-    last = {name for name, others in after.items() if LAST in others}
-    for name in last:
-        after[name] |= plugins.keys() - last
     for name, plugin in plugins.items():
         for other in set(getattr(plugin, "before", ())) & plugins.keys():
             after[other].add(name)
+    last = {name for name, others in after.items() if LAST in others}
+    later = {name: _later_than(name, after) for name in last}
+    for name in last:
+        after[name] |= plugins.keys() - last - later[name]
     sorter = TopologicalSorter(
         {name: sorted(others & plugins.keys()) for name, others in after.items()}
     )
@@ -46,3 +48,15 @@ def plan_order(plugins: Mapping[str, object]) -> list[str]:
         order.append(name)
         sorter.done(name)
     return order
+
+
+def _later_than(name: str, after: Mapping[str, set[str]]) -> set[str]:
+    """Return the plugins that asked to come after ``name``, directly or through others."""
+    later: set[str] = set()
+    waiting = [name]
+    while waiting:
+        one = waiting.pop()
+        found = {other for other, wishes in after.items() if one in wishes} - later
+        later |= found
+        waiting += found
+    return later

@@ -35,6 +35,11 @@ def test_a_plugin_may_still_ask_to_follow_one_that_wants_to_be_last() -> None:
     assert plan_order(plugins(a={"after": ("*",)}, z={"after": ("*", "a")})) == ["a", "z"]
 
 
+def test_who_asks_to_follow_a_last_one_comes_after_it_without_being_last_itself() -> None:
+    order = plan_order(plugins(a={"after": ("*",)}, b={"after": ("a",)}, c={"after": ("b",)}, d={}))
+    assert order == ["d", "a", "b", "c"]
+
+
 def test_wishes_about_absent_plugins_are_ignored() -> None:
     assert plan_order(plugins(a={"after": ("nobody",), "before": ("no_one",)})) == ["a"]
 
