@@ -137,11 +137,11 @@ def unknown_key(path: Path, value: object, known: Iterable[str], places: Places)
     key = str(path[-1])
     homes = [place or "the top level" for place, keys in places.items() if key in keys]
     foreign = SPELLINGS.get(dotted(path)) or SPELLINGS.get(key)
-    if homes:
-        return _problem(path, "unknown key", f"Move it to {' or '.join(homes)}.")
     if foreign is not None:
         fix = foreign.fix("..." if _is_secret(path, value) else value)
         return _problem(path, f"unknown key, known from {foreign.tools}", fix)
+    if homes:
+        return _problem(path, "unknown key", f"Move it to {' or '.join(homes)}.")
     fix = nearest(key, known) or f"Known keys are: {', '.join(known)}."
     return _problem(path, "unknown key", fix)
 

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Final
 
 from .yamlwrite import dump_inline
 
 _SHOWN: Final = 60
 """Characters of a value that a fix repeats."""
-_NEEDS_NO_KEY: Final = object()
-"""Instead of a value: what they ask for is what we do without the key."""
+
+
+class _Removal(Enum):
+    """Instead of a value: why there is nothing to write."""
+
+    DEFAULT = "Remove it: that is what happens without it."
+    UNKNOWN = "Remove it: llmload has no such setting."
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,8 @@ class Spelling:
         if self.instead:
             return self.instead
         value = self.convert(value)
-        if value is _NEEDS_NO_KEY:
-            return "Remove it: that is what happens without it."
+        if isinstance(value, _Removal):
+            return value.value
         text = dump_inline(value)
         *sections, key = self.ours.split(".")
         text = f"{key}: {text if len(text) <= _SHOWN else '...'}"
@@ -47,7 +53,7 @@ class Spelling:
 
 def _switch(on: object) -> Callable[[Any], Any]:
     """Their true is ``on`` here; their false or null needs no key."""
-    return lambda value: on if value else _NEEDS_NO_KEY
+    return lambda value: on if value else _Removal.DEFAULT
 
 
 def _words(names: Mapping[str, str]) -> Callable[[Any], Any]:
@@ -64,7 +70,9 @@ def _targets(value: object) -> object:
 
 
 def _is_lora(value: object) -> object:
-    return {} if value in ("lora", "qlora") else _NEEDS_NO_KEY
+    if value in ("lora", "qlora"):
+        return {}
+    return _Removal.DEFAULT if value in ("full", None) else _Removal.UNKNOWN
 
 
 _CLASSES: Final = {
@@ -166,6 +174,7 @@ _SECTIONS: Final = {
     "resize_token_embeddings_to_32x": Spelling(
         "axolotl", "embeddings.pad_to_multiple_of", _switch(32)
     ),
+    "shrink_embeddings": Spelling("axolotl", "embeddings.allow_shrink"),
     "mean_resizing_embeddings": Spelling("axolotl", "embeddings.init_new", _switch("mean")),
     # dropout and gradient checkpointing
     "disable_dropout": Spelling("TRL and DeepSpeed-Chat", "dropout.p", _switch(0.0)),
@@ -181,6 +190,8 @@ _SECTIONS: Final = {
     "finetuning_type": Spelling("LLaMA-Factory", "lora", _is_lora),
     "tuner_type": Spelling("ms-swift", "lora", _is_lora),
     "train_type": Spelling("ms-swift", "lora", _is_lora),
+    "adapter_name_or_path": Spelling("LLaMA-Factory", "lora.adapter"),
+    "lora_model_dir": Spelling("axolotl", "lora.adapter"),
     "r": Spelling("PEFT", "lora.r"),
     "lora_r": Spelling("TRL and axolotl", "lora.r"),
     "lora_rank": Spelling("LLaMA-Factory, ms-swift and ColossalChat", "lora.r"),
@@ -199,6 +210,9 @@ _SECTIONS: Final = {
     "additional_target": Spelling("LLaMA-Factory", "lora.modules_to_save", _listed),
     "lora_modules_to_save": Spelling("TRL and axolotl", "lora.modules_to_save"),
     "modules_to_save": Spelling("PEFT and ms-swift", "lora.modules_to_save"),
+    "lora_train_bias": Spelling("ColossalChat", "lora.bias"),
+    "lora_dtype": Spelling("ms-swift", "lora.adapter_dtype", _words(_DTYPES)),
+    "peft_ensure_weight_tying": Spelling("axolotl", "lora.ensure_weight_tying"),
     "lora_fan_in_fan_out": Spelling("axolotl", "lora.fan_in_fan_out"),
     "use_rslora": Spelling("TRL and LLaMA-Factory", "lora.use_rslora"),
     "peft_use_rslora": Spelling("axolotl", "lora.use_rslora"),

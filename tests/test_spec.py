@@ -15,8 +15,9 @@ import yaml
 from bad_specs import BAD_SPECS, BadSpec
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from llmload import LoadSpec, Section, SpecError, specfile
-from llmload.explain import InvalidValueError
+from llmload import LoadSpec, Section, SpecError, create_registry, specfile
+from llmload.explain import InvalidValueError, fields_of
+from llmload.schema import json_schema
 from llmload.spec import KeyExceptions, validate
 from llmload.spellings import SPELLINGS, VALUES
 
@@ -141,7 +142,7 @@ def test_a_bad_spec_file_is_refused_with_every_fault_and_its_place(
         ({"many": ["a", {"depth": None}]},
          ".many[1].depth: expected a whole number, found nothing (null)."
          " Remove the key, or give it a value."),
-        ({"many": ["a", {"r": 1}]}, ".many[1].r: unknown key. Move it to adapter."),
+        ({"many": ["a", {"bits": 1}]}, ".many[1].bits: unknown key. Move it to adapter."),
         ({"by_name": {"a.b": {"depth": []}}},
          ".by_name['a.b'].depth: expected a whole number, found a list"),
         ({"path": 5}, ".path: expected a path, found 5"),
@@ -222,7 +223,7 @@ def test_a_spec_from_python_may_hold_sections_as_instances() -> None:
 
 
 def test_a_section_under_another_plugins_key_is_refused() -> None:
-    assert refusal({"dropout": Adapter(r=2)}) == "dropout.r: unknown key. Move it to adapter."
+    assert refusal({"dropout": Adapter(bits=8)}) == "dropout.bits: unknown key. Move it to adapter."
 
 
 def test_validating_twice_changes_nothing() -> None:
@@ -357,21 +358,28 @@ def test_a_hub_token_is_not_shown_wherever_it_stands(data: dict[str, Any]) -> No
     assert SECRET not in refusal(data)
 
 
-FUTURE_SECTIONS = {"kbit", "zero3"}  # of plugins that come later; their fields are checked then
-
-
-def test_every_spelling_leads_somewhere() -> None:
+def test_every_spelling_is_answered_with_yaml_or_with_a_sentence() -> None:
     for theirs, spelling in SPELLINGS.items():
         assert theirs not in LoadSpec.model_fields, theirs
         assert bool(spelling.ours) != bool(spelling.instead), theirs
-        for value in (True, False, None, 4, "bf16", ["a"], {"a": 1}, "x" * 100):
+        for value in (True, False, None, 4, "bf16", "lora", ["a"], {"a": 1}, "x" * 100):
             fix = spelling.fix(value)
             assert fix.endswith("."), theirs
             assert len(fix) < 160, theirs
-            if fix.startswith("Write `") and spelling.ours:
+            if spelling.ours and fix.startswith("Write"):
                 written = yaml.safe_load(fix.split("`")[1])
                 for key in spelling.ours.split("."):
                     written = written[key]
+
+
+def test_every_spelling_leads_to_a_key_that_exists() -> None:
+    sections = create_registry().sections
+    known = json_schema(sections)["properties"].keys() | {"kbit", "zero3"}
+    for theirs, spelling in SPELLINGS.items():
+        first, *rest = spelling.ours.split(".") if spelling.ours else ["model"]
+        assert first in known, theirs
+        if rest and first in sections:
+            assert rest[0] in fields_of(sections[first]), theirs
 
 
 def test_every_word_of_other_tools_is_answered_with_one_of_ours() -> None:

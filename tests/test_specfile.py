@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmload import LoadSpec, Problem, Section, SpecError, specfile, yamlread, yamlwrite
@@ -111,6 +111,7 @@ def test_written_data_reads_back_the_same_here_and_in_yaml_1_1(data: dict[str, A
     assert yaml.safe_load(written) == data
 
 
+@settings(max_examples=25)
 @given(data=mappings)
 @example(data={trap: [trap] for trap in TRAPS})
 @pytest.mark.parametrize("indent", [None, 2, "\t"])
