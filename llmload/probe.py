@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.fx.experimental import _config
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 TOKENS = 8
 """Length of the example input: one row of so many token ids."""
@@ -280,7 +281,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         if self._unused:
-            self._take_uses(func, args)
+            self._take_uses(func, args, kwargs)
         result = _answer(func, args, kwargs)
         if _is_random(func):
             self._take_draw(func, args, kwargs, result)
@@ -292,19 +293,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         path, kind = self._issuer()
         op = RandomOp(op=str(func.overloadpacket), module=path, module_class=kind, probability=rate)
-        if rate is None and isinstance(result, torch.Tensor) and not _mentions(args, result):
-            self._unused[id(result)] = (result, op)
+        if rate is None and isinstance(result, torch.Tensor):
+            self._unused[_storage(result)] = (result, op)
         else:
             self.found.append(op)
 
-    def _take_uses(self, func: Any, args: tuple[Any, ...]) -> None:
+    def _take_uses(self, func: Any, args: Any, kwargs: Any) -> None:
         """Count a draw once it is used, except where the outcome is certain.
 
-        LayerDrop draws in every training forward and then compares with its rate, also with 0.
+        LayerDrop draws in every training forward and compares with its rate, also with 0. BigBird
+        initialises a module in its forward and then gives it the weights of another.
         """
-        for value in args:
-            if id(value) in self._unused and self._unused[id(value)][0] is value:
-                _, op = self._unused.pop(id(value))
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor) and _storage(value) in self._unused:
+                _, op = self._unused.pop(_storage(value))
                 if not _is_certain(func, args):
                     self.found.append(op)
 
@@ -371,8 +373,9 @@ def _is_certain(func: Any, args: tuple[Any, ...]) -> bool:
     return name in ("aten.lt", "aten.ge") and (bound <= 0 or bound >= 1)
 
 
-def _mentions(args: tuple[Any, ...], result: torch.Tensor) -> bool:
-    return any(value is result for value in args)
+def _storage(tensor: torch.Tensor) -> int:
+    """Return what tells a tensor and its views from others, also on the meta device."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _first_line(error: BaseException) -> str:

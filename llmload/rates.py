@@ -66,15 +66,24 @@ def of_config(config: Any, path: str = "") -> Iterator[Rate]:
 
 
 def of_model(model: nn.Module) -> Iterator[Rate]:
-    """Yield the rates of a model's modules: dropout modules and attributes used in a forward."""
-    from torch.nn.modules.dropout import _DropoutNd
+    """Yield the rates of a model: of dropout modules, of attributes and configs of its modules.
 
+    Forwards read their rates from any of them; some modules have a copy of the config of their own.
+    """
+    from torch.nn.modules.dropout import _DropoutNd
+    from transformers import PretrainedConfig
+
+    seen: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, _DropoutNd):
             yield Rate(owner=module, path=path, name="p", value=module.p)
             continue
         for name, value in list(vars(module).items()):
-            if _is_rate(name, value):
+            if isinstance(value, PretrainedConfig):
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    yield from of_config(value, f"{path}.{name}" if path else name)
+            elif _is_rate(name, value):
                 yield Rate(owner=module, path=path, name=name, value=value)
 
 

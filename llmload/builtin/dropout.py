@@ -74,7 +74,7 @@ class DropoutPlugin:
 
     @hookimpl
     def post_load(self, ctx: LoadContext, model: nn.Module) -> nn.Module:
-        """Set the modules and attributes that the config did not reach.
+        """Set what the config did not reach.
 
         :raises PlanError: in the rehearsal, where randomness is left that nothing reaches.
         """
@@ -94,14 +94,14 @@ class DropoutPlugin:
         result = probe(model)
         ctx.record("dropout", {"p": p, "proof": result.method, "reason": result.reason})
         if result.method == "unavailable":
-            yield from _left_in_modules(ctx, model, base, p)
+            yield from _left_over(ctx, model, base, p)
             return
         wrong = [
             op
             for op in result.random_ops
             if model.get_submodule(op.module) in base and _is_wrong(op, p)
         ]
-        for op in _one_of_each_kind(wrong):
+        for op in _first_of_each_kind(wrong):
             rate = "" if op.probability is None else f" at rate {op.probability}"
             yield Problem(
                 where="dropout.p",
@@ -123,12 +123,15 @@ def _set(found: Iterable[rates.Rate], p: float) -> None:
             setattr(rate.owner, rate.name, new)
 
 
-def _left_in_modules(
+def _left_over(
     ctx: LoadContext, model: nn.Module, base: WeakSet[nn.Module], p: float
 ) -> Iterator[Problem]:
     """Find rates that were changed after ``post_load``, where no forward can be looked at."""
+    from torch import nn
+
     for rate in rates.of_model(model):
-        if rate.owner in base and rate.under(p) != rate.value:
+        adapters = isinstance(rate.owner, nn.Module) and rate.owner not in base
+        if not adapters and rate.under(p) != rate.value:
             yield Problem(
                 where="dropout.p",
                 message=f"dropout {p} is asked for, but {str(rate)!r} of model type"
@@ -142,7 +145,8 @@ def _is_wrong(op: RandomOp, p: float) -> bool:
     return p == 0.0 or op.probability not in (None, p)
 
 
-def _one_of_each_kind(ops: Iterable[RandomOp]) -> list[RandomOp]:
-    return list(
-        {(op.op, op.module_class, op.probability): op for op in reversed(list(ops))}.values()
-    )
+def _first_of_each_kind(ops: Iterable[RandomOp]) -> Iterable[RandomOp]:
+    kinds: dict[tuple[str, str, float | None], RandomOp] = {}
+    for op in ops:
+        kinds.setdefault((op.op, op.module_class, op.probability), op)
+    return kinds.values()

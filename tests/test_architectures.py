@@ -1,0 +1,133 @@
+"""Every text architecture of transformers, loaded through ``llmload``.
+
+One tiny checkpoint per type and kind, made from its config with every dropout at 0.3, serves all
+tests of that type. What cannot be built tiny is listed with its reason in ``architectures.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import architectures
+import pytest
+import torch
+from transformers import PretrainedConfig
+from transformers.models.auto import modeling_auto
+
+import llmload
+from llmload.errors import PlanError
+
+DROPOUT = 0.3
+KINDS = {
+    "causal_lm": architectures.causal_lm_types,
+    "seq2seq_lm": architectures.seq2seq_types,
+    "base": architectures.encoder_types,
+}
+UNREACHABLE = {
+    "phimoe": "its router samples the experts",
+    "reformer": "its hashing attention draws rotations in every forward",
+}
+"""Types that stay random in training whatever their dropout is."""
+REFUSES_DROPOUT = {"diffllama"}
+"""Types whose class cannot be built with dropout."""
+
+
+class Saved(NamedTuple):
+    """A tiny checkpoint of one architecture."""
+
+    kind: str
+    model_type: str
+    folder: Path
+    changed: int
+    """How many dropout fields of its config were set to ``DROPOUT``."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(kind, name) for kind, types in KINDS.items() for name in types()],
+    ids=lambda param: "-".join(param),
+)
+def saved(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Saved:
+    kind, model_type = request.param
+    model = architectures.build(kind, model_type)
+    changed = 0 if model_type in REFUSES_DROPOUT else set_dropout(model.config, DROPOUT)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(folder)
+    return Saved(kind, model_type, folder, changed)
+
+
+def set_dropout(config: Any, rate: float) -> int:
+    """Set every fraction whose name speaks of dropping; returns how many there are."""
+    changed = 0
+    fields = config if isinstance(config, dict) else vars(config)
+    for name, value in list(fields.items()):
+        if isinstance(value, dict | PretrainedConfig):
+            changed += set_dropout(value, rate)
+        elif "drop" in str(name) and isinstance(value, float) and 0 <= value <= 1:
+            if isinstance(config, dict):
+                config[name] = rate
+            else:
+                setattr(config, name, rate)
+            changed += 1
+    return changed
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors(item)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def test_training_forward_is_bit_equal_when_dropout_is_off(saved: Saved) -> None:
+    spec = {"model": str(saved.folder), "auto_class": saved.kind, "dropout": {"p": 0.0}}
+    if saved.model_type in UNREACHABLE:
+        with pytest.raises(PlanError, match=f"model type '{saved.model_type}' draws"):
+            llmload.load(spec)
+        return
+    model = llmload.load(spec).model.train()
+    inputs = architectures.dummy_inputs(model, saved.kind)
+    first, second = (list(tensors(model(**inputs))) for _ in range(2))
+    assert first
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_loaded_model_is_bit_equal_to_from_pretrained(saved: Saved, dtype: str) -> None:
+    spec = {"model": str(saved.folder), "auto_class": saved.kind, "dtype": dtype}
+    ours = llmload.load(spec).model
+    theirs = architectures.AUTO_CLASSES[saved.kind].from_pretrained(
+        saved.folder,
+        torch_dtype=dtype,  # both transformers 4.51 and 5 take this name
+    )
+    assert type(ours) is type(theirs)
+    for kind in ("named_parameters", "named_buffers"):
+        mine, reference = dict(getattr(ours, kind)()), dict(getattr(theirs, kind)())
+        assert list(mine) == list(reference)
+        for name, tensor in reference.items():
+            assert mine[name].dtype == tensor.dtype, name
+            assert mine[name].shape == tensor.shape, name
+            assert torch.equal(bits(mine[name]), bits(tensor)), name
+
+
+def test_every_type_is_built_or_excluded_with_a_reason() -> None:
+    mapped = {
+        "causal_lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "seq2seq_lm": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    }
+    for kind, names in mapped.items():
+        assert set(KINDS[kind]()) | set(architectures.EXCLUDED[kind]) == set(names)
+    assert all(reason for kind in architectures.EXCLUDED.values() for reason in kind.values())
+    assert len(architectures.causal_lm_types()) >= 150
