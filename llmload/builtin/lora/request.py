@@ -154,10 +154,17 @@ def _agree(name: str, asked: Any, found: Any) -> bool:
     if name in ("target_modules", "exclude_modules") and isinstance(asked, str):
         # Saved as the names that it matched: compared on the model.
         return True
-    if isinstance(asked, list) and isinstance(found, list):
+    if isinstance(asked, dict) and isinstance(found, dict):
+        # A nested configuration is saved with the defaults of what was left out.
+        return all(found.get(key) == value for key, value in asked.items())
+    if _are_names(asked) and _are_names(found):
         # PEFT adds the classification head to the modules that are saved.
         return set(asked) == set(found) or (name == "modules_to_save" and set(asked) < set(found))
     return bool(asked == found)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _is_default(name: str, value: Any) -> bool:
@@ -223,7 +230,8 @@ def refused(error: Exception) -> RequestError:
         Problem(
             where="lora",
             message=f"PEFT refuses this adapter: {reason}",
-            fix="Change what it names.",
+            # Of a missing package PEFT itself says that it must be installed.
+            fix="" if isinstance(error, ImportError) else "Change what it names.",
         )
     )
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from llmload.explain import InvalidValueError
 from llmload.spec import Regex, Section
@@ -69,6 +69,17 @@ Options: TypeAlias = Mapping[str, Any]
 """A nested configuration of PEFT, by its own field names."""
 
 
+def _one_pattern(value: str) -> str:
+    # A text is a regular expression to PEFT; "q_proj,v_proj" would match nothing.
+    if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value):
+        names = ", ".join(part.strip() for part in value.split(","))
+        raise InvalidValueError(
+            f"{value!r} is several names in one text, which is read as a regular expression",
+            fix=f"Write [{names}].",
+        )
+    return value
+
+
 def _rank(value: int) -> int:
     if value > 0:
         return value
@@ -88,6 +99,7 @@ def _initialisation(value: bool | str) -> bool | str:
     )
 
 
+Targets: TypeAlias = Annotated[Regex, AfterValidator(_one_pattern)] | Names
 Rank: TypeAlias = Annotated[int, AfterValidator(_rank)]
 Alpha: TypeAlias = Annotated[int | float, Field(gt=0)]
 
@@ -97,10 +109,10 @@ class LoraSection(Section):
 
     r: Rank = 8
     """Rank of the adapter."""
-    target_modules: Regex | Names | None = Field(default=None, examples=["all-linear"])
+    target_modules: Targets | None = Field(default=None, examples=["all-linear"])
     """``all-linear``; a list of names that module names end with; or a regular expression for the
     whole module name. null: PEFT's choice for the model type."""
-    exclude_modules: Regex | Names | None = None
+    exclude_modules: Targets | None = None
     """Modules that ``target_modules`` matches and that get no adapter, written likewise."""
     lora_alpha: Alpha = 8
     """The adapter's output is scaled by ``lora_alpha / r``."""
@@ -203,18 +215,6 @@ class LoraSection(Section):
     separate: only what is named gets an adapter; untie: each gets a weight of its own first."""
     lora_config: Annotated[str, Field(min_length=1)] | None = None
     """ColossalChat's ``lora_config.json``, read into this section."""
-
-    @field_validator("target_modules", "exclude_modules", mode="before")
-    @classmethod
-    def _not_a_list_in_text(cls, value: object) -> object:
-        # A text is a regular expression to PEFT; "q_proj,v_proj" would match nothing.
-        if isinstance(value, str) and re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", value):
-            names = ", ".join(part.strip() for part in value.split(","))
-            raise InvalidValueError(
-                f"{value!r} is several names in one text, which is read as a regular expression",
-                fix=f"Write [{names}].",
-            )
-        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> LoraSection:
