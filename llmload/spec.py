@@ -64,7 +64,8 @@ class Section(BaseModel):
     A plugin subclasses it for its own key. The docstring under each field becomes its description
     in the schema. A validator refuses a value with :class:`InvalidValueError`, which carries a fix.
     Text is not taken for a number, nor a number or true for one another; a list is taken where a
-    field asks for a tuple or set, and text where it asks for a path or enum.
+    field asks for a tuple or set, and text where it asks for a path or enum. A spec is written to
+    files and reports: let a field name an environment variable rather than hold a secret.
     """
 
     model_config = ConfigDict(

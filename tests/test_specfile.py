@@ -38,6 +38,8 @@ TRAPS = [
     "\x7f", "\U0001f600", "{{ messages }}",
 ]  # fmt: skip
 
+patient = settings(deadline=None)  # the machine may be busy
+
 text = st.one_of(
     st.sampled_from(TRAPS), st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 )
@@ -94,6 +96,7 @@ def refusal_of_text(text: str) -> str:
 # --- there and back -------------------------------------------------------------------------------
 
 
+@patient
 @given(specs)
 def test_a_spec_written_as_yaml_and_read_again_is_the_same(spec: LoadSpec) -> None:
     written = specfile.dump_yaml(spec)
@@ -103,6 +106,7 @@ def test_a_spec_written_as_yaml_and_read_again_is_the_same(spec: LoadSpec) -> No
     assert specfile.dump_yaml(again) == written
 
 
+@patient
 @given(mappings)
 @example({trap: [trap] for trap in TRAPS})
 def test_written_data_reads_back_the_same_here_and_in_yaml_1_1(data: dict[str, Any]) -> None:
@@ -111,7 +115,7 @@ def test_written_data_reads_back_the_same_here_and_in_yaml_1_1(data: dict[str, A
     assert yaml.safe_load(written) == data
 
 
-@settings(max_examples=25)
+@settings(patient, max_examples=25)
 @given(data=mappings)
 @example(data={trap: [trap] for trap in TRAPS})
 @pytest.mark.parametrize("indent", [None, 2, "\t"])
@@ -123,6 +127,7 @@ def test_json_is_read_as_json_has_it(
     assert parsed(written, "s.json") == data
 
 
+@patient
 @given(plain_data)
 def test_inline_yaml_is_one_line_that_reads_back_the_same(data: Any) -> None:
     written = yamlwrite.dump_inline(data)
