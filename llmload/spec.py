@@ -111,7 +111,7 @@ class KeyExceptions(Section):
 
 
 def _auto_class(name: str) -> str:
-    if name in AUTO_CLASSES or re.match(_CLASS_PATH, name):
+    if name in AUTO_CLASSES or re.fullmatch(_CLASS_PATH, name):
         return name
     raise InvalidValueError(
         f"expected {', '.join(map(repr, AUTO_CLASSES))} or 'module:Class', found {name!r}",
