@@ -90,8 +90,9 @@ def execute(prepared: Prepared, report: Report, *, prove: bool) -> LoadResult:
                 with report.phase("audit", report.loader):
                     report.compared = audit.compare_with_checkpoint(ctx, model)
 
-            model, declined = steps.finish(host, ctx, model, report.phase, ledger.take_stock)
-            report.declined |= declined
+            model, report.declined_adapters = steps.finish(
+                host, ctx, model, report.phase, ledger.take_stock
+            )
 
         _fill(report, prepared, ctx, model, ledger)
         if prove:
@@ -111,11 +112,7 @@ def execute(prepared: Prepared, report: Report, *, prove: bool) -> LoadResult:
 
 def _base_model(prepared: Prepared, ctx: Any, report: Report) -> nn.Module:
     """Ask the loaders that did not decline in the plan, in order."""
-    report.declined = {
-        name: reason
-        for name, reason in prepared.plan.declined.items()
-        if name in prepared.host.implementing("load")
-    }
+    report.declined = dict(prepared.plan.declined)
     for plugin in prepared.host.implementing("load"):
         if plugin in report.declined:
             continue

@@ -59,7 +59,9 @@ class Plan(BaseModel):
     loader: str = ""
     """The first loader that does not decline."""
     declined: dict[str, str] = Field(default_factory=dict)
-    """Loaders and adapter plugins that declined, with the reason."""
+    """Loaders that will not be asked, with the reason each gave."""
+    declined_adapters: dict[str, str] = Field(default_factory=dict)
+    """Adapter plugins that declined, with the reason each gave."""
     checkpoint_tensors: int = 0
     """Tensors in the checkpoint."""
     checkpoint_bytes: int = 0
@@ -281,7 +283,7 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
         return
     finally:
         plan.facts = dict(ctx.facts)
-    plan.declined |= declined
+    plan.declined_adapters = declined
     unique = list(model.parameters())
     plan.parameters = sum(p.numel() for p in unique)
     plan.parameter_bytes = sum(p.numel() * p.element_size() for p in unique)

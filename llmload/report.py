@@ -37,7 +37,9 @@ class Report(BaseModel):
     loader: str = ""
     """The plugin that loaded the base model."""
     declined: dict[str, str] = Field(default_factory=dict)
-    """Loaders and adapter plugins that declined, with the reason."""
+    """Loaders that declined before the one that loaded, with the reason each gave."""
+    declined_adapters: dict[str, str] = Field(default_factory=dict)
+    """Adapter plugins that declined, with the reason each gave."""
     plugins: dict[str, str] = Field(default_factory=dict)
     """Plugins in plan order -> distribution and version."""
     versions: dict[str, str] = Field(default_factory=dict)
