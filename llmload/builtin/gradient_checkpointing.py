@@ -69,6 +69,8 @@ class GradientCheckpointingPlugin:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note | Problem]:
         """Say whether the architecture and transformers can do what is asked."""
+        import torch
+
         section = ctx.section(GradientCheckpointingSection)
         if not ctx.model_class.supports_gradient_checkpointing:
             yield _unsupported(ctx.model_class)
@@ -79,6 +81,12 @@ class GradientCheckpointingPlugin:
                     message=f"the installed transformers does not know {key!r}",
                     fix="Remove the key, or install transformers 5.23 or newer.",
                 )
+        if section.offload and not torch.accelerator.is_available():
+            yield Problem(
+                where="gradient_checkpointing.offload",
+                message="there is no accelerator here from which to move activations to the host",
+                fix="Remove the key.",
+            )
         text = "reentrant" if section.use_reentrant else "non-reentrant"
         if section.every_n_layers > 1:
             text += f", one layer in {section.every_n_layers}"

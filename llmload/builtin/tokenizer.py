@@ -237,12 +237,12 @@ def _load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTrain
             f"the tokenizer in {str(folder)!r} cannot be loaded: {first}",
             "Save or download it again, or name another in `tokenizer.name_or_path`.",
         ) from error
-    expected = dict.fromkeys(tokenizer.vocab_files_names.values())
+    expected = list(tokenizer.vocab_files_names.values())
     if expected and _files(folder) == {_CONFIG}:
         raise _refusal(
             "name_or_path",
             f"the folder {str(folder)!r} holds a {_CONFIG}, but no vocabulary: none of"
-            f" {', '.join(expected)}",
+            f" {', '.join(dict.fromkeys([*expected, 'tokenizer.json']))}",
             "Save or download it again, or name another in `tokenizer.name_or_path`.",
         )
     return tokenizer
