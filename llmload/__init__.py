@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .errors import Problem as Problem
     from .errors import RequestError as RequestError
     from .errors import SpecError as SpecError
+    from .explain import InvalidValueError as InvalidValueError
     from .findings import Conflict as Conflict
     from .findings import Decline as Decline
     from .findings import Note as Note
@@ -56,6 +57,7 @@ _HOME = {
         ),
         "errors",
     ),
+    "InvalidValueError": "explain",
     **dict.fromkeys(("Conflict", "Decline", "Note"), "findings"),
     **dict.fromkeys(("hookimpl", "hookspec"), "hookspecs"),
     **dict.fromkeys(("LoadResult", "load", "plan"), "pipeline"),
