@@ -16,6 +16,7 @@ import functools
 import inspect
 import random
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -94,6 +95,9 @@ def _run(
     with ExitStack() as stack:
         stack.enter_context(_random_states_kept(model))
         stack.enter_context(_modules_kept(model))
+        # The training that follows will warn; looking need not.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
         stack.enter_context(torch.enable_grad())
         # Where a model asks which elements are not zero: all.
         stack.enter_context(_config.patch(meta_nonzero_assume_all_nonzero=True))  # type: ignore[attr-defined]
@@ -280,7 +284,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._unused:
+        if self._unused and not func.is_view:
             self._take_uses(func, args, kwargs)
         result = _answer(func, args, kwargs)
         if _is_random(func):
