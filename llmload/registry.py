@@ -9,7 +9,7 @@ becomes plan order.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import pluggy
@@ -76,10 +76,14 @@ class Host:
         return [name for name in self.names if name in found]
 
     def call(self, name: str, hook: str, **kwargs: Any) -> Any:
-        """Call one plugin's ``hook``. Errors of the request get the plugin's name."""
+        """Call one plugin's ``hook``. Errors of the request get the plugin's name.
+
+        A hook that yields is run to its end here, so that its errors are told the same way.
+        """
         info = self._by_name[name]
         try:
-            return self._manager.call_one(info.plugin, hook, **kwargs)
+            result = self._manager.call_one(info.plugin, hook, **kwargs)
+            return list(result) if isinstance(result, Iterator) else result
         except RequestError as error:
             error.problems = tuple(
                 problem if problem.plugin else problem.model_copy(update={"plugin": name})

@@ -22,13 +22,9 @@ OnMade = Callable[[str, "nn.Module"], None]
 
 
 def call(host: Host, plugin: str, hook: str, **kwargs: Any) -> Any:
-    """Call a hook of one plugin; what it did not mean to raise becomes ``LoadFailedError``.
-
-    A hook that yields is run to its end here, so that its errors are told the same way.
-    """
+    """Call a hook of one plugin; what it did not mean to raise becomes ``LoadFailedError``."""
     try:
-        result = host.call(plugin, hook, **kwargs)
-        return list(result) if isinstance(result, Iterator) else result
+        return host.call(plugin, hook, **kwargs)
     except LlmloadError:
         raise
     except Exception as error:

@@ -92,7 +92,7 @@ class Request:
         if self.saved is not None:
             # A file lists all fields of the PEFT that wrote it; a default here asks for nothing.
             fields = {n: v for n, v in fields.items() if n in known or not _is_default(n, v)}
-        problems = [*_too_new(fields, known), *_nested_faults(fields)]
+        problems = [*_too_new(fields, known), *_nested_faults(fields, known)]
         if problems:
             raise RequestError(problems)
         try:
@@ -196,8 +196,8 @@ def _release(version: str) -> tuple[int, ...]:
     return Version(version).release
 
 
-def _nested_faults(fields: dict[str, Any]) -> Iterator[Problem]:
-    for name in _NESTED.keys() & fields.keys():
+def _nested_faults(fields: dict[str, Any], known_fields: set[str]) -> Iterator[Problem]:
+    for name in sorted(_NESTED.keys() & fields.keys() & known_fields):
         if not fields[name]:
             continue
         known = [f.name for f in dataclasses.fields(_nested_class(name)) if f.init]
