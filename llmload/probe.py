@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.fx.experimental import _config
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -99,8 +98,6 @@ def _run(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.enable_grad())
-        # Where a model asks which elements are not zero: all.
-        stack.enter_context(_config.patch(meta_nonzero_assume_all_nonzero=True))  # type: ignore[attr-defined]
         if on_meta:
             _put_stand_ins(model)
         else:
@@ -326,19 +323,40 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run ``func``; where it asks a meta tensor for a value, answer False or zero."""
+    """Run ``func``; where it asks a meta tensor for values, give the plainest answer.
+
+    A number is zero, a condition is False, and the elements that are not zero are all.
+    """
     name = func._schema.name
-    if name == "aten::_local_scalar_dense" and args[0].is_meta and not _is_float(args[0]):
-        return False if args[0].dtype == torch.bool else 0
-    if name == "aten::_grouped_mm" and args[0].is_meta:
-        # Its meta kernel knows bfloat16 alone, its real kernels every dtype.
-        halves = [a.bfloat16() if _is_float(a) else a for a in args]
-        return func(*halves, **kwargs).to(args[0].dtype)
+    if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+        if name == "aten::_local_scalar_dense" and not _is_float(args[0]):
+            return False if args[0].dtype == torch.bool else 0
+        if name == "aten::nonzero":
+            return _all_positions(args[0])
+        if name in ("aten::index", "aten::index_put", "aten::index_put_"):
+            args = (args[0], list(_without_masks(args[1])), *args[2:])
+        if name == "aten::_grouped_mm":
+            # Its meta kernel knows bfloat16 alone, its real kernels every dtype.
+            halves = [a.bfloat16() if _is_float(a) else a for a in args]
+            return func(*halves, **kwargs).to(args[0].dtype)
     result = func(*args, **kwargs)
     if name == "aten::rand" and not result.is_meta:
         # LayerDrop compares it with its rate: the largest draw skips no layer.
         result.fill_(1.0 - torch.finfo(result.dtype).eps)
     return result
+
+
+def _all_positions(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty((tensor.numel(), tensor.ndim), dtype=torch.int64, device="meta")
+
+
+def _without_masks(indices: Iterable[torch.Tensor | None]) -> Iterator[torch.Tensor | None]:
+    """Replace each boolean mask among the indices by one index for each of its dimensions."""
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            yield from _all_positions(index).unbind(1)
+        else:
+            yield index
 
 
 def _is_float(value: Any) -> bool:
