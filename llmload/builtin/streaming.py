@@ -71,12 +71,12 @@ class StreamingLoader:
         )
         if device_map and "disk" in device_map.values():
             return Decline("the device map keeps weights on disk, which accelerate does")
-        placement.prepare(model)
         accounting = seam.rehearse(model, ctx.checkpoint, ctx.spec.key_map)
         if accounting.failed:
             name, reason = next(iter(accounting.failed.items()))
             return Decline(f"transformers cannot convert {name!r} without values: {reason}")
         _account(ctx, accounting)
+        placement.prepare(model)
         proof = Proof(digests=ctx.section(StreamingSection).digests)
         with MappedCheckpoint(ctx.checkpoint) as files, proof:
             missing = seam.fill(
@@ -128,7 +128,7 @@ def _account(ctx: LoadContext, accounting: Accounting) -> None:
         raise CheckpointError(
             Problem(
                 where=name,
-                message=f"the checkpoint has shape {found}, the model {expected}",
+                message=f"the checkpoint has {found}, the model takes {expected}",
                 fix="Check that config.json and weights belong together.",
             )
             for name, found, expected in accounting.mismatched

@@ -16,7 +16,8 @@ class Accounting:
     """The same, but the model's class declares that they may be missing."""
     unexpected: tuple[str, ...]
     """Keys that the model has no place for and its class does not ignore."""
-    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
-    """Name, shape in the checkpoint, shape in the model."""
+    mismatched: tuple[tuple[str, str, str], ...]
+    """Name, dtype and shape in the checkpoint, dtype and shape in the model. Dtypes disagree only
+    where a parameter of floating point would be filled with integers."""
     failed: Mapping[str, str]
     """Name -> why transformers could not convert its tensors."""

@@ -145,7 +145,7 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != (stop - start) * 8:
         raise _DamagedError(
-            f"tensor {name!r} of dtype {dtype} and shape {shape} needs {-(-bits // 8)} bytes, "
+            f"tensor {name!r} of dtype {dtype} and shape {shape} needs {bits / 8:g} bytes, "
             f"but its data_offsets span {stop - start}"
         )
     return TensorInfo(name, path, dtype, tuple(shape), data_start + start, data_start + stop)

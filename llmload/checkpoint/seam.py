@@ -120,11 +120,16 @@ def rehearse(
 ) -> Accounting:
     """Run transformers' mapping and conversion over the checkpoint's shapes. Changes nothing."""
     state = model.state_dict()
-    found: dict[str, torch.Size] = {}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found: dict[str, torch.Tensor] = {}
 
     def receive(first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        found.update((name, value.shape) for name, value in values.items())
+        found.update(values)
         return {}
+
+    def fits(name: str, value: torch.Tensor) -> bool:
+        is_float = value.is_floating_point() or not state[name].is_floating_point()
+        return value.shape == state[name].shape and (is_float or name not in parameters)
 
     outlines = {info.name: Outline(info) for info in checkpoint.tensors.values()}
     info = _convert(model, outlines, key_map, receive, "meta")
@@ -139,12 +144,16 @@ def rehearse(
         excused=tuple(sorted(absent - info.missing_keys)),
         unexpected=tuple(sorted(info.unexpected_keys)),
         mismatched=tuple(
-            (name, tuple(shape), tuple(state[name].shape))
-            for name, shape in found.items()
-            if name in state and shape != state[name].shape
+            (name, _outline(value), _outline(state[name]))
+            for name, value in found.items()
+            if name in state and not fits(name, value)
         ),
         failed=info.conversion_errors,
     )
+
+
+def _outline(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def _ties(model: PreTrainedModel) -> Iterator[set[str]]:
