@@ -162,6 +162,8 @@ def _trainable(plan: Plan, model: nn.Module) -> Iterable[Problem]:
         return
     planned = set(plan.trainable_parameters)
     found = {name for name, p in model.named_parameters() if p.requires_grad}
+    # Not tied after all, because the checkpoint holds both with different values.
+    found -= {name for name in found - planned if name.endswith(tuple(plan.tied))}
     for names, what in ((found - planned, "are"), (planned - found, "are not")):
         if names:
             yield Problem(

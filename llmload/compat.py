@@ -5,7 +5,8 @@ Two versions of transformers are supported, 5.23 and 4.51.3; each function says 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+import copy
+from contextlib import AbstractContextManager, ExitStack
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,30 @@ def meta_contexts(
     from transformers.modeling_utils import no_init_weights
 
     return [default_dtype(dtype), no_init_weights(), torch.device("meta")]
+
+
+def build_on_meta(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """Build a model as ``from_pretrained`` does before it reads, from a copy of ``config``."""
+    if seam().unsuited() is None:
+        return seam().build(model_class, config, dtype)  # type: ignore[no-any-return]
+    with ExitStack() as stack:
+        for context in meta_contexts(model_class, dtype):
+            stack.enter_context(context)
+        return model_class(copy.deepcopy(config))
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Return the parameters that the config ties to another one, which keeps its own name.
+
+    transformers 5 has the pairs per model; 4.51.3 has a list per class and one switch.
+    """
+    pairs = getattr(model, "all_tied_weights_keys", None)
+    if pairs is None:
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        pairs = (model._tied_weights_keys or ()) if tied else ()
+    return set(pairs)
 
 
 def seam() -> ModuleType:

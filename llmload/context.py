@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
+from . import modeling
+
 if TYPE_CHECKING:
     import pluggy
     import torch
@@ -83,8 +85,12 @@ class LoadContext:
         where and how each weight is stored; None for plain tensors."""
         self.facts: dict[str, Any] = {}
         """JSON-able facts for the report, by plugin name."""
+        self.handed_on: dict[str, Any] = {}
+        """What a plugin's ``check`` found out for its own later hooks, by plugin name."""
         self.kept_alive: list[object] = []
         self._probed: ProbeResult | None = None
+        self._pristine = copy.deepcopy(config)
+        self._blank: PreTrainedModel | None = None
 
     def section(self, kind: type[SectionT]) -> SectionT:
         """Return this load's section of the given model: what the spec says, or its defaults.
@@ -95,6 +101,26 @@ class LoadContext:
             if isinstance(value, kind):
                 return value
         raise LookupError(f"no active plugin has a section of type {kind.__qualname__}")
+
+    @property
+    def blank(self) -> PreTrainedModel:
+        """The model on the meta device, weights not tied: names, shapes and dtypes to look at.
+
+        For ``check``. A loader that fills one takes it with :meth:`take_blank`.
+        """
+        if self._blank is None:
+            self._blank = modeling.blank_model(self)
+        return self._blank
+
+    def take_blank(self) -> PreTrainedModel:
+        """Return a blank model that belongs to the caller, built from ``config`` as it now is.
+
+        The plan's own, where it was not used up and no plugin has changed the config since.
+        """
+        blank, self._blank = self._blank, None
+        if blank is None or self.config != self._pristine:
+            return modeling.blank_model(self)
+        return blank
 
     def probe(self, model: nn.Module) -> ProbeResult:
         """Return what :func:`llmload.probe.probe` finds of the finished model; run once per load.
@@ -115,13 +141,14 @@ class LoadContext:
         """Add JSON-able facts of a plugin to the report."""
         self.facts.setdefault(plugin, {}).update(facts)
 
-    def for_loading(self, pristine: PretrainedConfig) -> LoadContext:
+    def for_loading(self) -> LoadContext:
         """Return the context of the load itself: same request, untouched config, nothing recorded.
 
-        The tokenizer is handed on; everything the rehearsal recorded is left behind.
+        Tokenizer, blank model and what plugins handed on are kept; the records of the rehearsal are
+        left behind.
         """
         loading = copy.copy(self)
-        loading.config = copy.deepcopy(pristine)
+        loading.config = copy.deepcopy(self._pristine)
         loading.rehearsing = False
         loading.newly_initialised = {}
         loading.unexpected = []

@@ -10,6 +10,7 @@ A plugin is any object with a ``name``. Everything else is optional::
         before = ("lora",)              # order: plugins that go later
         conflicts = (Conflict(...),)    # settings that cannot be combined with this section
         requires = ("peft>=0.13.2",)    # distributions it needs; a missing one is a plan problem
+        rehearsed = True                # False: its hooks change no name, shape or requires_grad
 
 A plugin that has a ``Section`` takes part in a load if the spec has its key, or always with
 ``always_active``. A plugin without one takes part in every load. Plugins are ordered by ``after``

@@ -26,5 +26,9 @@ class Ledger:
                 self._maker[parameter] = plugin
 
     def makers(self, model: nn.Module) -> dict[str, str]:
-        """Return each parameter's name in ``model`` -> the plugin that made it."""
-        return {name: self._maker[parameter] for name, parameter in model.named_parameters()}
+        """Return the name in ``model`` of each entered parameter -> the plugin that made it."""
+        return {
+            name: self._maker[parameter]
+            for name, parameter in model.named_parameters()
+            if parameter in self._maker
+        }

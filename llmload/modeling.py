@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,17 +127,14 @@ def resolve_dtype(
     return next((names[dtype] for dtype in stored if dtype in names), torch.float32)
 
 
-def meta_model(ctx: LoadContext) -> PreTrainedModel:
-    """Build the model on the meta device: names, shapes, dtypes and ties without storage.
+def blank_model(ctx: LoadContext) -> PreTrainedModel:
+    """Build the model on the meta device: names, shapes and dtypes, no storage, weights not tied.
 
     :raises CheckpointError: the class refuses the config, for example an attention implementation
         it does not have.
     """
     try:
-        with ExitStack() as stack:
-            for context in compat.meta_contexts(ctx.model_class, ctx.dtype):
-                stack.enter_context(context)
-            model = ctx.model_class(copy.deepcopy(ctx.config))
+        return compat.build_on_meta(ctx.model_class, ctx.config, ctx.dtype)
     except Exception as error:
         raise CheckpointError(
             Problem(
@@ -149,8 +144,6 @@ def meta_model(ctx: LoadContext) -> PreTrainedModel:
                 fix="Check the config, `auto_class` and `attn_implementation`.",
             )
         ) from error
-    model.tie_weights()
-    return model.eval()
 
 
 def _first_line(error: BaseException) -> str:

@@ -73,7 +73,7 @@ def load(
 def execute(prepared: Prepared, report: Report, *, prove: bool) -> LoadResult:
     """Carry out a plan without errors."""
     plan, host = prepared.plan, prepared.host
-    ctx = prepared.ctx.for_loading(prepared.pristine)
+    ctx = prepared.ctx.for_loading()
     ledger = Ledger()
     with _undone_on_error():
         with ExitStack() as contexts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from . import modeling, source, steps
+from . import compat, modeling, source, steps
 from .checkpoint import Checkpoint
 from .context import LoadContext
 from .errors import LoadFailedError, PlanError, PluginError, Problem, RequestError
@@ -19,8 +18,6 @@ from .ledger import Ledger
 from .versions import version_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from .registry import Host, Registry
     from .spec import LoadSpec
 
@@ -74,6 +71,9 @@ class Plan(BaseModel):
     """Elements in the parameters that will require gradients."""
     trainable_parameters: list[str] | None = None
     """Their names; None where a hook could not be rehearsed, and nothing is promised."""
+    tied: list[str] = Field(default_factory=list)
+    """Parameters of the base model that the config ties to others. transformers leaves them apart
+    where the checkpoint holds both with different values."""
     new_parameters: dict[str, str] = Field(default_factory=dict)
     """Parameters that do not come from the checkpoint as they are -> the plugin that makes them."""
     facts: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -104,7 +104,6 @@ class Prepared:
     plan: Plan
     host: Host
     ctx: LoadContext
-    pristine: PretrainedConfig
 
 
 def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
@@ -127,7 +126,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
         active=host.names,
         hook=host.hook,
         folder=folder,
-        config=copy.deepcopy(config),
+        config=config,
         model_class=model_class,
         dtype=modeling.resolve_dtype(spec, config, checkpoint),
         checkpoint=checkpoint,
@@ -147,7 +146,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
     if not plan.errors:
         _check(host, ctx, plan)
         _rehearse(host, ctx, plan)
-    return Prepared(plan=plan, host=host, ctx=ctx, pristine=config)
+    return Prepared(plan=plan, host=host, ctx=ctx)
 
 
 def require_stack() -> None:
@@ -261,16 +260,20 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
 
     ledger = Ledger()
     try:
-        # Adapters draw their first values on the way; the caller's random stream must not move.
-        with torch.random.fork_rng(devices=[]):
-            model: torch.nn.Module = modeling.meta_model(ctx)
+        model: torch.nn.Module = ctx.blank
+        tied = still_apart = compat.tied_names(ctx.blank)
+        if host.shaping("post_load") or host.shaping("wrap_adapter"):
+            model = ctx.take_blank()
+            model.tie_weights()
+            still_apart = set()
             ledger.take_stock(plan.loader, model)
-            model, declined = steps.finish(
-                host, ctx, model, lambda hook, plugin: nullcontext(), ledger.take_stock
-            )
+            # Adapters draw their first values; the caller's random stream must not move.
+            with torch.random.fork_rng(devices=[]):
+                model, plan.declined_adapters = steps.finish(
+                    host, ctx, model, lambda hook, plugin: nullcontext(), ledger.take_stock
+                )
     except RequestError as error:
-        # A plugin may say in wrap_adapter again what it said in check.
-        plan.problems += [p for p in error.problems if p not in plan.problems]
+        plan.problems += error.problems
         return
     except LoadFailedError as error:
         plan.problems.append(
@@ -283,12 +286,12 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
         return
     finally:
         plan.facts = dict(ctx.facts)
-    plan.declined_adapters = declined
-    unique = list(model.parameters())
-    plan.parameters = sum(p.numel() for p in unique)
-    plan.parameter_bytes = sum(p.numel() * p.element_size() for p in unique)
-    plan.trainable = sum(p.numel() for p in unique if p.requires_grad)
-    plan.trainable_parameters = [n for n, p in model.named_parameters() if p.requires_grad]
+    unique = {name: p for name, p in model.named_parameters() if name not in still_apart}
+    plan.parameters = sum(p.numel() for p in unique.values())
+    plan.parameter_bytes = sum(p.numel() * p.element_size() for p in unique.values())
+    plan.trainable = sum(p.numel() for p in unique.values() if p.requires_grad)
+    plan.trainable_parameters = [name for name, p in unique.items() if p.requires_grad]
+    plan.tied = sorted(tied)
     plan.new_parameters = {
         name: maker for name, maker in ledger.makers(model).items() if maker != plan.loader
     }

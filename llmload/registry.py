@@ -75,6 +75,14 @@ class Host:
         }
         return [name for name in self.names if name in found]
 
+    def shaping(self, hook: str) -> list[str]:
+        """Those of them that change names, shapes or ``requires_grad``: they are rehearsed."""
+        return [
+            name
+            for name in self.implementing(hook)
+            if getattr(self._by_name[name].plugin, "rehearsed", True)
+        ]
+
     def call(self, name: str, hook: str, **kwargs: Any) -> Any:
         """Call one plugin's ``hook``. Errors of the request get the plugin's name.
 

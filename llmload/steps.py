@@ -78,14 +78,14 @@ def finish(
     Returns the model, and the reasons of the adapter plugins that declined. The same function
     serves the rehearsal on the meta device and the load, so that the one foretells the other.
     """
-    for plugin in host.implementing("post_load"):
+    for plugin in _acting(host, ctx, "post_load"):
         with on_step("post_load", plugin):
             changed = call_for_model(host, plugin, "post_load", ctx=ctx, model=model)
         assert not isinstance(changed, Decline)  # call_for_model refused it
         model = changed
         on_made(plugin, model)
     declined: dict[str, str] = {}
-    for plugin in host.implementing("wrap_adapter"):
+    for plugin in _acting(host, ctx, "wrap_adapter"):
         with on_step("wrap_adapter", plugin):
             wrapped = call_for_model(host, plugin, "wrap_adapter", ctx=ctx, model=model)
         if isinstance(wrapped, Decline):
@@ -94,3 +94,7 @@ def finish(
         on_made(plugin, wrapped)
         return wrapped, declined
     return model, declined
+
+
+def _acting(host: Host, ctx: LoadContext, hook: str) -> list[str]:
+    return host.shaping(hook) if ctx.rehearsing else host.implementing(hook)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llmload import compat, modeling
@@ -12,9 +13,18 @@ from llmload.errors import Problem, RequestError
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from llmload.context import LoadContext
+
+_COUNTS = ("vocab_size", "decoder_vocab_size")
+# What transformers calls on the model to fill new rows. Marian does whatever `mean_resizing` says.
+_INITIALISERS = (
+    "_init_weights",
+    "_init_added_embeddings_weights_with_mean",
+    "_init_added_lm_head_weights_with_mean",
+    "_init_added_lm_head_bias_with_mean",
+)
 
 
 def resize(model: PreTrainedModel, rows: int) -> None:
@@ -27,9 +37,9 @@ def resize(model: PreTrainedModel, rows: int) -> None:
     :raises RequestError: transformers cannot resize this architecture, or changes more than sizes.
         (BART with untied embeddings: the decoder's would become the encoder's.)
     """
-    before = named_tensors(model)
+    before, old = named_tensors(model), input_embedding(model).weight.shape[0]
     try:
-        with compat.no_init_weights():
+        with _uninitialised(model):
             model.resize_token_embeddings(rows, mean_resizing=False)
     except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
         raise _refusal(
@@ -50,8 +60,35 @@ def resize(model: PreTrainedModel, rows: int) -> None:
     head = model.get_output_embeddings()
     if isinstance(getattr(head, "out_features", None), int):
         head.out_features = rows  # transformers forgets it where the head is tied (Marian)
-    if hasattr(model.config, "vocab_size"):
-        model.config.vocab_size = rows
+    _tell(model.config, old, rows)
+
+
+@contextmanager
+def _uninitialised(model: PreTrainedModel) -> Iterator[None]:
+    """Let new modules of ``model`` keep uninitialised memory: no draw, no random state moved."""
+    for name in _INITIALISERS:
+        setattr(model, name, lambda *args: None)
+    try:
+        with compat.no_init_weights():
+            yield
+    finally:
+        for name in _INITIALISERS:
+            delattr(model, name)
+
+
+def _tell(config: PretrainedConfig, old: int, new: int) -> None:
+    """Write the new number of rows where the old one stands, in sub-configs too.
+
+    transformers writes it into the text config only: not into T5Gemma's encoder. Inkling cuts its
+    logits to ``unpadded_vocab_size``, the number of rows without padding.
+    """
+    from transformers import PretrainedConfig
+
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PretrainedConfig):
+            _tell(value, old, new)
+        elif name == "unpadded_vocab_size" or (name in _COUNTS and value == old):
+            setattr(config, name, new)
 
 
 def vocabulary_tensors(
@@ -142,7 +179,8 @@ def refuse_misfit(
 
 
 def _built_shapes(ctx: LoadContext, config: Any) -> dict[str, torch.Size]:
-    fresh = copy.copy(ctx)
-    fresh.config = config
-    built = named_tensors(modeling.meta_model(fresh))
+    config = copy.deepcopy(config)
+    # The id of a new pad token lies beyond the table as it was; no shape needs it.
+    config.get_text_config().pad_token_id = 0
+    built = named_tensors(compat.build_on_meta(ctx.model_class, config, ctx.dtype))
     return {name: tensor.shape for name, tensor in built.items()}

@@ -108,6 +108,7 @@ class TokenizerPlugin:
     name = "tokenizer"
     Section = TokenizerSection
     always_active = True
+    rehearsed = False
 
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note | Problem]:

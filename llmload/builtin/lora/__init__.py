@@ -187,8 +187,7 @@ def _notes(request: Request) -> Iterator[str]:
     if request.saved is not None:
         yield f"resume the {len(request.saved.checkpoint)} tensors in {section.adapter!r}"
     if request.changes_base:
-        cause = "KaSA" if fields.get("kasa_config") is not None else repr(request.initialisation)
-        yield f"{cause} changes the weights of the layers it adapts"
+        yield f"{request.changes_base} changes the weights of the layers it adapts"
     if section.ensure_weight_tying:
         yield "tied adapters share one storage: moving or casting the model parts them"
     if request.coati is not None:

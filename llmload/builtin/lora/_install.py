@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import peft
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from llmload.errors import Problem, RequestError
 
-from . import _resume, _targets
+from . import _resume, _targets, _tied
+from ._layers import adapter_parameters, lora_layers
 from ._names import translate_targets
 from .request import Request, heard, refused, resolve
 
@@ -39,22 +38,23 @@ def install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
     """
     request = resolve(ctx)
     section = request.section
-    untied = _targets.untie(model) if section.tied_weights == "untie" else []
-    config = _config(ctx, request, model)
+    untied = _tied.untie(model) if section.tied_weights == "untie" else []
+    with heard():  # what it warns of, `check` has told
+        config = _config(ctx, request, model)
     unmatched = _targets.hold_to_names(config, model)
     linear = _targets.linear_layers(model)
-    tied = _targets.tied_embeddings(model)
+    tied = _tied.tied_embeddings(model)
     trial = _trial(ctx, request, model)
     # Held, not only their ids: PEFT may replace one, and its id would be given away again.
     before = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
 
     with heard() as warned:
         wrapped = _wrap(ctx, request, model, config)
-    reached = _reached(wrapped, tied)
-    _refuse_undecided(request, reached, tied)
+    reached = _tied.reached(wrapped, tied)
+    _tied.refuse_undecided(request, reached, tied)
     _set_dtype(ctx, request, wrapped)
     if section.ensure_weight_tying:
-        _tie_again(wrapped, section.adapter_name)
+        _tied.tie_again(wrapped, section.adapter_name)
     layers = lora_layers(wrapped, section.adapter_name)
     if trial is not None:
         _refuse_other_targets(request, set(layers), trial)
@@ -81,30 +81,6 @@ def install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
     )
     # PEFT makes its modules in training mode, whatever the base model's.
     return wrapped.train(model.training)
-
-
-def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
-    """Return the layers that carry ``adapter``, by their names in the base model."""
-    return {
-        name: module
-        for name, module in model.get_base_model().named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.r
-    }
-
-
-def adapter_parameters(layer: LoraLayer, adapter: str) -> dict[str, nn.Parameter]:
-    """Return one layer's parameters of ``adapter``, by the name of what holds them."""
-    found = {}
-    for kind in layer.adapter_layer_names:
-        holder = getattr(layer, kind)
-        if adapter not in holder:
-            continue
-        held = holder[adapter]
-        if isinstance(held, nn.Parameter):
-            found[kind] = held
-        else:
-            found |= {f"{kind}.{name}": parameter for name, parameter in held.named_parameters()}
-    return found
 
 
 def _config(ctx: LoadContext, request: Request, model: nn.Module, **changes: Any) -> LoraConfig:
@@ -196,64 +172,6 @@ def _set_dtype(ctx: LoadContext, request: Request, model: PeftModel) -> None:
     for layer in lora_layers(model, adapter).values():
         for parameter in adapter_parameters(layer, adapter).values():
             parameter.data = parameter.data.to(dtype)
-
-
-def _reached(model: PeftModel, tied: dict[str, nn.Module]) -> list[str]:
-    """Return the tied modules that the adapter wraps or copies."""
-    inner = set()
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            inner.add(id(module.get_base_layer()))
-        elif isinstance(module, ModulesToSaveWrapper):
-            inner.add(id(module.original_module))
-    return [name for name, module in tied.items() if id(module) in inner]
-
-
-def _refuse_undecided(request: Request, reached: list[str], tied: dict[str, nn.Module]) -> None:
-    if not reached:
-        return
-    section = request.section
-    others = [name for name in tied if name not in reached] or reached[1:]
-    if section.tied_weights is None and not section.ensure_weight_tying:
-        together = (
-            "`ensure_weight_tying: true` for one adapter for both, "
-            if hasattr(peft.LoraConfig, "ensure_weight_tying")  # since peft 0.18
-            else ""
-        )
-        raise RequestError(
-            Problem(
-                where="lora.tied_weights",
-                message=f"the adapter reaches {reached[0]!r}, whose weight is also that of"
-                f" {' and '.join(map(repr, others))}",
-                fix=f"Choose {together}`tied_weights: separate` to adapt only what is named, or"
-                " `tied_weights: untie` to give each a weight of its own.",
-            )
-        )
-    if request.changes_base:
-        raise RequestError(
-            Problem(
-                where="lora.init_lora_weights",
-                message=f"{request.initialisation!r} changes the weight of {reached[0]!r}, which is"
-                f" also that of {' and '.join(map(repr, others))}",
-                fix="Set `tied_weights: untie`, or exclude it from the targets.",
-            )
-        )
-
-
-def _tie_again(model: PeftModel, adapter: str) -> None:
-    """Share the storage of tied adapters anew.
-
-    PEFT makes the head's A the transpose of the embedding's B, and likewise B of A, as views of one
-    storage, and parts them again where it casts them (0.21.2, base in bfloat16 or float16).
-    """
-    source = model.get_base_model().get_input_embeddings()
-    if not isinstance(source, LoraLayer):
-        return
-    for layer in lora_layers(model, adapter).values():
-        if layer is not source and layer.get_base_layer().weight is source.get_base_layer().weight:
-            for mine, its in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
-                parameter = getattr(layer, mine)[adapter].weight
-                parameter.data = getattr(source, its)[adapter].data.t()
 
 
 def _trial(ctx: LoadContext, request: Request, model: nn.Module) -> set[str] | None:

@@ -13,7 +13,7 @@ from llmload.audit import some
 from llmload.errors import Problem
 
 from . import _resume
-from ._install import adapter_parameters, lora_layers
+from ._layers import adapter_parameters, lora_layers
 from ._names import translate_weights
 from .request import Request, resolve
 
@@ -68,7 +68,7 @@ def _start_values(
     """Look for factors that are all zero: of two, one may be, so that the adapter starts idle."""
     start = request.initialisation
     # These start with an effect; in pissa and its kin it replaces what was taken from the base.
-    both = start in (False, "orthogonal") or (request.changes_base and start is not True)
+    both = start in (False, "orthogonal") or (bool(request.changes_base) and start is not True)
     dead = []
     for name, layer in layers.items():
         factors = {

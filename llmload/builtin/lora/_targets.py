@@ -16,7 +16,6 @@ from .request import ALL_LINEAR
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PreTrainedModel
 
 _ADAPTABLE: Final = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LINEAR: Final = (nn.Linear, Conv1D)
@@ -133,45 +132,3 @@ def linear_layers(model: nn.Module) -> list[str]:
 def by_kind(names: Iterable[str]) -> list[str]:
     """Write layers of one kind as one: ``model.layers.*.self_attn.q_proj``."""
     return sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names})
-
-
-def tied_embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the modules that share the weight of the input or output embeddings, by name.
-
-    Empty where nothing is tied. A module that is used in two places is no tie: it gets one adapter.
-    """
-    try:
-        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    except (AttributeError, NotImplementedError):  # models without text have none
-        return {}
-    weights = [end.weight for end in ends if end is not None]
-    groups = [
-        {
-            name: module
-            for name, module in model.named_modules()
-            if any(held is weight for held in module._parameters.values())
-        }
-        for weight in weights
-    ]
-    return {name: module for group in groups if len(group) > 1 for name, module in group.items()}
-
-
-def untie(model: PreTrainedModel) -> list[str]:
-    """Give each module of a tied embedding a weight of its own, and say so in the config.
-
-    :returns: names of the parameters that are now copies.
-    """
-    owners: set[int] = set()
-    copies = []
-    for name, module in tied_embeddings(model).items():
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
-        if id(weight) in owners:
-            module.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-            copies.append(f"{name}.weight")
-        owners.add(id(weight))
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
-    if hasattr(model, "all_tied_weights_keys"):  # transformers 5 keeps a list
-        model.all_tied_weights_keys = {}
-    return copies

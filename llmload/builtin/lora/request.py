@@ -71,12 +71,12 @@ class Request:
         return value
 
     @property
-    def changes_base(self) -> bool:
-        """Whether making the adapter changes the weights of the layers it adapts."""
-        return bool(self.fields.get("kasa_config") is not None) or (
-            isinstance(self.initialisation, str)
-            and self.initialisation.startswith(_TAKES_FROM_BASE)
-        )
+    def changes_base(self) -> str:
+        """What changes the weights of the layers that the adapter is put on; empty for nothing."""
+        start = self.initialisation
+        if self.fields.get("kasa_config") is not None:
+            return "KaSA"
+        return repr(start) if isinstance(start, str) and start.startswith(_TAKES_FROM_BASE) else ""
 
     def config(self, **changes: Any) -> LoraConfig:
         """Make PEFT's configuration; ``changes`` replace fields.
@@ -96,8 +96,7 @@ class Request:
         if problems:
             raise RequestError(problems)
         try:
-            with heard():
-                return peft.LoraConfig(**{name: _nested(name, v) for name, v in fields.items()})
+            return peft.LoraConfig(**{name: _nested(name, v) for name, v in fields.items()})
         except (ImportError, TypeError, ValueError) as error:
             raise refused(error) from error
 
@@ -224,8 +223,8 @@ def _nested_class(name: str) -> Any:
 
 
 def refused(error: Exception) -> RequestError:
-    """Tell PEFT's own refusal of a request in one sentence."""
-    reason = str(error).strip().splitlines()[0].rstrip(".")
+    """Tell PEFT's own refusal of a request, in one line."""
+    reason = " ".join(str(error).split()).rstrip(".")
     return RequestError(
         Problem(
             where="lora",
