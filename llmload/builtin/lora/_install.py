@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,7 +39,7 @@ def install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
     """
     request = resolve(ctx)
     section = request.section
-    untied = _tied.untie(model) if section.tied_weights == "untie" else []
+    untied = _tied.untie(model) if section.tied_weights == "untie" else {}
     with heard():  # what it warns of, `check` has told
         config = _config(ctx, request, model)
     unmatched = _targets.hold_to_names(config, model)
@@ -59,11 +60,7 @@ def install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
     if trial is not None:
         _refuse_other_targets(request, set(layers), trial)
 
-    ctx.newly_initialised |= {f"{PREFIX}{name}": "an untied copy" for name in untied} | {
-        name: f"resumed from {section.adapter}" if section.adapter else "made by PEFT"
-        for name, tensor in [*wrapped.named_parameters(), *wrapped.named_buffers()]
-        if id(tensor) not in before
-    }
+    _account(ctx, request, wrapped, before, untied)
     changed = [f"{PREFIX}{name}.base_layer.weight" for name in layers if request.changes_base]
     if request.saved is not None:
         changed += _resume.restore(ctx, request.saved, wrapped, section.adapter_name)
@@ -75,12 +72,30 @@ def install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
             "left_out": _targets.by_kind(set(linear) - layers.keys()),
             "changed_base": changed,
             "tied": reached,
-            "untied": untied,
+            "untied": list(untied),
             "warnings": warned,
         },
     )
     # PEFT makes its modules in training mode, whatever the base model's.
     return wrapped.train(model.training)
+
+
+def _account(
+    ctx: LoadContext,
+    request: Request,
+    model: PeftModel,
+    before: Mapping[int, torch.Tensor],
+    untied: Mapping[str, torch.Tensor],
+) -> None:
+    """List what is not from the checkpoint; ``before`` holds the base's tensors by identity."""
+    source = request.section.adapter
+    made = f"resumed from {source}" if source else "made by PEFT"
+    copies = {id(tensor) for tensor in untied.values()}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) in copies:
+            ctx.newly_initialised[name] = "an untied copy"
+        elif id(tensor) not in before:
+            ctx.newly_initialised[name] = made
 
 
 def _config(ctx: LoadContext, request: Request, model: nn.Module, **changes: Any) -> LoraConfig:

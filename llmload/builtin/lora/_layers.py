@@ -1,0 +1,35 @@
+"""The layers that carry an adapter, and what of it each of them holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    """Return the layers that carry ``adapter``, by their names in the base model."""
+    return {
+        name: module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.r
+    }
+
+
+def adapter_parameters(layer: LoraLayer, adapter: str) -> dict[str, nn.Parameter]:
+    """Return one layer's parameters of ``adapter``, by the name of what holds them."""
+    found = {}
+    for kind in layer.adapter_layer_names:
+        holder = getattr(layer, kind)
+        if adapter not in holder:
+            continue
+        held = holder[adapter]
+        if isinstance(held, nn.Parameter):
+            found[kind] = held
+        else:
+            found |= {f"{kind}.{name}": parameter for name, parameter in held.named_parameters()}
+    return found
