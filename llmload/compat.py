@@ -89,7 +89,7 @@ def build_on_meta(
 ) -> PreTrainedModel:
     """Build a model as ``from_pretrained`` does before it reads, from a copy of ``config``."""
     if seam().unsuited() is None:
-        return seam().build(model_class, config, dtype)  # type: ignore[no-any-return]
+        return seam().build(model_class, config, dtype)
     with ExitStack() as stack:
         for context in meta_contexts(model_class, dtype):
             stack.enter_context(context)

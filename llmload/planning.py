@@ -260,7 +260,7 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
 
     ledger = Ledger()
     try:
-        model: torch.nn.Module = ctx.blank
+        model: Any = ctx.blank
         tied = still_apart = compat.tied_names(ctx.blank)
         if host.shaping("post_load") or host.shaping("wrap_adapter"):
             model = ctx.take_blank()

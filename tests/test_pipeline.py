@@ -461,7 +461,7 @@ def test_an_error_at_any_hook_boundary_leaves_nothing_behind(
         "llmload.modeling.load_config",
         "llmload.modeling.resolve_class",
         "llmload.planning.Checkpoint.open",
-        "llmload.modeling.meta_model",
+        "llmload.modeling.blank_model",
         "llmload.audit.hold_to_strict",
         "llmload.audit.compare_with_checkpoint",
         "llmload.audit.prove",

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmload import compat, modeling
+from llmload import compat
 from llmload.errors import Problem, RequestError
 
 if TYPE_CHECKING:
