@@ -273,7 +273,8 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
                     host, ctx, model, lambda hook, plugin: nullcontext(), ledger.take_stock
                 )
     except RequestError as error:
-        plan.problems += error.problems
+        # A plugin may say in wrap_adapter again what it said in check.
+        plan.problems += [p for p in error.problems if p not in plan.problems]
         return
     except LoadFailedError as error:
         plan.problems.append(
