@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.dtypes import torch_dtype
-from llmload.checkpoint.placement import Source, Target
+from llmload.checkpoint.placement import Part, Source, Target
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint.header import TensorInfo
     from llmload.checkpoint.mapped import MappedCheckpoint
     from llmload.checkpoint.placement import Placement
-    from llmload.checkpoint.proof import Proof
+    from llmload.checkpoint.proof import Proof, Reading
 
 Receive = Callable[[str, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor]"]
 """Takes the first target's name and the finished tensors by name; returns what to set there."""
@@ -173,13 +172,21 @@ class Receiver:
             dtype=dtype,
             device=torch.device(get_device(self._device_map, name, valid_torch_device=True)),
         )
-        reading = self._proof.begin(value)
-        count = partial(self._files.count, behind[0]) if direct else _ignore
-        source = Source(value, count, partial(self._release, reading, behind))
+        reading = self._proof.reading()
+
+        def asked(part: torch.Tensor) -> None:
+            if direct:  # a converted value was counted when its tensors were read
+                self._files.count(behind[0], part.nbytes)
+            reading.add(part)
+
+        source = Source(value, asked, partial(self._release, reading, behind))
         placed = self._placement.place(target, source)
+        parameter, stored = (
+            (placed.parameter, placed.stored) if isinstance(placed, Part) else (placed, placed)
+        )
         address = self._files.address(behind[0]) if direct else None
-        self._proof.end(name, value, placed, address, reading)
-        return placed
+        self._proof.end(name, stored, address, reading)
+        return parameter
 
     def _dtype(self, first: str) -> torch.dtype:
         """As transformers decides it: by the plan's pattern, else by what the model declares."""
@@ -188,18 +195,13 @@ class Receiver:
             return self._state[first].dtype
         return self._plan[self._pattern_of_group[match.lastgroup]]
 
-    def _release(self, reading: Future[str] | None, infos: list[TensorInfo]) -> None:
-        if reading is not None:
-            reading.result()
+    def _release(self, reading: Reading, infos: list[TensorInfo]) -> None:
+        reading.wait()
         self._drop(infos)
 
     def _drop(self, infos: list[TensorInfo]) -> None:
         for info in infos:
             self._files.drop(info)
-
-
-def _ignore(nbytes: int) -> None:
-    """A converted value was counted when its tensors were read."""
 
 
 def _share_storage(values: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:

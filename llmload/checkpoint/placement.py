@@ -35,6 +35,16 @@ class Target:
     """Final device."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What a placement returns where this process keeps only a part of the value."""
+
+    parameter: torch.Tensor
+    """Takes the target's place in the model."""
+    stored: torch.Tensor
+    """The part, flat, as it is stored; a digest of it is held to what was asked of the source."""
+
+
 class Source:
     """What the checkpoint has for one target, after conversion and before any cast.
 
@@ -44,11 +54,11 @@ class Source:
     def __init__(
         self,
         tensor: torch.Tensor,
-        count: Callable[[int], None],
+        asked: Callable[[torch.Tensor], None],
         release: Callable[[], None],
     ) -> None:
         self._tensor = tensor
-        self._count = count
+        self._asked = asked
         self._release = release
 
     @property
@@ -63,13 +73,14 @@ class Source:
 
     def whole(self) -> torch.Tensor:
         """The value, on the CPU; over the file's own pages unless it was converted."""
-        self._count(self._tensor.nbytes)
+        self._asked(self._tensor)
         return self._tensor
 
     def flat(self, start: int, stop: int) -> torch.Tensor:
         """Elements ``start`` to ``stop`` of the value laid out flat; nothing else is read."""
-        self._count((stop - start) * self._tensor.itemsize)
-        return self._tensor.reshape(-1)[start:stop]
+        part = self._tensor.reshape(-1)[start:stop]
+        self._asked(part)
+        return part
 
     def release(self) -> None:
         """Say that what was asked for has been copied: the pages behind it leave the process."""
@@ -85,7 +96,7 @@ class Placement(Protocol):
         Modules may be replaced; names in ``state_dict`` and shapes must stay.
         """
 
-    def place(self, target: Target, source: Source) -> torch.Tensor:
+    def place(self, target: Target, source: Source) -> torch.Tensor | Part:
         """Return what takes the target's place: a parameter, or a tensor that becomes one.
 
         Called once for each target that the checkpoint has, in the order of their names. A tensor

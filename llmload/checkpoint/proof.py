@@ -21,7 +21,8 @@ class Digest:
     """SHA-256 of one parameter's bytes as they were read, and as they were placed."""
 
     read: str
-    """Of the value after conversion and before the cast, in the checkpoint's dtype."""
+    """Of what the placement asked for, after conversion and before the cast, in the checkpoint's
+    dtype: the whole value, or the part that this process keeps."""
     placed: str
     """Of the value in its final storage."""
 
@@ -45,18 +46,11 @@ class Proof(AbstractContextManager["Proof"]):
         """By name in the model; empty unless asked for."""
         self._pool = ThreadPoolExecutor(1, "llmload-digest") if digests else None
 
-    def begin(self, value: torch.Tensor) -> Future[str] | None:
-        """Start to hash what was read; the result goes to :meth:`end`."""
-        return self._pool.submit(sha256, value) if self._pool else None
+    def reading(self) -> Reading:
+        """Return what is to be told of each part of one value that is read."""
+        return Reading(self._pool)
 
-    def end(
-        self,
-        name: str,
-        value: torch.Tensor,
-        placed: torch.Tensor,
-        address: int | None,
-        reading: Future[str] | None,
-    ) -> None:
+    def end(self, name: str, placed: torch.Tensor, address: int | None, reading: Reading) -> None:
         """Enter one placed weight; ``address`` is its place in the mapped file, None if converted.
 
         Raises ``LoadFailedError`` where it was placed as it was read and differs from it.
@@ -66,11 +60,11 @@ class Proof(AbstractContextManager["Proof"]):
             self.mapped += 1
         else:
             self.copied += 1
-        if reading is None:
+        if self._pool is None:
             return
-        digest = Digest(reading.result(), sha256(placed))
+        digest = Digest(reading.digest(), sha256(placed))
         self.digests[name] = digest
-        unchanged = placed.dtype == value.dtype and placed.shape == value.shape
+        unchanged = (placed.dtype, placed.numel()) == (reading.dtype, reading.numel)
         if unchanged and digest.read != digest.placed:
             raise LoadFailedError(
                 f"{name!r} was placed with other bytes than were read from the checkpoint",
@@ -106,9 +100,43 @@ class Proof(AbstractContextManager["Proof"]):
         return facts
 
 
+class Reading:
+    """Hashes the parts of one value that are read, in their order, in another thread."""
+
+    def __init__(self, pool: ThreadPoolExecutor | None) -> None:
+        self.dtype: torch.dtype | None = None
+        """As stored in the checkpoint; None until something is read."""
+        self.numel = 0
+        """Elements that were read."""
+        self._pool = pool
+        self._hash = hashlib.sha256()
+        self._last: Future[None] | None = None
+
+    def add(self, part: torch.Tensor) -> None:
+        """Start to hash a part."""
+        self.dtype = part.dtype
+        self.numel += part.numel()
+        if self._pool:
+            self._last = self._pool.submit(lambda: self._hash.update(_bytes(part)))
+
+    def wait(self) -> None:
+        """Return when nothing is read any more."""
+        if self._last:
+            self._last.result()
+
+    def digest(self) -> str:
+        """SHA-256 of all parts together, as hexadecimal digits."""
+        self.wait()
+        return self._hash.hexdigest()
+
+
 def sha256(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's elements in row-major order, as hexadecimal digits."""
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+    return flat.view(torch.uint8).numpy().data
