@@ -1,0 +1,175 @@
+"""What is asked, against what the folder holds and what is installed; before a model is built."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from llmload import compat
+from llmload.builtin.kbit.section import KbitSection
+from llmload.errors import Problem
+from llmload.findings import Note
+
+if TYPE_CHECKING:
+    from llmload.context import LoadContext
+
+_IN_CONFIG: Final = {
+    "quant_type": "bnb_4bit_quant_type",
+    "double_quant": "bnb_4bit_use_double_quant",
+    "compute_dtype": "bnb_4bit_compute_dtype",
+    "quant_storage": "bnb_4bit_quant_storage",
+    "threshold": "llm_int8_threshold",
+    "fp32_cpu_offload": "llm_int8_enable_fp32_cpu_offload",
+}
+"""Key of the section -> what a BitsAndBytesConfig calls it."""
+
+_SPREADING: Final = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def stored_quantisation(ctx: LoadContext) -> dict[str, Any] | None:
+    """Return the quantisation that the folder's config declares, or None: not quantised yet."""
+    found = getattr(ctx.config, "quantization_config", None)
+    if found is None:
+        return None
+    return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+
+
+def compute_dtype(ctx: LoadContext, section: KbitSection) -> str:
+    """Return the dtype in which 4-bit layers multiply: as asked, else the model's."""
+    return section.compute_dtype or str(ctx.dtype).removeprefix("torch.")
+
+
+def storage(ctx: LoadContext, section: KbitSection) -> str:
+    """Return the dtype of packed codes: as asked, else uint8, else what can be sharded."""
+    if section.quant_storage is not None:
+        return section.quant_storage
+    return str(ctx.dtype).removeprefix("torch.") if will_be_sharded(ctx) else "uint8"
+
+
+def will_be_sharded(ctx: LoadContext) -> bool:
+    """Say whether FSDP or ZeRO-3 shards the model later."""
+    return "zero3" in ctx.active or fsdp_announced()
+
+
+def fsdp_announced() -> bool:
+    """Say whether the launcher told this process that FSDP will be used."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def check(ctx: LoadContext, section: KbitSection) -> Iterator[Problem | Note]:
+    """Yield what stands in the way, and what will be done."""
+    yield from _backend()
+    yield from _devices(ctx, section)
+    stored = stored_quantisation(ctx)
+    if stored is not None:
+        yield from _contradictions(ctx, section, stored)
+        yield Note(text="the checkpoint is quantised already")
+    else:
+        yield Note(text=_described(ctx, section))
+    yield Note(text=f"freeze the base model, prepared as {section.prepare}")
+    if section.prepare in ("legacy", "trl_legacy") and "gradient_checkpointing" not in ctx.active:
+        yield Note(
+            text="no gradient checkpointing, which belongs to the preparation in PEFT and has its"
+            " own section here"
+        )
+
+
+def _described(ctx: LoadContext, section: KbitSection) -> str:
+    if section.bits == 8:
+        return f"quantise to 8 bits, outliers above {section.threshold:g} in 16"
+    double = ", statistics quantised too" if section.double_quant else ""
+    return (
+        f"quantise to 4 bits: {section.quant_type} in blocks of {section.block_size}{double},"
+        f" stored as {storage(ctx, section)}, computing in {compute_dtype(ctx, section)}"
+    )
+
+
+def _backend() -> Iterator[Problem]:
+    from transformers.integrations import validate_bnb_backend_availability
+
+    try:
+        validate_bnb_backend_availability(raise_exception=True)
+    except RuntimeError as error:
+        fix = "Run on a device that bitsandbytes supports."
+        if compat.major("transformers") < 5:
+            fix = "Run on an accelerator, or use transformers 5, which takes bitsandbytes on a CPU."
+        yield Problem(
+            where="kbit",
+            message="transformers refuses bitsandbytes here: "
+            + str(error).strip().splitlines()[0].partition(". ")[0].rstrip("."),
+            fix=fix,
+        )
+
+
+def _devices(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
+    asked = ctx.spec.device_map
+    places = {str(place) for place in asked.values()} if isinstance(asked, Mapping) else set()
+    on_host = places & {"cpu", "disk"}
+    if section.fp32_cpu_offload and not (on_host and places - on_host):
+        yield Problem(
+            where="kbit.fp32_cpu_offload",
+            message="no modules are put on the CPU beside others on an accelerator",
+            fix="Remove it, or name the modules in `device_map`.",
+        )
+    elif on_host and places != {"cpu"} and not section.fp32_cpu_offload:
+        yield Problem(
+            where="device_map",
+            message=f"some modules are put on {' and '.join(sorted(on_host))}, where bitsandbytes"
+            " does not compute for a model on an accelerator",
+            fix="Put them on the accelerator, or set `kbit: {fp32_cpu_offload: true}` to keep them"
+            " unquantised.",
+        )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked in _SPREADING and processes > 1:
+        yield Problem(
+            where="device_map",
+            message=f"each of {processes} processes would spread its model over all devices",
+            fix="Leave `device_map` out: each process then takes the device of its local rank.",
+        )
+
+
+def _contradictions(
+    ctx: LoadContext, section: KbitSection, stored: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """Compare what the section says, defaults aside, with how the checkpoint was quantised."""
+    bits = {"load_in_4bit": 4, "load_in_8bit": 8}
+    found = next((number for key, number in bits.items() if stored.get(key)), None)
+    if found is None:
+        method = getattr(stored.get("quant_method"), "value", stored.get("quant_method"))
+        yield Problem(
+            where="kbit",
+            message=f"the checkpoint is quantised already, by {method}, not by bitsandbytes",
+            fix="Remove `kbit`.",
+        )
+        return
+    has = {key: stored[name] for key, name in _IN_CONFIG.items() if name in stored}
+    has["bits"] = found
+    if (block := _stored_block_size(ctx)) is not None:
+        has["block_size"] = block
+    for key in sorted(section.model_fields_set & has.keys()):
+        asked = getattr(section, key)
+        if asked is not None and asked != (value := has[key]):
+            yield Problem(
+                where=f"kbit.{key}",
+                message=f"{asked!r} is asked for, and the checkpoint is quantised with {value!r}",
+                fix="Remove the key, or load the checkpoint from before it was quantised.",
+            )
+    if section.skip_modules:
+        yield Problem(
+            where="kbit.skip_modules",
+            message="the checkpoint is quantised already, with modules left out as it has them",
+            fix="Remove the key, or load the checkpoint from before it was quantised.",
+        )
+
+
+def _stored_block_size(ctx: LoadContext) -> int | None:
+    """Find the block size, which no config says, from the number of statistics."""
+    tensors = ctx.checkpoint.tensors if ctx.checkpoint is not None else {}
+    for name, statistics in tensors.items():
+        weight = tensors.get(name.removesuffix(".absmax"))
+        if name.endswith(".weight.absmax") and weight is not None:
+            values = 2 * weight.nbytes / math.prod(statistics.shape)
+            return 2 ** math.ceil(math.log2(values))
+    return None
