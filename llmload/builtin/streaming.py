@@ -56,7 +56,8 @@ class StreamingLoader:
         from llmload.checkpoint.placement import Plain
         from llmload.checkpoint.proof import Proof
 
-        if others := ctx.load_options.keys() - _HONOURED:
+        honoured = _HONOURED | getattr(ctx.placement, "honours", frozenset())
+        if others := ctx.load_options.keys() - honoured:
             return Decline(f"a plugin set {', '.join(sorted(others))}, for from_pretrained to do")
         if is_deepspeed_zero3_enabled():
             return Decline(
