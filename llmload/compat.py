@@ -145,6 +145,26 @@ def checkpoints_selectively() -> bool:
     return hasattr(PreTrainedModel, "activation_checkpointing_enable")
 
 
+def modules_left_unquantised(model: PreTrainedModel) -> list[str]:
+    """Return the modules that transformers does not quantise if it is not told which: the output
+    head, what is tied, the last one. The function moved with 5.0."""
+    if major("transformers") >= 5:
+        from transformers.quantizers.base import get_keys_to_not_convert
+    else:
+        from transformers.integrations import get_keys_to_not_convert
+    return get_keys_to_not_convert(model)  # type: ignore[no-any-return]
+
+
+def leaves_unquantised(pattern: str, module: str) -> bool:
+    """Say whether ``pattern`` among ``llm_int8_skip_modules`` keeps the linear layer ``module`` out
+    of quantisation. 4.51.3 knows whole names and parts between dots only."""
+    if major("transformers") >= 5:
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        return not should_convert_module(module, [pattern])
+    return f"{pattern}." in module or pattern in (module, module.rpartition(".")[2])
+
+
 class default_dtype(AbstractContextManager[None]):  # noqa: N801 - reads as a function
     """Set torch's default dtype and restore it, whatever happens."""
 
