@@ -1,0 +1,111 @@
+"""One progress display: our loops and transformers' bars in the same place, or none at all.
+
+Off where standard error is no terminal, for JSON, on every rank but the first, and where the hub's
+variable says so; then the bars of transformers and of the hub are off too. Otherwise the hub shows
+its own bars for downloads.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, Final, Protocol, TypeVar
+
+T = TypeVar("T")
+
+_TRUE: Final = ("1", "ON", "TRUE", "YES")
+"""What the hub's library takes for true."""
+
+
+class Track(Protocol):
+    """Iterates, and shows how far it got."""
+
+    def __call__(self, items: Iterable[T], description: str) -> Iterable[T]:
+        """Return ``items`` again, one by one."""
+
+
+def is_wanted(*, json: bool, environ: Mapping[str, str] = os.environ) -> bool:
+    """Say whether somebody may be looking at standard error."""
+    rank = environ.get("RANK") or environ.get("LOCAL_RANK") or "0"
+    unwanted = environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in _TRUE
+    return sys.stderr.isatty() and not json and rank == "0" and not unwanted
+
+
+@contextmanager
+def progress(*, shown: bool) -> Iterator[Track]:
+    """Take over progress bars for the length of a block, and give them back after it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    display = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+    def track(items: Iterable[T], description: str) -> Iterable[T]:
+        # Started by the first loop, so that an empty display never meets the bar of a download.
+        display.start()
+        total = len(items) if isinstance(items, Sized) else None
+        return display.track(items, total=total, description=description)
+
+    try:
+        if shown:
+            with _transformers_bars(track):
+                yield track
+        else:
+            with _no_bars():
+                yield lambda items, description: items
+    finally:
+        display.stop()
+
+
+@contextmanager
+def _transformers_bars(track: Track) -> Iterator[None]:
+    """Show the loops of transformers through ``track``."""
+
+    def bar(
+        factory: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        if len(arguments) == 1 and options.keys() <= {"desc"}:
+            return track(arguments[0], options.get("desc", ""))
+        return factory(*arguments, **options)
+
+    if find_spec("transformers") is None:
+        yield
+        return
+    from transformers.utils import logging
+
+    # transformers 4 has no such hook: its bars show themselves.
+    if not hasattr(logging, "set_tqdm_hook"):
+        yield
+        return
+    before = logging.set_tqdm_hook(bar)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Silence the bars of transformers and the hub, unless they are silent already."""
+    if find_spec("transformers") is None:
+        yield
+        return
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

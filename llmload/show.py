@@ -1,0 +1,186 @@
+"""Plan, report and lists for people, made with rich: a choice of what the JSON has in full."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .demo import Demonstration
+    from .environment import Environment, PluginList
+    from .errors import Problem
+    from .planning import Plan
+    from .report import Report
+
+_COLOURS = {"error": "red", "warning": "yellow", "broken": "red", "active": "green"}
+
+
+def plan(plan: Plan) -> RenderableType:
+    """Render what a load will do."""
+    facts = _pairs()
+    facts.add_row("model", f"{plan.model_class}, {plan.dtype}")
+    facts.add_row("folder", plan.folder)
+    if plan.checkpoint_tensors:
+        size = f"{plan.checkpoint_tensors} tensors, {_size(plan.checkpoint_bytes)}"
+        facts.add_row("checkpoint", size)
+    if plan.loader:
+        facts.add_row("loader", plan.loader)
+    for name, reason in plan.declined.items():
+        facts.add_row("declined", f"{name}: {reason}")
+    if plan.parameters:
+        facts.add_row("parameters", f"{plan.parameters:,}, {_size(plan.parameter_bytes)}")
+        facts.add_row("trainable", _trainable(plan))
+    for name in _grouped(plan.facts.get("lora", {}).get("targets", ())):
+        facts.add_row("LoRA on", name)
+    for name in _made_by(plan.new_parameters):
+        facts.add_row("new", name)
+
+    steps = _table("step", "plugin", last="what it does")
+    for step in plan.steps:
+        steps.add_row(step.hook, step.plugin, Text("\n".join(step.notes)))
+    return Group(facts, *([steps] if plan.steps else []), *_problems(plan.problems))
+
+
+def report(report: Report) -> RenderableType:
+    """Render what a load did."""
+    phases = Table(box=box.SIMPLE_HEAD, show_footer=True)
+    phases.add_column("phase", "all", no_wrap=True)
+    phases.add_column("plugin", no_wrap=True)
+    phases.add_column("seconds", f"{report.seconds:.2f}", justify="right")
+    peak = max((phase.peak_rss_mib for phase in report.phases), default=0.0)
+    phases.add_column("peak RSS, MiB", f"{peak:.0f}", justify="right")
+    for phase in report.phases:
+        phases.add_row(
+            phase.name, phase.plugin, f"{phase.seconds:.2f}", f"{phase.peak_rss_mib:.0f}"
+        )
+
+    facts = _pairs()
+    facts.add_row("loader", report.loader)
+    for name, reason in report.declined.items():
+        facts.add_row("declined", f"{name}: {reason}")
+    facts.add_row("parameters", f"{report.parameters:,}, {_size(report.parameter_bytes)}")
+    for name in _made_by(report.newly_initialised):
+        facts.add_row("new", name)
+    if report.compared:
+        facts.add_row("proved", f"{report.compared} parameters hold what the checkpoint says")
+    for line in report.audit:
+        facts.add_row("proved", line)
+    warnings = [Text(f"warning: {line}", _COLOURS["warning"]) for line in report.warnings]
+    return Group(phases, facts, *warnings, Text(report.trainable_line()))
+
+
+def plugins(listed: PluginList) -> RenderableType:
+    """Render the plugins as a table, the active ones in plan order."""
+    table = _table("plugin", "distribution", "spec key", "status", last="hooks, or what is wrong")
+    for entry in listed.plugins:
+        table.add_row(
+            entry.name,
+            entry.distribution,
+            "yes" if entry.section else "",
+            Text(entry.status, _COLOURS.get(entry.status, "")),
+            Text(entry.reason or ", ".join(entry.hooks)),
+        )
+    return Group(table, *_problems(listed.problems))
+
+
+def environment(environment: Environment) -> str:
+    """Return the environment as lines to paste, not as a table."""
+    lines = [f"{name}: {version}" for name, version in environment.versions.items()]
+    lines.append(f"platform: {environment.platform}")
+    lines.append(f"processors: {environment.processors}")
+    lines.append(f"memory: {_size(environment.memory_bytes)}")
+    lines += [f"device: {device}" for device in environment.devices or ["none beside the CPU"]]
+    lines += [f"{name}={value}" for name, value in environment.variables.items()]
+    for entry in environment.plugins:
+        reason = f": {entry.reason}" if entry.reason else ""
+        lines.append(f"plugin {entry.name} ({entry.distribution}): {entry.status}{reason}")
+    return "\n".join(lines)
+
+
+def demonstration(shown: Demonstration) -> RenderableType:
+    """Render a demo as the story it is."""
+    made, tuned = shown.training, shown.fine_tuning
+    return Group(
+        _heading("1 A small model, trained on what ships with Python"),
+        Text(
+            f"{made.parameters:,} parameters, {made.steps} steps on {made.characters:,} characters"
+            f" in {made.seconds:.0f} s: loss {made.first_loss:.2f} -> {made.last_loss:.2f}\n"
+        ),
+        _heading("2 The spec by which it is loaded"),
+        Text(shown.spec),
+        _heading("3 The plan"),
+        plan(shown.plan),
+        _heading("4 The report"),
+        report(shown.report),
+        _heading("\n5 The adapter, fine-tuned on the Zen of Python"),
+        Text(
+            f"{tuned.steps} steps in {tuned.seconds:.1f} s:"
+            f" loss {tuned.loss_before:.2f} -> {tuned.loss_after:.2f}"
+        ),
+        Text(f"before: {tuned.written_before!r}\nafter:  {tuned.written_after!r}"),
+        Text("The loss fell." if tuned.loss_fell else "The loss did not fall."),
+    )
+
+
+def _problems(problems: Iterable[Problem]) -> list[Text]:
+    return [
+        Text(f"{problem.severity}: {problem}", _COLOURS[problem.severity]) for problem in problems
+    ]
+
+
+def _heading(text: str) -> Text:
+    return Text(text, "bold")
+
+
+def _pairs() -> Table:
+    pairs = Table.grid(padding=(0, 2))
+    pairs.add_column(style="bold", no_wrap=True)
+    pairs.add_column(overflow="fold")
+    return pairs
+
+
+def _table(*names: str, last: str) -> Table:
+    """Return a table whose last column alone may be folded."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    table.add_column(last, overflow="fold")
+    return table
+
+
+def _trainable(plan: Plan) -> str:
+    if plan.trainable_parameters is None:
+        return "not known: the load could not be rehearsed"
+    share = 100 * plan.trainable / plan.parameters
+    return f"{plan.trainable:,} ({share:.2f} %)"
+
+
+def _grouped(names: Iterable[str]) -> list[str]:
+    """Return names that differ in their numbers once, with how many there are."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    return [f"{name} ({count})" if count > 1 else name for name, count in counts.items()]
+
+
+def _made_by(makers: Mapping[str, Any]) -> list[str]:
+    """Return one line per maker: how many tensors are new, and the names of a few."""
+    counts = Counter(str(maker) for maker in makers.values())
+    lines = []
+    for maker, count in counts.items():
+        names = [name for name, by in makers.items() if str(by) == maker]
+        lines.append(f"{count} by {maker}" if count > 3 else f"{', '.join(names)}: {maker}")
+    return lines
+
+
+def _size(count: int) -> str:
+    """Return bytes in the largest binary unit that leaves at least one before the point."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
