@@ -42,7 +42,7 @@ def install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
     untied = _tied.untie(model) if section.tied_weights == "untie" else {}
     with heard():  # what it warns of, `check` has told
         config = _config(ctx, request, model)
-    unmatched = _targets.hold_to_names(config, model)
+    unmatched = _targets.hold_to_names(request.fields, config, model)
     linear = _targets.linear_layers(model)
     tied = _tied.tied_embeddings(model)
     trial = _trial(ctx, request, model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -26,9 +26,12 @@ _SHOWN: Final = 12
 _Matcher: TypeAlias = Callable[[str, str], bool]
 
 
-def hold_to_names(config: LoraConfig, model: nn.Module) -> list[str]:
-    """Find the names in a configuration that match nothing in ``model``.
+def hold_to_names(fields: Mapping[str, Any], config: LoraConfig, model: nn.Module) -> list[str]:
+    """Find the names in a request that match nothing in ``model``.
 
+    :param fields: the request's fields of ``LoraConfig``.
+    :param config: the configuration made of them, translated to today's names. Names that the
+        translation dropped or brought are PEFT's affair.
     :param model: the base model before it is wrapped.
     :returns: ``field: name`` for each such name.
     :raises RequestError: a field of which not one name matches; PEFT itself speaks up for
@@ -38,7 +41,9 @@ def hold_to_names(config: LoraConfig, model: nn.Module) -> list[str]:
     parameters = [name for name, _ in model.named_parameters()]
     unmatched: list[str] = []
     problems: list[Problem] = []
-    for field, asked, matches in _asked(config):
+    for field, entries, matches in _named(config):
+        given = fields.get(field) or ()
+        asked = [entry for entry in entries if entry in _listed(given)]
         among = {
             "target_parameters": parameters,
             # Patterns hold for whatever is adapted.
@@ -63,7 +68,11 @@ def hold_to_names(config: LoraConfig, model: nn.Module) -> list[str]:
     return unmatched
 
 
-def _asked(config: LoraConfig) -> Iterator[tuple[str, list[str], _Matcher]]:
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _named(config: LoraConfig) -> Iterator[tuple[str, list[str], _Matcher]]:
     """Yield the fields that hold names, their entries, and PEFT's rule for a match."""
     for field in ("target_modules", "exclude_modules"):
         value = getattr(config, field, None)

@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
 
 from llmload.errors import Problem, RequestError
 from llmload.suggest import nearest
+from llmload.versions import version_of
 
 from . import coati, saved
 from .section import FIELDS_SINCE, INITIALISATIONS, LoraSection
@@ -172,7 +172,7 @@ def _is_default(name: str, value: Any) -> bool:
 
 def _too_new(fields: dict[str, Any], known: set[str]) -> Iterator[Problem]:
     """Yield what the installed PEFT does not have yet."""
-    installed = metadata.version("peft")
+    installed = version_of("peft") or "none"
     for name in sorted(fields.keys() - known):
         yield _since(f"lora.{name}", f"the field {name!r}", FIELDS_SINCE[name], installed)
     start = fields.get("init_lora_weights")

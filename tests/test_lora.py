@@ -1,0 +1,438 @@
+"""A LoRA load: bit-equal to plain PEFT, planned as it comes, reported by name, proven."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import architectures
+import peft
+import pytest
+import torch
+from adapters import load, needs_peft, plain, refusal, same_state, save, three_losses
+from tiny import tiny_checkpoint, tiny_llama
+
+import llmload
+
+ALL = {"r": 4, "target_modules": "all-linear"}
+QV = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+
+# Each is a section `lora` and, word for word, the arguments of peft.LoraConfig.
+COMMON: dict[str, dict[str, Any]] = {
+    "PEFT's default targets": {"r": 4},
+    "all-linear": ALL,
+    "a list of targets": QV,
+    "a regular expression": {"r": 4, "target_modules": r".*\.self_attn\.(q|v)_proj"},
+    "an embedding": {"r": 4, "target_modules": ["embed_tokens", "q_proj"]},
+    "rsLoRA": ALL | {"use_rslora": True, "lora_alpha": 16},
+    "DoRA": ALL | {"use_dora": True},
+    "DoRA on an embedding": {"r": 4, "target_modules": ["embed_tokens"], "use_dora": True},
+    "PiSSA": ALL | {"init_lora_weights": "pissa"},
+    "fast PiSSA": ALL | {"init_lora_weights": "pissa_niter_4"},
+    "OLoRA": ALL | {"init_lora_weights": "olora"},
+    "gaussian": ALL | {"init_lora_weights": "gaussian"},
+    "random": ALL | {"init_lora_weights": False},
+    "modules to save": QV | {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "rank and alpha patterns": ALL
+    | {"rank_pattern": {"q_proj": 2, r".*\.1\.mlp\.up_proj": 3}, "alpha_pattern": {"v_proj": 32}},
+    "dropout": ALL | {"lora_dropout": 0.3},
+    "all biases": ALL | {"bias": "all"},
+    "one layer": QV | {"layers_to_transform": [1], "layers_pattern": "layers"},
+    "replicated layers": QV | {"layer_replication": [[0, 2], [1, 2]]},
+}
+NEWER = [
+    pytest.param(ALL | {"lora_bias": True}, id="biased B", marks=needs_peft("0.14.0")),
+    pytest.param(
+        ALL | {"exclude_modules": ["q_proj"]}, id="an exclusion", marks=needs_peft("0.14.0")
+    ),
+    pytest.param(
+        QV | {"trainable_token_indices": [1, 5]}, id="trained tokens", marks=needs_peft("0.15.0")
+    ),
+    pytest.param(
+        ALL | {"init_lora_weights": "orthogonal"}, id="orthogonal", marks=needs_peft("0.16.0")
+    ),
+    pytest.param(
+        {"r": 4, "target_modules": [], "target_parameters": ["mlp.up_proj.weight"]},
+        id="a parameter",
+        marks=needs_peft("0.17.0"),
+    ),
+    pytest.param(ALL | {"alora_invocation_tokens": [1, 2]}, id="aLoRA", marks=needs_peft("0.18.0")),
+    pytest.param(
+        {
+            "r": 4,
+            "target_modules": ["q_proj", "o_proj"],
+            "use_bdlora": {
+                "target_modules_bd_a": ["o_proj"],
+                "target_modules_bd_b": ["q_proj"],
+                "nblocks": 2,
+            },
+        },
+        id="BD-LoRA",
+        marks=needs_peft("0.20.0"),
+    ),
+    pytest.param(ALL | {"init_lora_weights": "mica"}, id="MiCA", marks=needs_peft("0.20.0")),
+    pytest.param(
+        ALL | {"velora_config": {"num_groups": 2}}, id="VeLoRA", marks=needs_peft("0.20.0")
+    ),
+    pytest.param(ALL | {"kasa_config": {"beta": 0.1}}, id="KaSA", marks=needs_peft("0.21.0")),
+]
+SECTIONS = [*(pytest.param(section, id=name) for name, section in COMMON.items()), *NEWER]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def half_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
+
+
+# --- as plain PEFT makes it ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_same_seed_gives_the_weights_and_losses_of_plain_peft_and_the_plan_foresaw_them(
+    half_llama: Path, section: dict[str, Any]
+) -> None:
+    torch.manual_seed(3)
+    theirs = plain(half_llama, dtype=torch.bfloat16, **section)
+    their_state = torch.get_rng_state()
+    torch.manual_seed(3)
+    result = load(half_llama, section)
+
+    assert torch.equal(torch.get_rng_state(), their_state)
+    assert type(result.model) is type(theirs)
+    assert same_state(result.model, theirs)
+
+    plan, report = result.plan, result.report
+    assert plan.warnings == []
+    assert (plan.parameters, plan.trainable) == (report.parameters, report.trainable)
+    # Bytes too: the dtypes were foreseen, casts included.
+    assert plan.parameter_bytes == report.parameter_bytes
+    assert plan.trainable_parameters == [
+        name for name, p in result.model.named_parameters() if p.requires_grad
+    ]
+    assert plan.facts["lora"]["targets"] == report.facts["lora"]["targets"]
+    assert plan.new_parameters.keys() <= report.newly_initialised.keys()
+
+    assert three_losses(result.model) == three_losses(theirs)
+    assert same_state(result.model, theirs)
+
+
+@pytest.mark.parametrize("asked", ["auto", "base", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("section", [ALL, ALL | {"use_dora": True}, COMMON["an embedding"]])
+def test_the_adapter_has_the_dtype_asked_for(
+    half_llama: Path, section: dict[str, Any], asked: str
+) -> None:
+    result = load(half_llama, section | {"adapter_dtype": asked})
+    dtypes = {p.dtype for name, p in result.model.named_parameters() if "lora_" in name}
+    base = {p.dtype for name, p in result.model.named_parameters() if "lora_" not in name}
+
+    automatic = {"auto": torch.float32, "base": torch.bfloat16}
+    assert dtypes == {automatic.get(asked) or getattr(torch, asked)}
+    assert base == {torch.bfloat16}
+    assert result.plan.parameter_bytes == result.report.parameter_bytes
+
+
+def test_an_adapter_in_the_base_dtype_is_peft_without_autocast(half_llama: Path) -> None:
+    torch.manual_seed(3)
+    theirs = plain(half_llama, dtype=torch.bfloat16, autocast=False, **ALL)
+    torch.manual_seed(3)
+    ours = load(half_llama, ALL | {"adapter_dtype": "base"}).model
+    assert same_state(ours, theirs)
+
+
+# --- what comes out -----------------------------------------------------------------------------
+
+
+def test_the_model_is_in_eval_mode_as_a_whole(llama: Path) -> None:
+    model = load(llama, ALL | {"lora_dropout": 0.5}).model
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_saved_adapter_is_what_plain_peft_loads(llama: Path, tmp_path: Path) -> None:
+    model = load(llama, ALL | {"adapter_name": "mine"}).model
+    three_losses(model)
+    # PEFT saves an adapter that is not called "default" in a folder of its name.
+    folder = save(model, tmp_path) / "mine"
+    base = plain(llama).unload()
+    again = peft.PeftModel.from_pretrained(base, folder, adapter_name="mine")
+    assert same_state(model, again)
+    assert peft.LoraConfig.from_pretrained(folder).base_model_name_or_path == str(llama)
+
+
+def test_only_the_adapter_is_trainable_and_the_counts_are_pefts(llama: Path) -> None:
+    result = load(llama, QV)
+    trainable, everything = result.model.get_nb_trainable_parameters()
+    assert (result.report.trainable, result.report.parameters) == (trainable, everything)
+    assert all("lora_" in name for name in result.plan.trainable_parameters or ["nothing"])
+
+
+def test_inference_mode_leaves_nothing_trainable(llama: Path) -> None:
+    result = load(llama, QV | {"modules_to_save": ["lm_head"], "inference_mode": True})
+    assert result.plan.trainable_parameters == []
+    assert not any(p.requires_grad for p in result.model.parameters())
+
+
+def test_new_parameters_are_accounted_for_by_name(llama: Path) -> None:
+    result = load(llama, QV | {"modules_to_save": ["lm_head"]})
+    assert set(result.report.newly_initialised) == {
+        name
+        for name, _ in result.model.named_parameters()
+        if "lora_" in name or "modules_to_save" in name
+    }
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto_class", "task", "wrapper"),
+    [
+        ("gpt2", "causal_lm", "CAUSAL_LM", "PeftModelForCausalLM"),
+        ("t5", "seq2seq_lm", "SEQ_2_SEQ_LM", "PeftModelForSeq2SeqLM"),
+        (
+            "bert",
+            "sequence_classification",
+            "SEQ_CLS",
+            "PeftModelForSequenceClassification",
+        ),
+        ("bert", "base", "FEATURE_EXTRACTION", "PeftModelForFeatureExtraction"),
+    ],
+)
+def test_the_task_type_follows_from_the_auto_class(
+    tmp_path: Path, model_type: str, auto_class: str, task: str, wrapper: str
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "model", model_type, auto_class=auto_class)
+    model = load(folder, ALL, auto_class=auto_class).model
+    assert model.peft_config["default"].task_type == task
+    assert type(model).__name__ == wrapper
+
+
+def test_a_task_type_that_is_given_wins_and_null_means_the_plain_wrapper(llama: Path) -> None:
+    assert type(load(llama, QV | {"task_type": None}).model) is peft.PeftModel
+    assert load(llama, QV).model.peft_config["default"].task_type == "CAUSAL_LM"
+
+
+def test_a_class_named_by_its_path_gets_the_plain_wrapper(llama: Path) -> None:
+    result = load(llama, QV, auto_class="transformers:LlamaForCausalLM")
+    assert type(result.model) is peft.PeftModel
+
+
+def test_a_classification_head_is_trained_with_the_adapter(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "bert", "bert", auto_class="sequence_classification")
+    result = load(folder, ALL, auto_class="sequence_classification")
+    head = [n for n in result.plan.trainable_parameters or [] if "classifier" in n]
+    assert head == [
+        "base_model.model.classifier.modules_to_save.default.weight",
+        "base_model.model.classifier.modules_to_save.default.bias",
+    ]
+
+
+# --- what it is called in the plan and the report -----------------------------------------------
+
+
+def test_targets_are_reported_by_name_and_what_is_left_out_by_kind(llama: Path) -> None:
+    facts = llmload.plan({"model": str(llama), "lora": QV}).facts["lora"]
+    assert facts == {
+        "targets": [
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.0.self_attn.v_proj",
+            "model.layers.1.self_attn.q_proj",
+            "model.layers.1.self_attn.v_proj",
+        ],
+        "unmatched": [],
+        "left_out": [
+            "lm_head",
+            "model.layers.*.mlp.down_proj",
+            "model.layers.*.mlp.gate_proj",
+            "model.layers.*.mlp.up_proj",
+            "model.layers.*.self_attn.k_proj",
+            "model.layers.*.self_attn.o_proj",
+        ],
+        "changed_base": [],
+        "tied": [],
+        "untied": [],
+        "warnings": [],
+    }
+
+
+def test_names_that_match_nothing_are_reported_beside_those_that_do(llama: Path) -> None:
+    section = QV | {
+        "target_modules": ["q_proj", "query"],
+        "modules_to_save": ["lm_head", "score"],
+        "rank_pattern": {"q_proj": 2, "k_prj": 2},
+    }
+    assert load(llama, section).report.facts["lora"]["unmatched"] == [
+        "target_modules: query",
+        "modules_to_save: score",
+        "rank_pattern: k_prj",
+    ]
+
+
+@needs_peft("0.14.0")
+def test_an_exclusion_of_what_is_not_there_is_reported_and_no_error(llama: Path) -> None:
+    facts = load(llama, ALL | {"exclude_modules": ["vision_tower"]}).report.facts["lora"]
+    assert facts["unmatched"] == ["exclude_modules: vision_tower"]
+    assert facts["warnings"] == [
+        "You have passed exclude_modules={'vision_tower'} but no modules were excluded. Please"
+        " check that exclude_modules was set correctly."
+    ]
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        COMMON["PiSSA"],
+        COMMON["fast PiSSA"],
+        COMMON["OLoRA"],
+        pytest.param(ALL | {"kasa_config": {}}, marks=needs_peft("0.21.0")),
+    ],
+)
+def test_base_weights_that_the_initialisation_changes_are_recorded(
+    llama: Path, section: dict[str, Any]
+) -> None:
+    result = load(llama, section)
+    before = dict(plain(llama, **ALL).named_parameters())
+    changed = [
+        name
+        for name, parameter in result.model.named_parameters()
+        if "lora_" not in name and not torch.equal(parameter, before[name])
+    ]
+    assert changed
+    assert result.report.facts["lora"]["changed_base"] == changed
+    assert result.plan.facts["lora"]["changed_base"] == changed
+
+
+def _notes(folder: Path, section: dict[str, Any]) -> list[str]:
+    plan = llmload.plan({"model": str(folder), "lora": section})
+    return next(step.notes for step in plan.steps if step.plugin == "lora")
+
+
+def test_the_plan_says_what_kind_of_adapter_comes(llama: Path) -> None:
+    assert _notes(llama, {}) == ["LoRA of rank 8, alpha 8 / r, on PEFT's default targets"]
+    assert _notes(llama, QV | {"lora_alpha": 16, "use_rslora": True}) == [
+        "LoRA of rank 4, alpha 16 / sqrt(r), on q_proj, v_proj"
+    ]
+    assert _notes(llama, ALL | {"init_lora_weights": "pissa"}) == [
+        "LoRA of rank 4, alpha 8 / r, on all-linear",
+        "'pissa' changes the weights of the layers it adapts",
+    ]
+
+
+@needs_peft("0.17.0")
+def test_the_plan_says_that_parameters_are_adapted(llama: Path) -> None:
+    section = {"target_parameters": ["mlp.up_proj.weight"], "target_modules": None}
+    assert _notes(llama, section)[0] == "LoRA of rank 8, alpha 8 / r, on target_parameters"
+
+
+# --- requests that cannot be met ----------------------------------------------------------------
+
+REFUSED = {
+    "a name that no module has": (
+        {"target_modules": ["wibble"]},
+        "lora.target_modules: no module of LlamaForCausalLM is called 'wibble'. Names are"
+        " down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj.",
+    ),
+    "misspelt names": (
+        {"target_modules": ["q_prj", "v_prj"]},
+        "lora.target_modules: no module of LlamaForCausalLM is called 'q_prj' or 'v_prj'. The"
+        " nearest names are q_proj, v_proj.",
+    ),
+    "a name where a pattern is read": (
+        {"target_modules": "q_proj"},
+        "lora.target_modules: no module of LlamaForCausalLM is called 'q_proj'. A text is a regular"
+        " expression for the whole name; write [q_proj].",
+    ),
+    "a pattern that matches nothing": (
+        {"target_modules": r"encoder\..*"},
+        "lora.target_modules: no module of LlamaForCausalLM is called 'encoder\\\\..*'. Names are"
+        " down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj.",
+    ),
+    "modules to save that are not there": (
+        QV | {"modules_to_save": ["lm_hed"]},
+        "lora.modules_to_save: no module of LlamaForCausalLM is called 'lm_hed'. The nearest names"
+        " are lm_head.",
+    ),
+    "a rank pattern that matches nothing": (
+        QV | {"rank_pattern": {"k_prj": 2}},
+        "lora.rank_pattern: no module of LlamaForCausalLM is called 'k_prj'. The nearest names are"
+        " k_proj, v_proj.",
+    ),
+    "an alpha pattern that matches nothing": (
+        QV | {"alpha_pattern": {"k_prj": 2}},
+        "lora.alpha_pattern: no module of LlamaForCausalLM is called 'k_prj'. The nearest names are"
+        " k_proj, v_proj.",
+    ),
+    "a layer that is not there": (
+        {"target_modules": ["q_proj"], "layers_to_transform": [7]},
+        "lora: PEFT refuses this adapter: Target modules {'q_proj'} not found in the base model."
+        " Please check the target modules and try again. Note: You specified 'layers_to_transform':"
+        " [7]. Change what it names.",
+    ),
+    "a pattern together with layers": (
+        {"target_modules": ".*q_proj", "layers_to_transform": [0]},
+        "lora: PEFT refuses this adapter: `layers_to_transform` cannot be used when"
+        " `target_modules` is a str. Change what it names.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_met_is_refused_before_a_weight_is_read(llama: Path, case: str) -> None:
+    section, message = REFUSED[case]
+    if case == "a layer that is not there" and not hasattr(peft.LoraConfig, "eva_config"):
+        message = message.replace(" Note: You specified 'layers_to_transform': [7].", "")
+    assert refusal(llama, section) == message
+
+
+@needs_peft("0.17.0")
+def test_every_field_whose_names_match_nothing_is_told_at_once(llama: Path) -> None:
+    section = {
+        "target_modules": ["q_prj"],
+        "target_parameters": ["up_proj.wait"],
+        "trainable_token_indices": {"embed": [1]},
+    }
+    assert refusal(llama, section).splitlines() == [
+        "lora.target_modules: no module of LlamaForCausalLM is called 'q_prj'. The nearest names"
+        " are q_proj, v_proj.",
+        "lora.trainable_token_indices: no module of LlamaForCausalLM is called 'embed'. The nearest"
+        " names are embed_tokens.",
+        "lora.target_parameters: no parameter of LlamaForCausalLM is called 'up_proj.wait'. The"
+        " nearest names are up_proj.weight, v_proj.weight.",
+    ]
+
+
+def test_a_module_that_peft_cannot_adapt_is_named(llama: Path) -> None:
+    message = refusal(llama, {"target_modules": ["mlp"]})
+    assert message.startswith(
+        "lora: PEFT refuses this adapter: Target module LlamaMLP( (gate_proj)"
+    )
+    assert " is not supported. Currently, only the following modules are supported: " in message
+
+
+def test_a_model_type_without_default_targets_needs_them_named(tmp_path: Path) -> None:
+    architectures.build("causal_lm", "olmo").save_pretrained(tmp_path)
+    assert refusal(tmp_path, {}) == (
+        "lora.target_modules: PEFT knows no default targets for the model type 'olmo'. Write"
+        " `target_modules: all-linear`, or a list of names.\n"
+        "lora: PEFT refuses this adapter: Please specify `target_modules` or `target_parameters`in"
+        " `peft_config`. Change what it names."
+    )
+
+
+def test_a_plugin_that_wraps_first_is_found_by_the_audit(llama: Path) -> None:
+    class Wrapper:
+        name = "a_wrapper"
+        before = ("lora",)
+
+        @llmload.hookimpl
+        def wrap_adapter(self, ctx: llmload.LoadContext, model: torch.nn.Module) -> torch.nn.Module:
+            return model
+
+    registry = llmload.create_registry([Wrapper()])
+    with pytest.raises(llmload.AuditError) as caught:
+        llmload.load({"model": str(llama), "lora": QV}, registry=registry)
+    assert str(caught.value) == (
+        "lora: the finished model is a LlamaForCausalLM without the adapter. Another plugin wraps"
+        " the model: remove its section or `lora`."
+    )
