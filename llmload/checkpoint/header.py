@@ -92,7 +92,8 @@ def _header_bytes(descriptor: int, size: int) -> bytes:
     if size < _LENGTH_BYTES + 2:
         raise _DamagedError(f"the file has {size} bytes, too few for a safetensors header")
     length = int.from_bytes(start[:_LENGTH_BYTES], "little")
-    if start.startswith(_PICKLE_STARTS):
+    # A header of 640 bytes begins like a pickle too, but no pickle has this brace.
+    if start.startswith(_PICKLE_STARTS) and start[_LENGTH_BYTES:][:1] != b"{":
         raise _DamagedError(
             "the file is a pickle or zip archive, not safetensors",
             "Convert it to safetensors; renaming does not.",

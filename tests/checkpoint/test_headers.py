@@ -270,6 +270,14 @@ def test_a_pickle_under_another_name_is_told_from_weights(start: bytes, tmp_path
     )
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0480, 0x0580])
+def test_a_header_whose_length_reads_like_a_pickle_is_no_pickle(
+    length: int, tmp_path: Path
+) -> None:
+    header = json.dumps({"w": W}).ljust(length)
+    assert Checkpoint.open(write(tmp_path / "model.safetensors", header, 8)).names == ("w",)
+
+
 def reference(path: Path) -> dict[str, tuple[str, tuple[int, ...]]] | None:
     """What safetensors itself makes of a file, None where it refuses."""
     try:
