@@ -118,7 +118,8 @@ class LoadContext:
         The plan's own, where it was not used up and no plugin has changed the config since.
         """
         blank, self._blank = self._blank, None
-        if blank is None or self.config != self._pristine:
+        # As dicts: comparing configs whose layers differ raises.
+        if blank is None or self.config.to_dict() != self._pristine.to_dict():
             return modeling.blank_model(self)
         return blank
 

@@ -74,6 +74,9 @@ class Plan(BaseModel):
     tied: list[str] = Field(default_factory=list)
     """Parameters of the base model that the config ties to others. transformers leaves them apart
     where the checkpoint holds both with different values."""
+    frozen: list[str] = Field(default_factory=list)
+    """Parameters of the base model that its class freezes, such as sinusoidal positions. They stay
+    so, though transformers 5 makes whatever it reads from a checkpoint trainable."""
     new_parameters: dict[str, str] = Field(default_factory=dict)
     """Parameters that do not come from the checkpoint as they are -> the plugin that makes them."""
     facts: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -261,6 +264,7 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
     ledger = Ledger()
     try:
         model: Any = ctx.blank
+        plan.frozen = [n for n, p in ctx.blank.named_parameters() if not p.requires_grad]
         tied = still_apart = compat.tied_names(ctx.blank)
         if host.shaping("post_load") or host.shaping("wrap_adapter"):
             model = ctx.take_blank()
