@@ -122,8 +122,6 @@ class GradientCheckpointingPlugin:
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         """Prove that it is on as asked, and that gradients pass through what is checkpointed."""
-        from llmload.probe import probe  # needs torch
-
         fix = "A plugin after `gradient_checkpointing` changed it; report this to its makers."
         asked = ctx.section(GradientCheckpointingSection).torch_options()
         planned = ctx.facts[self.name]["modules"]
@@ -139,7 +137,7 @@ class GradientCheckpointingPlugin:
         within = {
             n for n, p in model.named_parameters() if p.requires_grad and n.startswith(inside)
         }
-        result = probe(model)
+        result = ctx.probe(model)
         if result.method != "unavailable" and within and within <= set(result.unreached):
             yield Problem(
                 message=f"no gradient reaches the {len(within)} trainable parameters in the"
