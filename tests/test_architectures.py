@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 import llmload
-from llmload.errors import PlanError
+from llmload.errors import AuditError, PlanError
 
 DROPOUT = 0.3
 KINDS = {
@@ -30,6 +30,20 @@ UNREACHABLE = {
     "reformer": "its hashing attention draws rotations in every forward",
 }
 """Types that stay random in training whatever their dropout is."""
+NO_LORA = {
+    **dict.fromkeys(
+        ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"),
+        "PEFT refuses to adapt the projections of Mamba layers",
+    ),
+    **dict.fromkeys(
+        ("llama4", "llama4_text", "phimoe"),
+        "PEFT adapts its router, a linear layer that returns a tuple, and then fails",
+    ),
+    "clip_text_model": "PEFT passes its forward an argument twice",
+    "deepseek_v4": "PEFT adapts its grouped linear layer as if it were an ordinary one",
+    "reformer": "its reversible layers pass gradients on only where the inputs have some",
+}
+"""Types on which LoRA on all linear layers cannot be trained, each with the reason."""
 REFUSES_DROPOUT = {"diffllama"}
 """Types whose class cannot be built with dropout."""
 
@@ -49,9 +63,7 @@ class Saved(NamedTuple):
     params=[(kind, name) for kind, types in KINDS.items() for name in types()],
     ids=lambda param: "-".join(param),
 )
-def saved(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Saved:
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     kind, model_type = request.param
     model = architectures.build(kind, model_type)
     changed = 0 if model_type in REFUSES_DROPOUT else set_dropout(model.config, DROPOUT)
@@ -120,6 +132,39 @@ def test_loaded_model_is_bit_equal_to_from_pretrained(saved: Saved, dtype: str) 
             assert mine[name].dtype == tensor.dtype, name
             assert mine[name].shape == tensor.shape, name
             assert torch.equal(bits(mine[name]), bits(tensor)), name
+
+
+def test_one_step_of_lora_on_all_linear_layers_changes_only_the_adapter(saved: Saved) -> None:
+    if saved.model_type in NO_LORA:
+        with pytest.raises((AuditError, PlanError, AttributeError, RuntimeError, TypeError)):
+            train_one_step(saved)
+        return
+    trainable, changed = train_one_step(saved)
+    assert changed
+    assert changed <= trainable
+    assert all(".lora_" in name for name in trainable)
+
+
+def train_one_step(saved: Saved) -> tuple[set[str], set[str]]:
+    """Take one step of gradient descent; returns the trainable and the changed parameters."""
+    spec = {
+        "model": str(saved.folder),
+        "auto_class": saved.kind,
+        # A step in which LayerDrop skipped every layer would change nothing.
+        "dropout": {} if saved.model_type not in UNREACHABLE else {"p": 0.1},
+        "lora": {"r": 2, "target_modules": "all-linear"},
+    }
+    model = llmload.load(spec).model.train()
+    model.config.use_cache = False
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    outputs = model(**architectures.dummy_inputs(model, saved.kind))
+    sum(t.square().mean() for t in tensors(outputs) if t.requires_grad).backward()
+    torch.optim.SGD(trainable, lr=0.1).step()
+    return (
+        {name for name, p in model.named_parameters() if p.requires_grad},
+        {n for n, p in model.named_parameters() if not torch.equal(bits(p), bits(before[n]))},
+    )
 
 
 def test_every_type_is_built_or_excluded_with_a_reason() -> None:

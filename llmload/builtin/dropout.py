@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 from pydantic import Field
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llmload.context import LoadContext
-    from llmload.probe import RandomOp
+    from llmload.probe import ProbeResult, RandomOp
 
 
 class DropoutSection(Section):
@@ -43,9 +43,6 @@ class DropoutPlugin:
     name = "dropout"
     Section = DropoutSection
     after = ("*",)
-
-    def __init__(self) -> None:
-        self._base_modules: WeakKeyDictionary[LoadContext, WeakSet[nn.Module]] = WeakKeyDictionary()
 
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterable[Problem | Note]:
@@ -78,21 +75,28 @@ class DropoutPlugin:
 
         :raises PlanError: in the rehearsal, where randomness is left that nothing reaches.
         """
+        from llmload.probe import probe  # needs torch
+
         _set(rates.of_model(model), ctx.section(DropoutSection).p)
-        self._base_modules[ctx] = WeakSet(model.modules())
-        if ctx.rehearsing and (problems := list(self.audit(ctx, model))):
+        # What comes later is not the base model: an adapter's dropout is its own.
+        ctx.handed_on[self.name] = WeakSet(model.modules())
+        if ctx.rehearsing and (problems := list(self._not_as_asked(ctx, model, probe(model)))):
             raise PlanError(problems)
         return model
 
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterable[Problem]:
         """Prove that the base model's forward draws at no other rate."""
-        from llmload.probe import probe  # needs torch
-
+        result = ctx.probe(model)
         p = ctx.section(DropoutSection).p
-        base = self._base_modules[ctx]
-        result = probe(model)
-        ctx.record("dropout", {"p": p, "proof": result.method, "reason": result.reason})
+        ctx.record(self.name, {"p": p, "proof": result.method, "reason": result.reason})
+        return self._not_as_asked(ctx, model, result)
+
+    def _not_as_asked(
+        self, ctx: LoadContext, model: nn.Module, result: ProbeResult
+    ) -> Iterator[Problem]:
+        p = ctx.section(DropoutSection).p
+        base: WeakSet[nn.Module] = ctx.handed_on[self.name]
         if result.method == "unavailable":
             yield from _left_over(ctx, model, base, p)
             return
