@@ -1,0 +1,484 @@
+"""The streaming loader: each weight read once, placed once, or refused before any is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sameness import differences
+from tiny import save_checkpoint, tiny_checkpoint, tiny_llama, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+
+import llmload
+from llmload.checkpoint import seam
+from llmload.checkpoint.mapped import MappedCheckpoint
+from llmload.checkpoint.placement import Plain, Source, Target
+from llmload.checkpoint.proof import sha256
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def load(folder: Path, registry: Any = None, /, **keys: Any) -> llmload.LoadResult:
+    return llmload.load({"model": str(folder), **keys}, registry=registry)
+
+
+def facts(result: llmload.LoadResult) -> dict[str, Any]:
+    assert result.report.loader == "streaming"
+    return result.report.facts["streaming"]
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Path:
+    """Rewrite the single weights file of ``folder``."""
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def refusal(folder: Path, registry: Any = None, /, **keys: Any) -> str:
+    with pytest.raises(llmload.CheckpointError) as caught:
+        load(folder, registry, **keys)
+    return str(caught.value)
+
+
+# --- placement --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_weights_of_the_same_dtype_stay_on_the_files_pages(shards: int, tmp_path: Path) -> None:
+    result = load(tiny_llama(tmp_path, shards=shards, dtype=torch.bfloat16))
+    found = facts(result)
+    assert found["mapped"] == len(result.model.state_dict())
+    assert found["copied"] == found["converted"] == 0
+    assert differences(result.model, AutoModelForCausalLM.from_pretrained(tmp_path / "llama")) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_of_another_dtype_are_cast_once(dtype: str, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path, dtype=torch.bfloat16)
+    result = load(folder, dtype=dtype)
+    found = facts(result)
+    assert found["copied"] == len(result.model.state_dict())
+    assert found["mapped"] == 0
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert differences(result.model, theirs) == []
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_the_report_counts_every_byte_of_every_file_once(shards: int, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path, shards=shards)
+    files = facts(load(folder, dtype="bfloat16"))["files"]
+    assert files.keys() == {path.name for path in folder.glob("*.safetensors")}
+    assert all(file["bytes_read"] == file["tensor_bytes"] > 0 for file in files.values())
+
+
+def test_writing_to_a_loaded_model_leaves_file_and_other_loads_alone(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    before = (folder / "model.safetensors").read_bytes()
+    first, second = load(folder).model, load(folder).model
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.fill_(7)
+    assert differences(second, AutoModelForCausalLM.from_pretrained(folder)) == []
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+class Watching(Plain):
+    """Places as usual and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+        self.targets: dict[str, Target] = {}
+
+    def prepare(self, model: Any) -> None:
+        assert all(parameter.is_meta for parameter in model.parameters())
+        self.seen.append("prepare")
+
+    def place(self, target: Target, source: Source) -> torch.Tensor:
+        assert getattr(target.module, target.attribute) is not None
+        assert source.shape == target.like.shape
+        assert target.like.is_meta
+        self.targets[target.name] = target
+        self.seen.append(target.name)
+        return super().place(target, source)
+
+    def finish(self, model: Any) -> None:
+        assert not any(parameter.is_meta for parameter in model.parameters())
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        self.seen.append("finish")
+
+
+def with_placement(placement: Any) -> llmload.Registry:
+    """A registry with a plugin that sets ``placement``."""
+
+    class Places:
+        name = "places"
+
+        @llmload.hookimpl
+        def init_context(self, ctx: llmload.LoadContext) -> None:
+            ctx.placement = placement
+
+    return llmload.create_registry(plugins=[Places()])
+
+
+def test_a_plugins_placement_is_asked_for_each_weight_between_prepare_and_finish(
+    tmp_path: Path,
+) -> None:
+    placement = Watching()
+    result = load(tiny_llama(tmp_path, tied=True), with_placement(placement), dtype="float16")
+    names = [n for n in result.model.state_dict() if n != "lm_head.weight"]
+    assert placement.seen[0] == "prepare"
+    assert placement.seen[-1] == "finish"
+    assert sorted(placement.seen[1:-1]) == sorted(names)
+    assert {target.dtype for target in placement.targets.values()} == {torch.float16}
+    assert {target.device for target in placement.targets.values()} == {torch.device("cpu")}
+
+
+class FirstHalves(Plain):
+    """Reads only the first half of each weight."""
+
+    def place(self, target: Target, source: Source) -> torch.Tensor:
+        value = torch.zeros(source.shape, dtype=source.dtype)
+        half = value.numel() // 2
+        value.view(-1)[:half] = source.flat(0, half)
+        return value
+
+
+def test_a_placement_that_asks_for_a_slice_reads_no_more(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    result = llmload.load(
+        {"model": str(folder)}, registry=with_placement(FirstHalves()), prove=False
+    )
+    (file,) = facts(result)["files"].values()
+    assert file["bytes_read"] == file["tensor_bytes"] / 2
+    held = load_file(folder / "model.safetensors")[EMBEDDING].view(-1)
+    placed = result.model.get_input_embeddings().weight.view(-1)
+    half = held.numel() // 2
+    assert torch.equal(placed[:half], held[:half])
+    assert not placed[half:].any()
+
+
+class Failing(Plain):
+    def place(self, target: Target, source: Source) -> torch.Tensor:
+        raise MemoryError("out of it")
+
+
+def test_what_a_placement_raises_comes_out_as_the_cause(tmp_path: Path) -> None:
+    with pytest.raises(llmload.LoadFailedError) as caught:
+        load(tiny_llama(tmp_path), with_placement(Failing()))
+    assert str(caught.value).endswith("failed in load: MemoryError: out of it")
+    assert isinstance(caught.value.__cause__, MemoryError)
+
+
+# --- keys -------------------------------------------------------------------------------------
+
+
+def test_a_missing_weight_is_an_error_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MappedCheckpoint, "tensor", None)
+    folder = edit_weights(tiny_llama(tmp_path), lambda w: w.pop("model.norm.weight"))
+    assert refusal(folder) == (
+        "strict: the checkpoint has no values for 'model.norm.weight'. Map the keys with `key_map`,"
+        " or list what may be newly initialised in `strict: {allow_missing: [...]}`."
+    )
+
+
+def test_an_unexpected_weight_is_an_error_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MappedCheckpoint, "tensor", None)
+    folder = edit_weights(tiny_llama(tmp_path), lambda w: w.update(extra=torch.ones(2)))
+    assert refusal(folder) == (
+        "strict: the model has no place for 'extra' of the checkpoint. Map the keys with `key_map`,"
+        " or list what may be left out in `strict: {allow_unexpected: [...]}`."
+    )
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_other_shapes_are_errors_before_anything_is_read(
+    strict: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MappedCheckpoint, "tensor", None)
+    folder = edit_weights(
+        tiny_llama(tmp_path),
+        lambda w: w.update({"model.norm.weight": torch.ones(17), EMBEDDING: torch.ones(16, 128)}),
+    )
+    fix = "Check that config.json and weights belong together."
+    assert refusal(folder, strict=strict) == (
+        f"{EMBEDDING}: the checkpoint has float32 (16, 128), the model takes float32 (128, 16). "
+        f"{fix}\n"
+        "model.norm.weight: the checkpoint has float32 (17,), the model takes float32 (16,). "
+        f"{fix}"
+    )
+
+
+def test_a_parameter_stored_as_integers_is_an_error(tmp_path: Path) -> None:
+    folder = edit_weights(
+        tiny_llama(tmp_path),
+        lambda w: w.update({"model.norm.weight": torch.ones(16, dtype=torch.int32)}),
+    )
+    assert refusal(folder) == (
+        "model.norm.weight: the checkpoint has int32 (16,), the model takes float32 (16,). "
+        "Check that config.json and weights belong together."
+    )
+
+
+def test_each_lost_or_renamed_weight_is_found(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    names = list(load_file(folder / "model.safetensors"))
+    for number, name in enumerate(names):
+        copy = tiny_llama(tmp_path, name=f"copy{number}")
+        rename = number % 2
+
+        def change(w: dict[str, torch.Tensor], name: str = name, rename: int = rename) -> None:
+            value = w.pop(name)
+            if rename:
+                w[name + "s"] = value
+
+        text = refusal(edit_weights(copy, change))
+        assert f"no values for {name!r}" in text
+        assert (f"no place for {name + 's'!r}" in text) == bool(rename)
+
+
+def test_a_missing_weight_that_is_allowed_is_drawn_by_the_models_rules_and_listed(
+    tmp_path: Path,
+) -> None:
+    folder = edit_weights(tiny_llama(tmp_path), lambda w: w.pop("lm_head.weight"))
+    torch.manual_seed(3)
+    result = load(folder, strict={"allow_missing": ["^lm_head"]})
+    assert result.report.newly_initialised == {"lm_head.weight": "missing from the checkpoint"}
+    torch.manual_seed(3)
+    assert differences(result.model, AutoModelForCausalLM.from_pretrained(folder)) == []
+
+
+def test_an_unexpected_weight_that_is_allowed_is_not_read(tmp_path: Path) -> None:
+    folder = edit_weights(tiny_llama(tmp_path), lambda w: w.update(extra=torch.ones(2)))
+    (file,) = facts(load(folder, strict=False))["files"].values()
+    assert file["bytes_read"] == file["tensor_bytes"] - 8
+
+
+def test_keys_are_renamed_as_the_spec_says(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+
+    def rename(w: dict[str, torch.Tensor]) -> None:
+        for name in list(w):
+            w["rwtranrsformer." + name] = w.pop(name)
+
+    edit_weights(folder, rename)
+    result = load(folder, key_map={r"^rwtranrsformer\.": ""})
+    theirs = AutoModelForCausalLM.from_pretrained(folder, key_mapping={r"^rwtranrsformer\.": ""})
+    assert differences(result.model, theirs) == []
+
+
+def test_a_base_model_folder_fills_a_headed_model_and_the_reverse(tmp_path: Path) -> None:
+    headed = tiny_llama(tmp_path)
+    base = tmp_path / "base"
+    LlamaModel.from_pretrained(headed).save_pretrained(base)
+    result = load(headed, auto_class="base", strict={"allow_unexpected": ["^lm_head"]})
+    assert differences(result.model, LlamaModel.from_pretrained(headed)) == []
+    torch.manual_seed(0)
+    result = load(base, strict={"allow_missing": ["^lm_head"]})
+    torch.manual_seed(0)
+    assert differences(result.model, LlamaForCausalLM.from_pretrained(base)) == []
+
+
+# --- ties, buffers, modes, files beside the weights ---------------------------------------------
+
+
+@pytest.mark.parametrize("stored", ["once", "twice", "as the head"])
+def test_tied_weights_are_one_parameter_however_they_are_stored(
+    stored: str, tmp_path: Path
+) -> None:
+    folder = tiny_llama(tmp_path, tied=True)
+
+    def change(w: dict[str, torch.Tensor]) -> None:
+        if stored != "once":
+            w["lm_head.weight"] = w[EMBEDDING].clone()
+        if stored == "as the head":
+            del w[EMBEDDING]
+
+    edit_weights(folder, change)
+    model = load(folder).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert differences(model, AutoModelForCausalLM.from_pretrained(folder)) == []
+
+
+def test_weights_stored_with_different_values_are_not_tied(tmp_path: Path) -> None:
+    folder = edit_weights(
+        tiny_llama(tmp_path, tied=True), lambda w: w.update({"lm_head.weight": -w[EMBEDDING]})
+    )
+    model = load(folder).model
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert differences(model, AutoModelForCausalLM.from_pretrained(folder)) == []
+
+
+def test_modules_that_stay_in_float32_do(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "t5", "t5", auto_class="seq2seq_lm")
+    result = load(folder, auto_class="seq2seq_lm", dtype="float16")
+    dtypes = {name: p.dtype for name, p in result.model.named_parameters()}
+    assert dtypes["decoder.block.0.layer.2.DenseReluDense.wo.weight"] == torch.float32
+    assert dtypes["decoder.block.0.layer.2.DenseReluDense.wi.weight"] == torch.float16
+    assert facts(result)["mapped"] > 0
+
+
+def test_the_model_is_in_eval_mode_under_its_own_name_with_its_generation_config(
+    tmp_path: Path,
+) -> None:
+    folder = tiny_llama(tmp_path)
+    GenerationConfig(max_new_tokens=3, eos_token_id=2).save_pretrained(folder)
+    model = load(folder).model
+    assert not any(module.training for module in model.modules())
+    assert model.name_or_path == str(folder)
+    assert model.generation_config.max_new_tokens == 3
+
+
+def test_a_model_class_of_ones_own_is_filled(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    result = load(folder, auto_class="own_model:OwnLlama")
+    facts(result)
+    assert type(result.model).__name__ == "OwnLlama"
+    theirs = type(result.model).from_pretrained(folder)
+    assert differences(result.model, theirs) == []
+
+
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, {"model": "cpu", "lm_head": "cpu"}])
+def test_a_device_map_onto_the_cpu_gives_what_from_pretrained_gives(
+    device_map: Any, tmp_path: Path
+) -> None:
+    folder = tiny_llama(tmp_path)
+    result = load(folder, device_map=device_map, dtype="bfloat16")
+    facts(result)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, dtype="bfloat16")
+    assert differences(result.model, theirs) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device_map", ["cuda:0", "auto", {"model": 0, "lm_head": "cpu"}])
+def test_a_device_map_onto_a_gpu_gives_what_from_pretrained_gives(
+    device_map: Any, dtype: str, tmp_path: Path
+) -> None:
+    folder = tiny_llama(tmp_path)
+    result = load(folder, device_map=device_map, dtype=dtype)
+    facts(result)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, dtype=dtype)
+    assert differences(result.model, theirs) == []
+
+
+def test_an_allowed_pickle_is_streamed_too(tmp_path: Path) -> None:
+    model = tiny_model(tie_word_embeddings=True)
+    folder = save_checkpoint(model, tmp_path / "bin")
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    result = load(folder, allow_pickle=True)
+    facts(result)
+    assert differences(result.model, AutoModelForCausalLM.from_pretrained(folder)) == []
+
+
+# --- proof ------------------------------------------------------------------------------------
+
+
+def test_digests_are_recorded_only_when_asked_for(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path, dtype=torch.bfloat16)
+    assert "sha256" not in facts(load(folder))
+    held = load_file(folder / "model.safetensors")
+    for dtype in ("bfloat16", "float32"):
+        result = load(folder, streaming={"digests": True}, dtype=dtype)
+        placed = result.model.state_dict()
+        assert facts(result)["sha256"] == {
+            name: {"read": sha256(held[name]), "placed": sha256(placed[name])} for name in placed
+        }
+
+
+class Corrupting(Plain):
+    def place(self, target: Target, source: Source) -> torch.Tensor:
+        value = source.whole().clone()
+        if target.name == "model.norm.weight":
+            value.view(torch.uint8)[0] ^= 1
+        return value
+
+
+def test_a_weight_placed_with_other_bytes_than_were_read_fails_the_load(tmp_path: Path) -> None:
+    with pytest.raises(llmload.LoadFailedError) as caught:
+        load(tiny_llama(tmp_path), with_placement(Corrupting()), streaming={"digests": True})
+    assert str(caught.value) == (
+        "'model.norm.weight' was placed with other bytes than were read from the checkpoint. "
+        "The memory of this machine or the placement plugin is at fault; load again."
+    )
+
+
+class ChangesTheFile(Plain):
+    """Somebody rewrites the weights while they are read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def place(self, target: Target, source: Source) -> torch.Tensor:
+        self.path.write_bytes(b"")
+        return torch.zeros(source.shape)
+
+
+def test_a_file_cut_off_while_it_is_read_is_an_error_not_a_crash(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    path = folder / "model.safetensors"
+    assert refusal(folder, with_placement(ChangesTheFile(path))) == (
+        f"{path}: the file changed while it was being loaded. "
+        "Load again when nothing writes to the folder."
+    )
+
+
+# --- declining --------------------------------------------------------------------------------
+
+
+def declined(folder: Path, registry: Any = None, /, **keys: Any) -> str:
+    result = load(folder, registry, **keys)
+    assert result.report.loader == "transformers"
+    return result.report.declined["streaming"]
+
+
+def test_random_weights_are_not_for_us(tmp_path: Path) -> None:
+    reason = declined(tiny_llama(tmp_path), weights="random")
+    assert reason == "weights: random reads no checkpoint"
+
+
+def test_a_changed_private_function_of_transformers_is_a_reason_to_decline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel._get_dtype_plan
+    monkeypatch.setattr(
+        PreTrainedModel, "_get_dtype_plan", lambda self, dtype, more=None: original(self, dtype)
+    )
+    assert declined(tiny_llama(tmp_path)) == (
+        "PreTrainedModel._get_dtype_plan of this transformers takes other arguments than that of "
+        "5.23"
+    )
+    monkeypatch.setattr(seam, "_SIGNATURES", {"modeling_utils:gone": ""})
+    assert declined(tiny_llama(tmp_path)) == "this transformers has no gone"
+
+
+def test_options_for_from_pretrained_are_left_to_it(tmp_path: Path) -> None:
+    class Options:
+        name = "options"
+
+        @llmload.hookimpl
+        def init_context(self, ctx: llmload.LoadContext) -> None:
+            ctx.load_options["offload_buffers"] = True
+
+    registry = llmload.create_registry(plugins=[Options()])
+    assert declined(tiny_llama(tmp_path), registry) == (
+        "a plugin set offload_buffers, for from_pretrained to do"
+    )
