@@ -336,7 +336,7 @@ REFUSED = {
     "misspelt names": (
         {"target_modules": ["q_prj", "v_prj"]},
         "lora.target_modules: no module of LlamaForCausalLM is called 'q_prj' or 'v_prj'. The"
-        " nearest names are q_proj, v_proj.",
+        " nearest: q_proj, v_proj.",
     ),
     "a name where a pattern is read": (
         {"target_modules": "q_proj"},
@@ -350,17 +350,17 @@ REFUSED = {
     ),
     "modules to save that are not there": (
         QV | {"modules_to_save": ["lm_hed"]},
-        "lora.modules_to_save: no module of LlamaForCausalLM is called 'lm_hed'. The nearest names"
-        " are lm_head.",
+        "lora.modules_to_save: no module of LlamaForCausalLM is called 'lm_hed'. The nearest:"
+        " lm_head.",
     ),
     "a rank pattern that matches nothing": (
         QV | {"rank_pattern": {"k_prj": 2}},
-        "lora.rank_pattern: no module of LlamaForCausalLM is called 'k_prj'. The nearest names are"
+        "lora.rank_pattern: no module of LlamaForCausalLM is called 'k_prj'. The nearest:"
         " k_proj, v_proj.",
     ),
     "an alpha pattern that matches nothing": (
         QV | {"alpha_pattern": {"k_prj": 2}},
-        "lora.alpha_pattern: no module of LlamaForCausalLM is called 'k_prj'. The nearest names are"
+        "lora.alpha_pattern: no module of LlamaForCausalLM is called 'k_prj'. The nearest:"
         " k_proj, v_proj.",
     ),
     "a layer that is not there": (
@@ -393,12 +393,12 @@ def test_every_field_whose_names_match_nothing_is_told_at_once(llama: Path) -> N
         "trainable_token_indices": {"embed": [1]},
     }
     assert refusal(llama, section).splitlines() == [
-        "lora.target_modules: no module of LlamaForCausalLM is called 'q_prj'. The nearest names"
-        " are q_proj, v_proj.",
-        "lora.trainable_token_indices: no module of LlamaForCausalLM is called 'embed'. The nearest"
-        " names are embed_tokens.",
+        "lora.target_modules: no module of LlamaForCausalLM is called 'q_prj'. The nearest:"
+        " q_proj, v_proj.",
+        "lora.trainable_token_indices: no module of LlamaForCausalLM is called 'embed'. The"
+        " nearest: embed_tokens.",
         "lora.target_parameters: no parameter of LlamaForCausalLM is called 'up_proj.wait'. The"
-        " nearest names are up_proj.weight, v_proj.weight.",
+        " nearest: up_proj.weight, v_proj.weight.",
     ]
 
 

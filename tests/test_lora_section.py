@@ -128,8 +128,9 @@ BAD_VALUES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fast PiSSA without a number": (
         {"init_lora_weights": "pissa_niter_"},
-        "lora.init_lora_weights: 'pissa_niter_' is not an initialisation of PEFT. Write true, false,"
-        " gaussian, olora, pissa, loftq, eva, corda, orthogonal, lora_ga, mica or pissa_niter_N.",
+        "lora.init_lora_weights: 'pissa_niter_' is not an initialisation of PEFT. Write true,"
+        " false, gaussian, olora, pissa, loftq, eva, corda, orthogonal, lora_ga, mica or"
+        " pissa_niter_N.",
     ),
     "a task type in small letters": (
         {"task_type": "causal_lm"},

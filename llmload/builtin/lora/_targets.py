@@ -125,10 +125,10 @@ def _way_out(field: str, misses: list[str], model: nn.Module) -> str:
     near = [
         name
         for entry in misses
-        for name in difflib.get_close_matches(entry, ends, n=_NEAREST, cutoff=0.5)
+        for name in difflib.get_close_matches(entry, ends, n=_NEAREST, cutoff=0.6)
     ]
     if near:
-        return f"The nearest names are {', '.join(dict.fromkeys(near))}."
+        return f"The nearest: {', '.join(dict.fromkeys(near))}."
     more = ", ..." if len(ends) > _SHOWN else ""
     return f"Names are {', '.join(ends[:_SHOWN])}{more}."
 
