@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from . import steps
+from . import partitions, steps
 from .checkpoint.dtypes import torch_dtype
 from .errors import AuditError, CheckpointError, Problem
 
@@ -61,8 +61,9 @@ def compare_with_checkpoint(ctx: LoadContext, model: nn.Module) -> int:
     """Hold the first and last values of each parameter and buffer against the file's bytes.
 
     Only tensors that the checkpoint holds under the same name and shape, after the cast to the
-    tensor's dtype; merged, split, quantised and partitioned ones are for the loader to account for.
-    Works for every loader alike and reads two small pieces of each tensor.
+    tensor's dtype; merged, split and quantised ones are for the loader to account for. Of a
+    partitioned one, this rank's part. Works for every loader alike and reads two small pieces of
+    each tensor.
 
     :returns: the number of tensors compared.
     :raises AuditError: values differ, or a tensor is still on the meta device.
@@ -90,8 +91,7 @@ def _comparable(info: TensorInfo, tensor: torch.Tensor) -> bool:
     stored = torch_dtype(info.dtype)
     return (
         stored is not None
-        and tuple(tensor.shape) == info.shape
-        and tensor.numel() > 0
+        and partitions.shape(tensor) == info.shape
         and not tensor.is_meta
         and tensor.is_contiguous()
         and (stored == tensor.dtype or (stored.is_floating_point and tensor.is_floating_point()))
@@ -119,11 +119,15 @@ class _Files:
 
         stored = torch_dtype(info.dtype)
         assert stored is not None  # _comparable saw to it
-        count = min(_SAMPLE, tensor.numel())
-        length = count * stored.itemsize
-        flat = tensor.detach().view(-1)
-        for start, held in ((info.start, flat[:count]), (info.stop - length, flat[-count:])):
-            raw = bytearray(os.pread(self._open[info.file], length, start))
+        found = partitions.held(tensor)
+        if found is None or found[0].numel() == 0:
+            return True  # none of it is in this process's memory
+        flat, first = found
+        count = min(_SAMPLE, flat.numel())
+        last = first + flat.numel() - count
+        for start, held in ((first, flat[:count]), (last, flat[-count:])):
+            length, offset = count * stored.itemsize, info.start + start * stored.itemsize
+            raw = bytearray(os.pread(self._open[info.file], length, offset))
             expected = torch.frombuffer(raw, dtype=stored).to(tensor.dtype)
             # As bytes, so that NaN equals NaN and -0.0 differs from 0.0.
             if not torch.equal(expected.view(torch.uint8), held.cpu().view(torch.uint8)):
@@ -161,10 +165,16 @@ def _trainable(plan: Plan, model: nn.Module) -> Iterable[Problem]:
     if plan.trainable_parameters is None:
         return
     planned = set(plan.trainable_parameters)
-    found = {name for name, p in model.named_parameters() if p.requires_grad}
+    names_of: dict[torch.nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names_of.setdefault(parameter, []).append(name)
+    # Tied parameters have several names, of which the plan has one.
+    extra = {names[0] for names in names_of.values() if planned.isdisjoint(names)}
     # Not tied after all, because the checkpoint holds both with different values.
-    found -= {name for name in found - planned if name.endswith(tuple(plan.tied))}
-    for names, what in ((found - planned, "are"), (planned - found, "are not")):
+    extra -= {name for name in extra if name.endswith(tuple(plan.tied))}
+    missing = planned.difference(*names_of.values())
+    for names, what in ((extra, "are"), (missing, "are not")):
         if names:
             yield Problem(
                 message=f"{some(sorted(names))} {what} trainable, against the plan",

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from . import audit, specfile, steps
+from . import audit, partitions, specfile, steps
 from .errors import CheckpointError
 from .findings import Decline
 from .ledger import Ledger
@@ -84,6 +84,9 @@ def execute(prepared: Prepared, report: Report, *, prove: bool) -> LoadResult:
                         contexts.enter_context(context)
 
             model = _base_model(prepared, ctx, report)
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                if name in plan.frozen:
+                    parameter.requires_grad_(False)
             ledger.take_stock(report.loader, model)
             audit.hold_to_strict(ctx)
             if prove:
@@ -135,9 +138,9 @@ def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger
     makers = ledger.makers(model)
     report.plugins = prepared.plan.plugins
     report.versions = installed_versions()
-    report.parameters = sum(p.numel() for p in parameters)
-    report.trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    report.parameter_bytes = sum(p.numel() * p.element_size() for p in parameters)
+    report.parameters = sum(partitions.elements(p) for p in parameters)
+    report.trainable = sum(partitions.elements(p) for p in parameters if p.requires_grad)
+    report.parameter_bytes = sum(partitions.elements(p) * p.element_size() for p in parameters)
     report.checkpoint_bytes = prepared.plan.checkpoint_bytes
     report.newly_initialised = dict(ctx.newly_initialised) | {
         name: maker for name, maker in makers.items() if maker != report.loader

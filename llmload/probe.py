@@ -28,6 +28,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from . import partitions
+
 TOKENS = 8
 """Length of the example input: one row of so many token ids."""
 
@@ -77,8 +79,8 @@ def probe(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ProbeRes
         return _run(model, inputs, on_meta=True, reason="")
     except Exception as error:  # the model's own code, which may raise anything
         reason = f"on meta tensors: {_first_line(error)}"
-    size = sum(parameter.numel() for parameter in model.parameters())
-    if size > SMALL or any(parameter.is_meta for parameter in model.parameters()):
+    size = sum(partitions.elements(parameter) for parameter in model.parameters())
+    if size > SMALL or any(p.is_meta or partitions.is_partitioned(p) for p in model.parameters()):
         return ProbeResult(method="unavailable", reason=reason)
     try:
         return _run(model, inputs, on_meta=False, reason=reason)
@@ -235,9 +237,7 @@ def _put_stand_ins(model: nn.Module) -> None:
 
 
 def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
-    # A ZeRO-3 partition is empty and keeps its shape beside it.
-    shape = getattr(tensor, "ds_shape", tensor.shape)
-    empty = torch.empty(shape, dtype=tensor.dtype, device="meta")
+    empty = torch.empty(partitions.shape(tensor), dtype=tensor.dtype, device="meta")
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=tensor.requires_grad)
     return empty

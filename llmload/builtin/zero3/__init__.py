@@ -1,0 +1,125 @@
+"""The plugin ``zero3``: a model partitioned by DeepSpeed ZeRO-3 while it is loaded.
+
+transformers has rank 0 read the checkpoint and send every tensor whole to all ranks. Here each rank
+reads its own part of each tensor from the mapped files, and nothing is sent but the few weights
+that the checkpoint lacks. Where DeepSpeed itself must partition (``DeepSpeedConfig.beyond_us``) or
+the streaming loader declines, ``from_pretrained`` does it under the same plan and report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from llmload.builtin.transformers import TransformersLoader
+from llmload.builtin.zero3 import config
+from llmload.builtin.zero3.section import Zero3Section
+from llmload.errors import Problem
+from llmload.findings import Conflict, Decline, Note
+from llmload.hookspecs import hookimpl
+from llmload.partitions import Span
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from llmload.builtin.zero3._session import Session
+    from llmload.builtin.zero3.config import DeepSpeedConfig
+    from llmload.context import LoadContext
+
+
+def _partitions(section: Any, other: Any) -> bool:
+    return config.stage_of(section) == 3
+
+
+class Zero3Plugin:
+    """Partitions with DeepSpeed, and keeps DeepSpeed's global state to the length of one load."""
+
+    name = "zero3"
+    Section = Zero3Section
+    after = ("streaming",)
+    before = ("tokenizer", "embeddings", "dropout", "gradient_checkpointing", "kbit", "lora")
+    requires = ("deepspeed>=0.19", "accelerate")
+    conflicts = (
+        Conflict(
+            key="device_map",
+            reason="DeepSpeed chooses the device of each partition",
+            fix="Remove `device_map`.",
+            when=_partitions,
+        ),
+    )
+
+    def __init__(self) -> None:
+        self._sessions: WeakKeyDictionary[LoadContext, Session] = WeakKeyDictionary()
+
+    @hookimpl
+    def check(self, ctx: LoadContext) -> Iterator[Problem | Note | Decline]:
+        """Resolve the DeepSpeed config, and say what each rank will read and keep."""
+        from llmload.builtin.zero3 import _ranks
+
+        resolved = _resolve(ctx)
+        ctx.handed_on[self.name] = resolved
+        if resolved.stage < 3:
+            yield Note(text=f"ZeRO stage {resolved.stage}: the model stays whole")
+            yield Decline(f"ZeRO stage {resolved.stage} does not partition parameters")
+            return
+        problem = config.precision_problem(resolved, _name(ctx))
+        if problem:
+            yield problem
+        if resolved.left:
+            yield Note(text=f"`auto` is left to the training loop: {', '.join(resolved.left)}")
+        reason = resolved.beyond_us()
+        if reason:
+            yield Note(text=f"rank 0 reads and from_pretrained partitions: {reason}")
+        elif ctx.checkpoint is not None:
+            yield Note(text=_share(ctx, _ranks.world_size()))
+
+    @hookimpl
+    def init_context(self, ctx: LoadContext) -> AbstractContextManager[Session]:
+        """Gather the ranks, agree with them, and give the streaming loader its placement."""
+        from llmload.builtin.zero3._session import Session
+
+        session = Session(ctx, ctx.handed_on[self.name])
+        self._sessions[ctx] = session
+        return session
+
+    @hookimpl
+    def load(self, ctx: LoadContext) -> PreTrainedModel:
+        """Let ``from_pretrained`` partition, where the streaming loader does not."""
+        session = self._sessions[ctx]
+        session.activate()
+        model = TransformersLoader().load(ctx)
+        session.loaded(model)
+        return model
+
+    @hookimpl
+    def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
+        """Check every partition, and that all ranks have come so far."""
+        yield from self._sessions.pop(ctx).audit(model)
+
+
+def _resolve(ctx: LoadContext) -> DeepSpeedConfig:
+    text = ctx.config.get_text_config()
+    hidden = getattr(text, "hidden_size", None)
+    if hidden is None and hasattr(text, "hidden_sizes"):
+        hidden = max(text.hidden_sizes)
+    return config.resolve(ctx.section(Zero3Section), _name(ctx), hidden)
+
+
+def _name(ctx: LoadContext) -> str:
+    return str(ctx.dtype).removeprefix("torch.")
+
+
+def _share(ctx: LoadContext, ranks: int | None) -> str:
+    """Say how much of the checkpoint each rank reads."""
+    assert ctx.checkpoint is not None
+    if ranks is None:
+        return "each rank reads and keeps its own part of every tensor"
+    read = 0
+    for info in ctx.checkpoint.tensors.values():
+        span = Span.of(info.numel, 0, ranks)
+        read += span.length * info.nbytes // max(info.numel, 1)
+    total = ctx.checkpoint.total_bytes
+    return f"each of {ranks} ranks reads {read:,} of {total:,} bytes, its own part of every tensor"

@@ -1,0 +1,244 @@
+"""The ranks of one load: they agree, they go on together, or they all stop and say why.
+
+A rank that fails alone leaves the others in a collective that never ends. So every rank of a load
+writes to the key-value store of the process group, which no collective can block: signs of life,
+failures, and where it has come. A thread looks after it: each rank watches the next one, and all
+watch for failures. Whoever waits at a meeting point stops with the failed rank's name and reason.
+A process that does not come to such a point, because it is stuck in a collective that nothing can
+interrupt, writes the reason to stderr and ends with exit code 1.
+
+Imported lazily, by functions: this module needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from llmload.errors import LoadFailedError, RequestError
+
+# Shares of the deadline: until silence counts as failure, and from a failure until the process is
+# ended that has not stopped by itself. What is left over is for the polling in between.
+_SILENCE, _GRACE = 0.7, 0.2
+_POLL = 0.1
+
+_T = TypeVar("_T")
+_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def world_size() -> int | None:
+    """Return the number of ranks, or None where no launcher has started any."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ["WORLD_SIZE"]) if _launched() else None
+
+
+def _launched() -> bool:
+    return all(name in os.environ for name in _LAUNCHER)
+
+
+def connect() -> None:
+    """Initialise torch.distributed as DeepSpeed does, unless the caller has.
+
+    :raises RequestError: the process was not started by a launcher.
+    """
+    import deepspeed
+
+    if not dist.is_initialized() and not _launched():
+        missing = ", ".join(name for name in _LAUNCHER if name not in os.environ)
+        raise RequestError(
+            f"ZeRO-3 partitions over the ranks of a launcher, and {missing} are not set",
+            fix="Start the script with `torchrun --nproc_per_node N` or `deepspeed`.",
+        )
+    if "LOCAL_RANK" not in os.environ:
+        raise RequestError(
+            "DeepSpeed needs LOCAL_RANK to choose its device, and it is not set",
+            fix="Start the script with `torchrun` or `deepspeed`, or set LOCAL_RANK.",
+        )
+    deepspeed.init_distributed(verbose=False)
+
+
+class Ranks(AbstractContextManager["Ranks"]):
+    """The ranks of one load, from the point where they agree until it has ended on all of them.
+
+    Leaving the ``with`` block is a meeting point too: either all ranks leave it well, or all raise.
+
+    :param deadline: seconds within which a rank that failed, ended or hangs stops all others.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self._deadline = deadline
+        self._store: Any = _own_client(distributed_c10d._get_default_store(), deadline)
+        # Every rank counts its own loads, in the store: the same load has the same number.
+        load = self._store.add(f"llmload/loads/{self.rank}", 1)
+        self._store = distributed_c10d.PrefixStore(f"llmload/{load}", self._store)
+        self._failure: str | None = None
+        self._noticed = threading.Event()
+        self._stopped = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="llmload-ranks", daemon=True)
+
+    def __enter__(self) -> Ranks:
+        self._store.set("open", "")
+        self._watcher.start()
+        return self
+
+    def agree(self, request: Mapping[str, str]) -> None:
+        """Compare what this rank is about to load with what rank 0 is.
+
+        :param request: what must be the same on all ranks, by names that a message can show.
+        :raises RequestError: it differs from rank 0's.
+        :raises LoadFailedError: another rank's differs, or it failed, ended or hangs.
+        """
+        if self.rank == 0:
+            self._store.set("request", json.dumps(request))
+        while not self._asked(lambda: self._store.check(["request"])):
+            self._wait()
+        theirs: dict[str, str] = json.loads(self._store.get("request"))
+        differing = [
+            f"{name} is {request.get(name, 'absent')} here and {theirs.get(name, 'absent')} there"
+            for name in sorted(request.keys() | theirs.keys())
+            if request.get(name) != theirs.get(name)
+        ]
+        if differing:
+            raise RequestError(
+                f"rank {self.rank} was asked for another load than rank 0: {'; '.join(differing)}",
+                fix="Give every rank the same spec, plugins, versions and model folder.",
+            )
+        self.meet("agreed")
+
+    def meet(self, point: str) -> None:
+        """Wait until every rank has come to this point.
+
+        :raises LoadFailedError: one of them failed, ended or hangs.
+        """
+        self._asked(lambda: self._store.add(point, 1))
+        while self._asked(lambda: self._store.add(point, 0)) < self.size:
+            self._wait()
+
+    def look(self) -> None:
+        """Raise ``LoadFailedError`` if another rank has failed; for loops that take long."""
+        if self._failure is not None:
+            raise LoadFailedError(self._failure)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self.meet("left")
+                return
+            if _is_of_a_collective(error):
+                # It broke because another rank did: the watcher will know which.
+                self._noticed.wait(self._deadline)
+            if self._failure is not None:
+                raise LoadFailedError(self._failure) from error
+            self._announce(self.rank, f"{type(error).__name__}: {error}")
+        finally:
+            self._stopped.set()
+            self._watcher.join()
+
+    def _wait(self) -> None:
+        time.sleep(_POLL / 10)
+        self.look()
+
+    def _asked(self, question: Callable[[], _T]) -> _T:
+        """Ask the store; raise where it is gone."""
+        try:
+            return question()
+        except dist.DistError as error:
+            self._failure = self._failure or _store_is_gone(error)
+            raise LoadFailedError(self._failure) from error
+
+    def _announce(self, rank: int, reason: str) -> None:
+        report = {"rank": rank, "reason": reason}
+        number = self._store.add("failures", 1)
+        self._store.set(f"failure/{number}", json.dumps(report))
+
+    # --- the watcher --------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Show that this rank lives, and look whether the others do."""
+        try:
+            failure = self._watched()
+        except dist.DistError as error:
+            failure = _store_is_gone(error)
+        if failure is None:
+            return
+        self._failure = failure
+        self._noticed.set()
+        if not self._stopped.wait(self._deadline * _GRACE):
+            print(f"llmload: rank {self.rank} stops: {failure}", file=sys.stderr, flush=True)  # noqa: T201
+            os._exit(1)
+
+    def _watched(self) -> str | None:
+        """Return the failure that was found; None when the load has ended."""
+        beside = (self.rank + 1) % self.size
+        beats, since = 0, time.monotonic()
+        while not self._stopped.wait(_POLL):
+            # Only waiting has a time limit of its own where the store's process is stopped.
+            self._store.wait(["open"], timedelta(seconds=self._deadline * _SILENCE))
+            self._store.add(f"alive/{self.rank}", 1)
+            if self._store.add("failures", 0):
+                self._store.wait(["failure/1"])
+                report = json.loads(self._store.get("failure/1"))
+                return f"rank {report['rank']} failed: {report['reason']}"
+            now = self._store.add(f"alive/{beside}", 0)
+            if now != beats:
+                beats, since = now, time.monotonic()
+            elif time.monotonic() - since > self._deadline * _SILENCE:
+                self._announce(beside, self._silence(beats))
+        return None
+
+    def _silence(self, beats: int) -> str:
+        seconds = f"{self._deadline * _SILENCE:g} s"
+        if beats:
+            return f"it gave no sign of life for {seconds}: it ended or hangs"
+        return (
+            f"it did not come to this load within {seconds}: it ended, hangs, failed earlier or"
+            " was given a spec without `zero3`"
+        )
+
+
+def _own_client(store: Any, deadline: float) -> Any:
+    """Return a connection to the store that no other thread's waiting can block."""
+    if hasattr(store, "clone"):  # torch 2.7 and newer
+        store = store.clone()
+        store.set_timeout(timedelta(seconds=deadline))
+    return store
+
+
+def _store_is_gone(error: BaseException) -> str:
+    first = str(error).partition("\n")[0]
+    return (
+        "the process that keeps the ranks' common store (rank 0, unless the launcher does) ended or"
+        f" hangs: {first}"
+    )
+
+
+def _is_of_a_collective(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, came from talking to another rank."""
+    while error is not None:
+        if isinstance(error, dist.DistError):
+            return True
+        if isinstance(error, RuntimeError) and any(
+            word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")
+        ):
+            return True
+        error = error.__cause__
+    return False

@@ -1,0 +1,215 @@
+"""A DeepSpeed config as a load needs it: read, its ``auto`` resolved or refused, held to the spec.
+
+``auto`` is no value of DeepSpeed. The Trainer of transformers and ``accelerate`` fill it in from
+their own arguments, after the model has been loaded; what the load itself needs is filled in here,
+by the Trainer's rules.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from llmload import yamlread
+from llmload.builtin.zero3.section import Zero3Section
+from llmload.errors import Problem, RequestError
+
+AUTO: Final = "auto"
+
+_TRAINERS: Final = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+)
+"""What only training needs. Left as it is, and left out while loading."""
+
+_BY_HIDDEN_SIZE: Final[Mapping[str, Callable[[int], int]]] = {
+    "reduce_bucket_size": lambda hidden: hidden * hidden,
+    "stage3_prefetch_bucket_size": lambda hidden: int(0.9 * hidden * hidden),
+    "stage3_param_persistence_threshold": lambda hidden: 10 * hidden,
+}
+"""Keys of ``zero_optimization`` -> the value that the Trainer of transformers gives ``auto``."""
+
+_PRECISIONS: Final = {"bf16": "bfloat16", "fp16": "float16"}
+
+_WANTS_DEEPSPEEDS_OWN: Final = {
+    "zero_quantized_weights": (False, "quantises the partitions for their way between ranks"),
+    "zero_quantized_nontrainable_weights": (False, "quantises frozen partitions"),
+    "zero_hpz_partition_size": (1, "partitions a second time within each host"),
+}
+"""Keys of ``zero_optimization`` -> the value without effect, and what others do to partitions."""
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig:
+    """A DeepSpeed config whose every ``auto`` that matters to a load is resolved."""
+
+    content: Mapping[str, Any]
+    """The whole config; ``auto`` is left where only the training loop knows."""
+    left: tuple[str, ...] = ()
+    """Dotted keys that are still ``auto``."""
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage; 0 where the config says none."""
+        return int(self.zero.get("stage", 0))
+
+    @property
+    def zero(self) -> Mapping[str, Any]:
+        """The part ``zero_optimization``."""
+        zero: Mapping[str, Any] = self.content.get("zero_optimization", {})
+        return zero
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the parameters in training, by the names of a spec's ``dtype``."""
+        for key, dtype in _PRECISIONS.items():
+            if self.content.get(key, {}).get("enabled"):
+                return dtype
+        return "float32"
+
+    def for_loading(self) -> dict[str, Any]:
+        """Return what is handed to DeepSpeed while loading: a copy without the training's part."""
+        content = {k: v for k, v in self.content.items() if k not in _TRAINERS}
+        # DeepSpeed reads no config without a batch size, and uses none of it here.
+        return copy.deepcopy(content) | {"train_micro_batch_size_per_gpu": 1}
+
+    def beyond_us(self) -> str | None:
+        """Return why DeepSpeed must partition while transformers loads, or None if we can."""
+        for key, (neutral, effect) in _WANTS_DEEPSPEEDS_OWN.items():
+            if self.zero.get(key, neutral) != neutral:
+                return f"`zero_optimization.{key}` {effect}"
+        if "weight_quantization" in self.content:
+            return "`weight_quantization` quantises while the model is built"
+        if self.content.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
+            return "`tensor_parallel` splits the modules first"
+        return None
+
+
+def read(section: Zero3Section) -> dict[str, Any]:
+    """Return the DeepSpeed config that a section asks for, ``auto`` and all.
+
+    :raises RequestError: the file cannot be read, or is no mapping.
+    """
+    if section.config is None:
+        return _made(section)
+    if isinstance(section.config, Mapping):
+        return copy.deepcopy(dict(section.config))
+    path = Path(section.config)
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise _refusal(
+            "config",
+            f"the DeepSpeed config {str(path)!r} cannot be read: {reason}",
+            "Check the name; it is relative to the working directory.",
+        ) from None
+    content, _ = yamlread.parse(text, str(path))
+    if not isinstance(content, dict):
+        raise _refusal(
+            "config",
+            f"the DeepSpeed config {str(path)!r} is no mapping of keys to values",
+            'Write at least {"zero_optimization": {"stage": 3}}.',
+        )
+    return content
+
+
+def _made(section: Zero3Section) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": section.stage}
+    if section.stage3_param_persistence_threshold is not None:
+        zero["stage3_param_persistence_threshold"] = section.stage3_param_persistence_threshold
+    if section.offload_param is not None:
+        zero["offload_param"] = section.offload_param.model_dump(exclude_none=True)
+    precision = {key: {"enabled": AUTO} for key in _PRECISIONS}
+    return {"zero_optimization": zero, **precision, "train_micro_batch_size_per_gpu": AUTO}
+
+
+def stage_of(section: Zero3Section) -> int:
+    """Return the ZeRO stage that a section asks for.
+
+    :raises RequestError: it cannot be told.
+    """
+    zero = read(section).get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
+    if isinstance(stage, bool) or stage not in range(4):
+        found = "which `accelerate launch` fills in" if stage == AUTO else f"found {stage!r}"
+        raise _refusal(
+            "config.zero_optimization.stage",
+            f"expected a ZeRO stage from 0 to 3, {found}",
+            'Write {"zero_optimization": {"stage": 3}}.',
+        )
+    return int(stage)
+
+
+def resolve(section: Zero3Section, dtype: str, hidden_size: int | None) -> DeepSpeedConfig:
+    """Return the config with every ``auto`` resolved that a load depends on.
+
+    :param dtype: the model's, by the names of a spec's ``dtype``.
+    :param hidden_size: the model's, for what the Trainer derives from it; None if it has none.
+    :raises RequestError: with every ``auto`` that nothing here can resolve.
+    """
+    stage_of(section)
+    content = read(section)
+    left, problems = [], []
+    for path, parent, key in list(_autos(content, ())):
+        name = ".".join(path)
+        if path[0] in _TRAINERS:
+            left.append(name)
+        elif key == "enabled" and path[0] in _PRECISIONS:
+            parent[key] = _PRECISIONS[path[0]] == dtype
+        elif name == f"zero_optimization.{key}" and key in _BY_HIDDEN_SIZE and hidden_size:
+            parent[key] = _BY_HIDDEN_SIZE[key](hidden_size)
+        elif name != "data_types.keep_in_fp32_modules":  # there it is a value of DeepSpeed's
+            problems.append(_unresolved(name, key))
+    if problems:
+        raise RequestError(problems)
+    return DeepSpeedConfig(content, tuple(left))
+
+
+def _autos(
+    node: dict[str, Any], path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], dict[str, Any], str]]:
+    """Yield the path of every ``auto``, and the mapping and key that hold it."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _autos(value, (*path, key))
+        elif value == AUTO:
+            yield (*path, key), node, key
+
+
+def _unresolved(name: str, key: str) -> Problem:
+    reason = "nothing in a load says what it is to be"
+    if key in _BY_HIDDEN_SIZE:
+        reason = "it follows from `hidden_size`, which the model's config lacks"
+    return Problem(
+        where=f"zero3.config.{name}",
+        message=f"`auto` cannot be resolved here: {reason}",
+        fix="Write the value, or remove the key for DeepSpeed's default.",
+    )
+
+
+def precision_problem(config: DeepSpeedConfig, dtype: str) -> Problem | None:
+    """Return what is wrong where DeepSpeed would train in another dtype than the spec's.
+
+    DeepSpeed makes every parameter in its own dtype, whatever is asked of ``from_pretrained``.
+    """
+    if config.dtype == dtype:
+        return None
+    key = next((key for key, name in _PRECISIONS.items() if name == dtype), None)
+    enable = f' or write "{key}": {{"enabled": true}} in the DeepSpeed config' if key else ""
+    return Problem(
+        where="zero3",
+        message=f"the DeepSpeed config trains in {config.dtype}, the model's dtype is {dtype}",
+        fix=f"Set `dtype: {config.dtype}`{enable}.",
+    )
+
+
+def _refusal(where: str, message: str, fix: str) -> RequestError:
+    return RequestError(Problem(where=f"zero3.{where}", message=message, fix=fix))

@@ -1,0 +1,77 @@
+"""What must be the same on all ranks before the first of them partitions anything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from llmload.discovery import GIVEN, GROUP
+from llmload.versions import installed_versions, name_and_version
+
+if TYPE_CHECKING:
+    from llmload.builtin.zero3.config import DeepSpeedConfig
+    from llmload.context import LoadContext
+
+_PER_HOST = {"model", "revision", "cache_dir", "local_files_only", "zero3"}
+"""Keys of a spec that may differ: they say where the files are, which are compared themselves."""
+
+_SHOWN = 60
+
+
+def request_of(ctx: LoadContext, config: DeepSpeedConfig) -> dict[str, str]:
+    """Return what this rank is about to load, by names that a message can show.
+
+    Small values stand for themselves, others as a digest.
+    """
+    asked = {
+        key: _plain(value)
+        for key, value in {**ctx.spec.model_dump(), **ctx.sections}.items()
+        if key not in _PER_HOST
+    }
+    providers = {
+        entry.name: " ".join(name_and_version(entry.dist)) if entry.dist else GIVEN
+        for entry in metadata.entry_points(group=GROUP)
+    }
+    vocabulary = None if ctx.tokenizer is None else len(ctx.tokenizer)
+    return {
+        **{f"`{key}`": _short(value) for key, value in asked.items()},
+        **{f"plugin {name!r}": providers.get(name, GIVEN) for name in ctx.active},
+        **{f"the version of {name}": found for name, found in installed_versions().items()},
+        "the order of plugins": ", ".join(ctx.active),
+        "the DeepSpeed config": _short(dict(config.content)),
+        "the model's config": _short(_of_model(ctx)),
+        "the checkpoint": _short(_of_checkpoint(ctx)),
+        "the size of the vocabulary": str(vocabulary),
+        "the model's dtype": str(ctx.dtype),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _of_model(ctx: LoadContext) -> dict[str, Any]:
+    content = ctx.config.to_dict()
+    return {key: value for key, value in content.items() if key != "_name_or_path"}
+
+
+def _of_checkpoint(ctx: LoadContext) -> list[Any]:
+    """Everything that decides which bytes are read: names, dtypes, shapes and places."""
+    if ctx.checkpoint is None:
+        return []
+    names = {file.path: file.name for file in ctx.checkpoint.files}
+    return [
+        [info.name, info.dtype, list(info.shape), names[info.file], info.start]
+        for info in ctx.checkpoint.tensors.values()
+    ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    if len(text) <= _SHOWN:
+        return text
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -1,0 +1,86 @@
+"""Parameters of which this process holds a part: what DeepSpeed ZeRO-3 leaves of a tensor.
+
+A partitioned parameter is empty where its values were, and keeps its shape and its part in
+attributes of its own (``ds_shape``, ``ds_tensor``). Whoever looks at sizes or values of a model
+asks here, and works for whole and partitioned models alike. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The elements of one parameter, laid out flat, that one rank holds.
+
+    The parameter is cut into as many parts of one size as there are ranks. What the last parts lack
+    is filled up with zeros.
+    """
+
+    start: int
+    """First element."""
+    stop: int
+    """One past the last; the same as ``start`` where a rank holds padding alone."""
+    size: int
+    """Elements of the part with its padding, the same on all ranks."""
+
+    @property
+    def length(self) -> int:
+        """Elements without padding."""
+        return self.stop - self.start
+
+    @classmethod
+    def of(cls, elements: int, rank: int, ranks: int) -> Span:
+        """Return the part of ``rank`` (from 0) in a parameter of so many elements."""
+        size = -(-elements // ranks)
+        return cls(min(rank * size, elements), min((rank + 1) * size, elements), size)
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """Whether this process holds a part of the parameter."""
+    return hasattr(tensor, "ds_tensor")
+
+
+def shape(tensor: Any) -> tuple[int, ...]:
+    """Return the shape of the whole."""
+    return tuple(tensor.ds_shape if is_partitioned(tensor) else tensor.shape)
+
+
+def elements(tensor: Any) -> int:
+    """Return the number of elements of the whole."""
+    return int(tensor.ds_numel if is_partitioned(tensor) else tensor.numel())
+
+
+def held(tensor: Any) -> tuple[torch.Tensor, int] | None:
+    """Return the elements that this process has in memory, flat, and the first one's index.
+
+    None where they are on a disk.
+    """
+    if not is_partitioned(tensor):
+        return tensor.detach().reshape(-1), 0
+    part = tensor.ds_tensor
+    if part.status.name != "AVAILABLE":
+        return None
+    ranks = tensor.ds_numel_aligned // part.ds_numel
+    span = Span.of(tensor.ds_numel, tensor.ds_process_group.rank(), ranks)
+    return part[: span.length], span.start
+
+
+def gathered(tensors: Iterable[Any], *, write: bool) -> AbstractContextManager[Any]:
+    """Return a context in which the tensors are whole on every rank.
+
+    :param write: rank 0's values count at the end; without it nothing may be changed.
+    """
+    partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
+    if not partitioned:
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(partitioned, modifier_rank=0 if write else None)  # type: ignore[no-any-return]
