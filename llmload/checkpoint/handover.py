@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.dtypes import torch_dtype
-from llmload.checkpoint.placement import Part, Source, Target
 
 if TYPE_CHECKING:
     import torch
@@ -15,8 +13,7 @@ if TYPE_CHECKING:
 
     from llmload.checkpoint.header import TensorInfo
     from llmload.checkpoint.mapped import MappedCheckpoint
-    from llmload.checkpoint.placement import Placement
-    from llmload.checkpoint.proof import Proof, Reading
+    from llmload.checkpoint.placing import Placer
 
 Receive = Callable[[str, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor]"]
 """Takes the first target's name and the finished tensors by name; returns what to set there."""
@@ -99,29 +96,23 @@ class AbortError(BaseException):
 
 
 class Receiver:
-    """Hands each finished tensor to the placement, with its final dtype and device."""
+    """Finds out the dtype of each finished tensor and what it was made of, and has it placed.
+
+    :param taken: the tensors of the file that were asked for since the last one was finished.
+    """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        files: MappedCheckpoint,
-        placement: Placement,
-        proof: Proof,
+        placer: Placer,
+        plan: Mapping[str, torch.dtype],
         taken: list[tuple[TensorInfo, torch.Tensor]],
-        dtype: torch.dtype,
-        device_map: dict[str, Any] | None,
     ) -> None:
         from transformers.core_model_loading import build_glob_alternation
 
-        self._model = model
-        self._state: dict[str, torch.Tensor] = model.state_dict()
-        self._files = files
-        self._placement = placement
-        self._proof = proof
+        self._placer = placer
         self._taken = taken
-        self._device_map = device_map
-        self._plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
-        self._pattern, self._pattern_of_group, _ = build_glob_alternation(list(self._plan))
+        self._plan = plan
+        self._pattern, self._pattern_of_group, _ = build_glob_alternation(list(plan))
 
     def __call__(self, first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Place ``values``; raises ``AbortError`` around whatever goes wrong."""
@@ -131,77 +122,31 @@ class Receiver:
             raise AbortError(error) from error
 
     def _receive(self, first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        consumed = self._taken.copy()
+        read = self._taken.copy()
         self._taken.clear()
-        infos = {id(tensor): info for info, tensor in consumed}
+        infos = {id(tensor): info for info, tensor in read}
         dtype = self._dtype(first)
         if infos.keys() >= {id(value) for value in values.values()}:
             return {
-                name: self._place(name, dtype, value, [infos[id(value)]], direct=True)
+                name: self._placer.place(name, dtype, value, infos[id(value)])
                 for name, value in values.items()
             }
         behind = list(infos.values())
-        for info in behind:
-            self._files.count(info, info.nbytes)
-        if not _share_storage(values.values(), (tensor for _, tensor in consumed)):
-            self._drop(behind)
+        self._placer.read_for_conversion(behind)
+        if not _share_storage(values.values(), (tensor for _, tensor in read)):
+            self._placer.drop(behind)
             behind = []
         return {
-            name: self._place(name, dtype, value, behind, direct=False)
+            name: self._placer.place(name, dtype, value, None, behind)
             for name, value in values.items()
         }
-
-    def _place(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        value: torch.Tensor,
-        behind: list[TensorInfo],
-        *,
-        direct: bool,
-    ) -> torch.Tensor:
-        import torch
-        from transformers.integrations.accelerate import get_device
-
-        path, _, attribute = name.rpartition(".")
-        target = Target(
-            name=name,
-            module=self._model.get_submodule(path),
-            attribute=attribute,
-            like=self._state[name],
-            dtype=dtype,
-            device=torch.device(get_device(self._device_map, name, valid_torch_device=True)),
-        )
-        reading = self._proof.reading()
-
-        def asked(part: torch.Tensor) -> None:
-            if direct:  # a converted value was counted when its tensors were read
-                self._files.count(behind[0], part.nbytes)
-            reading.add(part)
-
-        source = Source(value, asked, partial(self._release, reading, behind))
-        placed = self._placement.place(target, source)
-        parameter, stored = (
-            (placed.parameter, placed.stored) if isinstance(placed, Part) else (placed, placed)
-        )
-        address = self._files.address(behind[0]) if direct else None
-        self._proof.end(name, stored, address, reading)
-        return parameter
 
     def _dtype(self, first: str) -> torch.dtype:
         """As transformers decides it: by the plan's pattern, else by what the model declares."""
         match = self._pattern.search(first) if self._plan else None
         if match is None:
-            return self._state[first].dtype
+            return self._placer.state[first].dtype
         return self._plan[self._pattern_of_group[match.lastgroup]]
-
-    def _release(self, reading: Reading, infos: list[TensorInfo]) -> None:
-        reading.wait()
-        self._drop(infos)
-
-    def _drop(self, infos: list[TensorInfo]) -> None:
-        for info in infos:
-            self._files.drop(info)
 
 
 def _share_storage(values: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:

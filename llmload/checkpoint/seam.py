@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import Accounting
 from llmload.checkpoint.handover import AbortError, Handover, Outline, Receive, Receiver, View
+from llmload.checkpoint.placement import Plain
+from llmload.checkpoint.placing import Placer
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +64,6 @@ _SIGNATURES = {
     ),
     "integrations.accelerate:check_and_set_device_map": "device_map",
     "integrations.accelerate:_get_device_map": "model device_map max_memory hf_quantizer",
-    "integrations.accelerate:get_device": "device_map param_name valid_torch_device",
     "integrations.accelerate:expand_device_map": "device_map param_names",
     "integrations.accelerate:accelerate_dispatch": (
         "model hf_quantizer device_map offload_folder offload_index offload_buffers"
@@ -182,11 +183,12 @@ def fill(
     from transformers.integrations.accelerate import expand_device_map
     from transformers.modeling_utils import LoadStateDictConfig, caching_allocator_warmup
 
-    if device_map is not None:
-        expanded = expand_device_map(device_map, list(model.state_dict()))
-        caching_allocator_warmup(model, expanded, None)
+    devices = expand_device_map(device_map, list(model.state_dict()))
+    if isinstance(placement, Plain):  # another may need far less
+        caching_allocator_warmup(model, devices, None)
     taken: list[tuple[TensorInfo, torch.Tensor]] = []
-    receiver = Receiver(model, files, placement, proof, taken, dtype, device_map)
+    placer = Placer(model, files, placement, proof, devices)
+    receiver = Receiver(placer, model._get_dtype_plan(dtype), taken)
     views = {info.name: View(info, files, taken) for info in files.checkpoint.tensors.values()}
     try:
         info = _convert(model, views, key_map, receiver, "cpu")

@@ -1,0 +1,93 @@
+"""One weight from its place in the file to its place in the model, counted and proven."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from llmload.checkpoint.placement import Part, Source, Target
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from llmload.checkpoint.header import TensorInfo
+    from llmload.checkpoint.mapped import MappedCheckpoint
+    from llmload.checkpoint.placement import Placement
+    from llmload.checkpoint.proof import Proof
+
+
+class Placer:
+    """Hands finished tensors to the placement, each with what it is for and where it came from.
+
+    :param model: prepared by the placement, its weights on the meta device.
+    :param devices: by the names of ``model.state_dict()``.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        files: MappedCheckpoint,
+        placement: Placement,
+        proof: Proof,
+        devices: Mapping[str, int | str | torch.device],
+    ) -> None:
+        self.state: dict[str, torch.Tensor] = model.state_dict()
+        """The meta tensors to be replaced."""
+        self._model = model
+        self._files = files
+        self._placement = placement
+        self._proof = proof
+        self._devices = devices
+
+    def place(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        value: torch.Tensor,
+        info: TensorInfo | None,
+        behind: Iterable[TensorInfo] = (),
+    ) -> torch.Tensor:
+        """Place ``value`` and return what the model gets.
+
+        :param dtype: the final one.
+        :param info: where ``value`` lies in the file; None for one that was converted.
+        :param behind: for a converted value, the tensors of the file whose pages it lies on.
+        """
+        import torch
+
+        path, _, attribute = name.rpartition(".")
+        target = Target(
+            name=name,
+            module=self._model.get_submodule(path),
+            attribute=attribute,
+            like=self.state[name],
+            dtype=dtype,
+            device=torch.device(self._devices[name]),
+        )
+        reading = self._proof.reading()
+
+        def asked(part: torch.Tensor) -> None:
+            if info is not None:  # a converted value was counted when its tensors were read
+                self._files.count(info, part.nbytes)
+            reading.add(part)
+
+        def release() -> None:
+            reading.wait()
+            self.drop(behind if info is None else [info])
+
+        placed = self._placement.place(target, Source(value, asked, release))
+        stored = placed.stored if isinstance(placed, Part) else placed
+        address = None if info is None else self._files.address(info)
+        self._proof.end(name, stored, address, reading)
+        return placed.parameter if isinstance(placed, Part) else placed
+
+    def read_for_conversion(self, infos: Iterable[TensorInfo]) -> None:
+        """Count tensors of the file that were read whole to be converted."""
+        for info in infos:
+            self._files.count(info, info.nbytes)
+
+    def drop(self, infos: Iterable[TensorInfo]) -> None:
+        """Take the pages of tensors of the file out of this process."""
+        for info in infos:
+            self._files.drop(info)
