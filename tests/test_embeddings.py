@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Collection
@@ -13,6 +12,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
+from contexts import context_of
 from tiny import save_checkpoint, tiny_llama, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -269,6 +269,17 @@ def test_the_heads_bias_gets_values_too() -> None:
     EmbeddingsPlugin().post_load(ctx, model)
     assert torch.equal(model.lm_head.bias[:51], torch.arange(51.0))
     assert torch.equal(model.lm_head.bias[51:], torch.full((3,), 25.0))
+
+
+def test_a_buffer_with_one_entry_per_token_grows_with_them_in_its_own_dtype() -> None:
+    """transformers makes BART's ``final_logits_bias`` float32 and its new entries zero."""
+    model = architectures.build("seq2seq_lm", "bart").to(torch.bfloat16)
+    model.final_logits_bias.fill_(3.0)
+    ctx = context(model, grown(model))
+    ctx.rehearsing = False
+    EmbeddingsPlugin().post_load(ctx, model)
+    expected = torch.full((1, 136), 3.0, dtype=torch.bfloat16)
+    assert torch.equal(model.final_logits_bias, expected)
 
 
 def test_parameters_stay_the_objects_that_they_were_and_as_trainable() -> None:
@@ -560,18 +571,7 @@ def context(
     """Make the context of a load of ``model``, with ``add`` tokens added or the ids ``new`` new."""
     vocabulary = set(tokenizer.get_vocab())
     tokenizer.add_tokens([f"<{number}>" for number in range(add)])
-    ctx = llmload.LoadContext(
-        spec=llmload.LoadSpec(model="tiny"),
-        sections={"embeddings": EmbeddingsSection()},
-        active=("embeddings",),
-        hook=None,  # type: ignore[arg-type]
-        folder=Path(),
-        config=copy.deepcopy(model.config),
-        model_class=type(model),
-        dtype=torch.float32,
-        checkpoint=None,
-        wraps_adapter=False,
-    )
+    ctx = context_of(model, EmbeddingsSection())
     ctx.rehearsing = not add
     ctx.tokenizer = tokenizer
     ctx.new_tokens = {
