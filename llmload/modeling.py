@@ -42,12 +42,18 @@ def load_config(folder: Path, spec: LoadSpec) -> PretrainedConfig:
             folder, trust_remote_code=spec.trust_remote_code, local_files_only=True, **options
         )
     except Exception as error:  # transformers raises many kinds for a bad config
+        fix = "Check the folder, or install the transformers version it was saved with."
+        if "auto_map" in content and not spec.trust_remote_code:
+            fix = (
+                "The folder brings code of its own: set `trust_remote_code: true` if you trust"
+                " whoever made it."
+            )
         raise CheckpointError(
             Problem(
                 file=str(folder / source.CONFIG),
                 message=f"transformers cannot read the config of model type"
                 f" {content.get('model_type')!r}: {_first_line(error)}",
-                fix="Check the folder, or install the transformers version it was saved with.",
+                fix=fix,
             )
         ) from error
 
@@ -147,4 +153,4 @@ def blank_model(ctx: LoadContext) -> PreTrainedModel:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
