@@ -18,6 +18,7 @@ from llmload.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from llmload.context import LoadContext
     from llmload.errors import Problem
@@ -66,11 +67,12 @@ class KbitPlugin:
         return fast_quantisation()
 
     @hookimpl
-    def post_load(self, ctx: LoadContext, model: nn.Module) -> nn.Module:
+    def post_load(self, ctx: LoadContext, model: PreTrainedModel) -> PreTrainedModel:
         """Freeze the base model and cast what is not quantised."""
         from llmload.builtin.kbit import _finish
 
-        return _finish.finish(ctx, ctx.section(KbitSection), model)
+        _finish.finish(ctx, ctx.section(KbitSection), model)
+        return model
 
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:

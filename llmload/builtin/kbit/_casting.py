@@ -58,9 +58,10 @@ class Casting:
     def _by_profile(self, name: str, module: nn.Module, dtype: torch.dtype) -> torch.dtype:
         if self._profile in ("minimal", "trl"):
             return dtype
-        if self._profile == "trl_legacy" and not _is_norm(owner := name.rpartition(".")[0], module):
-            if any(part in owner for part in _BFLOAT16_IN_TRL):
-                return torch.bfloat16
+        owner = name.rpartition(".")[0]
+        in_bfloat16 = self._profile == "trl_legacy" and not _is_norm(owner, module)
+        if in_bfloat16 and any(part in owner for part in _BFLOAT16_IN_TRL):
+            return torch.bfloat16
         return torch.float32
 
 

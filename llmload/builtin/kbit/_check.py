@@ -170,6 +170,6 @@ def _stored_block_size(ctx: LoadContext) -> int | None:
     for name, statistics in tensors.items():
         weight = tensors.get(name.removesuffix(".absmax"))
         if name.endswith(".weight.absmax") and weight is not None:
-            values = 2 * weight.nbytes / math.prod(statistics.shape)
-            return 2 ** math.ceil(math.log2(values))
+            values = 2 * weight.nbytes / statistics.numel
+            return 1 << math.ceil(math.log2(values))
     return None

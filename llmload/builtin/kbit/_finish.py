@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from llmload.context import LoadContext
 
 
-def finish(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> PreTrainedModel:
+def finish(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> None:
     """Freeze the base model, cast what is not quantised, and record what it takes.
 
     :raises RequestError: nothing is quantised; the block size is not as asked; or the model is to
@@ -44,7 +44,6 @@ def finish(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> Pr
     if _check.fsdp_announced():
         _refuse_mixed_dtypes(casting, model)
     ctx.record("kbit", _facts(ctx, casting, model, layers))
-    return model
 
 
 def _refuse_unquantised(
@@ -77,15 +76,15 @@ def _refuse_unquantised(
                 where="kbit.block_size",
                 message=f"{section.block_size} is asked for, and from_pretrained, which had to load"
                 f" this model, quantises in blocks of {min(blocks)}",
-                fix="Remove the key, or see the report for why the streaming loader declined.",
+                fix="Remove the key; the plan says why the streaming loader declined.",
             )
         )
 
 
 def _is_done(weight: nn.Parameter) -> bool:
-    if isinstance(weight, Int8Params):
-        return weight.dtype == torch.int8
-    return bool(weight.bnb_quantized)
+    return is_quantised(weight) and (
+        weight.dtype == torch.int8 or bool(getattr(weight, "bnb_quantized", False))
+    )
 
 
 def _refuse_mixed_dtypes(casting: Casting, model: nn.Module) -> None:
@@ -135,7 +134,7 @@ def _statistics_bytes(layer: QuantisedLayer) -> int:
     weight = layer.weight
     if isinstance(weight, Int8Params):
         return 4 * int(layer.out_features)
-    blocks = math.ceil(layer.in_features * layer.out_features / weight.blocksize)
+    blocks: int = math.ceil(layer.in_features * layer.out_features / weight.blocksize)
     if not weight.compress_statistics:
         return 4 * blocks
     # One byte each, in blocks of 256 with a float32, and their mean.
@@ -163,7 +162,7 @@ def audit(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         name = f"{path.removesuffix('.base_layer')}.weight"
         info = checkpoint.tensors.get(name)
         shape = (layer.out_features, layer.in_features)
-        if info is None or info.shape != shape or issubclass(layer.source_cls, Conv1D):
+        if info is None or info.shape != (shape[::-1] if _is_transposed(layer) else shape):
             continue
         proven += 1
         if not _agrees(layer, info.file, name, ctx.dtype):
@@ -177,22 +176,32 @@ def audit(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         )
 
 
-def _agrees(layer: QuantisedLayer, file: Any, name: str, dtype: torch.dtype) -> bool:
+def _is_transposed(layer: QuantisedLayer) -> bool:
+    return issubclass(layer.source_cls, Conv1D)
+
+
+def _first_rows(layer: QuantisedLayer, file: Any, name: str, count: int) -> torch.Tensor:
     from safetensors import safe_open
 
-    weight = layer.weight
     with safe_open(file, "pt") as opened:
         stored = opened.get_slice(name)
-        if isinstance(weight, Int8Params):
-            row = stored[:1].to(weight.device, dtype).to(torch.float16)
-            codes, scale, _ = bnb.int8_vectorwise_quant(row)
-            scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-            return torch.equal(codes, weight.data[:1]) and torch.equal(scale, scales[:1])
-        state = weight.quant_state
-        rows = math.ceil(state.blocksize / layer.in_features)
-        values = stored[:rows].flatten()[: state.blocksize].to(weight.device, state.dtype)
+        rows: torch.Tensor = stored[:, :count].T if _is_transposed(layer) else stored[:count]
+    return rows.to(layer.weight.device)
+
+
+def _agrees(layer: QuantisedLayer, file: Any, name: str, dtype: torch.dtype) -> bool:
+    weight = layer.weight
+    if isinstance(weight, Int8Params):
+        row = _first_rows(layer, file, name, 1).to(dtype).to(torch.float16)
+        codes, scale, _ = bnb.int8_vectorwise_quant(row)
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        return torch.equal(codes, weight.data[:1]) and torch.equal(scale, scales[:1])
+    state = weight.quant_state
+    rows = _first_rows(layer, file, name, math.ceil(state.blocksize / layer.in_features))
     packed, expected = bnb.quantize_4bit(
-        values, blocksize=state.blocksize, quant_type=state.quant_type
+        rows.flatten()[: state.blocksize].to(state.dtype),
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
     )
     found = weight.data.view(torch.uint8).flatten()[: packed.numel()]
     # Statistics that are quantised themselves cannot be looked at one by one.

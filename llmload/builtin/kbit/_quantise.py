@@ -108,7 +108,8 @@ class KbitPlacement:
             source.release()
             return made[target.name]  # type: ignore[no-any-return]
         placed = self._plain.place(target, source)
-        if target.attribute not in target.module._parameters:
+        if placed.dtype != source.dtype or target.attribute not in target.module._parameters:
+            # A second cast, of what was rounded already, is not made on the way.
             return placed
         cast = placed.to(self._casting.dtype(target.name, target.module, placed))
         if cast is not placed:
