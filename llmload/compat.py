@@ -6,6 +6,7 @@ Two versions of transformers are supported, 5.23 and 4.51.3; each function says 
 from __future__ import annotations
 
 import copy
+import importlib
 from contextlib import AbstractContextManager, ExitStack
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from .versions import version_of
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from .context import LoadContext
 
 
 def major(distribution: str) -> int:
@@ -88,7 +91,7 @@ def build_on_meta(
     model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
     """Build a model as ``from_pretrained`` does before it reads, from a copy of ``config``."""
-    if seam().unsuited() is None:
+    if major("transformers") >= 5 and seam().unsuited() is None:
         return seam().build(model_class, config, dtype)
     with ExitStack() as stack:
         for context in meta_contexts(model_class, dtype):
@@ -110,9 +113,18 @@ def tied_names(model: PreTrainedModel) -> set[str]:
 
 def seam() -> ModuleType:
     """Return the module that joins the streaming engine to this transformers' loading code."""
-    from .checkpoint import seam
+    name = "seam" if major("transformers") >= 5 else "seam_4_51"
+    return importlib.import_module(f"llmload.checkpoint.{name}")
 
-    return seam
+
+def fillable(ctx: LoadContext) -> PreTrainedModel:
+    """Return the model for a loader to fill, its parameters on the meta device.
+
+    In 4.51.3 buffers get their values in the constructor alone, so the plan's blank is of no use.
+    """
+    if major("transformers") >= 5:
+        return ctx.take_blank()
+    return seam().build(ctx.model_class, ctx.config, ctx.dtype)
 
 
 def no_init_weights() -> AbstractContextManager[Any]:

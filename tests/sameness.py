@@ -69,8 +69,8 @@ def _configs(ours: Any, theirs: Any) -> list[str]:
     for name in ("name_or_path", "_keep_in_fp32_modules", "all_tied_weights_keys", "hf_device_map"):
         if getattr(ours, name, None) != getattr(theirs, name, None):
             found.append(f"{name}: {getattr(ours, name, None)} for {getattr(theirs, name, None)}")
-    if [str(c) for c in ours._weight_conversions or ()] != [
-        str(c) for c in theirs._weight_conversions or ()
+    if [str(c) for c in getattr(ours, "_weight_conversions", None) or ()] != [
+        str(c) for c in getattr(theirs, "_weight_conversions", None) or ()
     ]:
         found.append("_weight_conversions")
     return found

@@ -66,7 +66,7 @@ class StreamingLoader:
         assert ctx.checkpoint is not None
         seam = compat.seam()
         placement = ctx.placement or Plain()
-        model = ctx.take_blank()
+        model = compat.fillable(ctx)
         device_map = seam.resolve_device_map(
             model, ctx.load_options.get("device_map", ctx.spec.device_map)
         )

@@ -11,8 +11,6 @@ and what surrounds it in ``from_pretrained`` is private: :func:`unsuited` says w
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +20,7 @@ from llmload.checkpoint.accounting import Accounting
 from llmload.checkpoint.handover import AbortError, Handover, Outline, Receive, Receiver, View
 from llmload.checkpoint.placement import Plain
 from llmload.checkpoint.placing import Placer
+from llmload.checkpoint.signatures import first_difference
 
 if TYPE_CHECKING:
     import torch
@@ -76,17 +75,7 @@ _SIGNATURES = {
 
 def unsuited() -> str | None:
     """The first private function of the installed transformers that is not as expected, or None."""
-    for path, expected in _SIGNATURES.items():
-        module, _, name = path.partition(":")
-        try:
-            found: Any = importlib.import_module(f"transformers.{module}")
-            for part in name.split("."):
-                found = getattr(found, part)
-        except (ImportError, AttributeError):
-            return f"this transformers has no {name}"
-        if " ".join(inspect.signature(found).parameters) != expected:
-            return f"{name} of this transformers takes other arguments than that of 5.23"
-    return None
+    return first_difference(_SIGNATURES, "5.23")
 
 
 def build(
@@ -142,7 +131,6 @@ def rehearse(
     model._adjust_missing_and_unexpected_keys(info)
     return Accounting(
         missing=tuple(sorted(info.missing_keys)),
-        excused=tuple(sorted(absent - info.missing_keys)),
         unexpected=tuple(sorted(info.unexpected_keys)),
         mismatched=tuple(
             (name, _outline(value), _outline(state[name]))

@@ -1,0 +1,248 @@
+"""Where transformers 4.51.3 hands over: as :mod:`llmload.checkpoint.seam`, for the older library.
+
+That version only renames keys, it converts nothing, and it has no place to come in: reading and
+placement are one function. So the body of its ``_load_pretrained_model`` is gone through here with
+its own helpers, and only that function is ours. Buffers have their values from the constructor and
+are not on the meta device.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmload.checkpoint.accounting import Accounting
+from llmload.checkpoint.dtypes import torch_dtype
+from llmload.checkpoint.placing import Placer
+from llmload.checkpoint.signatures import first_difference
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from llmload.checkpoint.description import Checkpoint
+    from llmload.checkpoint.mapped import MappedCheckpoint
+    from llmload.checkpoint.placement import Placement
+    from llmload.checkpoint.proof import Proof
+
+_SIGNATURES = {
+    "modeling_utils:_find_missing_and_unexpected_keys": (
+        "cls model original_checkpoint_keys checkpoint_keys "
+        "loading_base_model_from_task_state_dict hf_quantizer device_map"
+    ),
+    "modeling_utils:_infer_parameter_dtype": (
+        "model param_name empty_param keep_in_fp32_regex hf_quantizer"
+    ),
+    "modeling_utils:_get_device_map": (
+        "model device_map max_memory hf_quantizer torch_dtype keep_in_fp32_regex"
+    ),
+    "modeling_utils:no_init_weights": "",
+    "modeling_utils:PreTrainedModel._autoset_attn_implementation": (
+        "config use_flash_attention_2 torch_dtype device_map check_device_map"
+    ),
+    "modeling_utils:PreTrainedModel._get_key_renaming_mapping": (
+        "self checkpoint_keys key_mapping loading_base_model_from_task_state_dict "
+        "loading_task_model_from_base_state_dict"
+    ),
+    "modeling_utils:PreTrainedModel._move_missing_keys_from_meta_to_cpu": (
+        "self missing_keys unexpected_keys dtype hf_quantizer"
+    ),
+    "modeling_utils:PreTrainedModel._initialize_missing_keys": (
+        "self loaded_keys ignore_mismatched_sizes is_quantized"
+    ),
+}
+
+
+def unsuited() -> str | None:
+    """The first private function of the installed transformers that is not as expected, or None."""
+    return first_difference(_SIGNATURES, "4.51")
+
+
+def build(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model with its parameters on the meta device, tied, as ``from_pretrained`` builds it."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers.modeling_utils import no_init_weights, restore_default_torch_dtype
+
+    @restore_default_torch_dtype  # type: ignore[untyped-decorator]
+    def construct(config: PretrainedConfig) -> PreTrainedModel:
+        torch.set_default_dtype(dtype)
+        if not getattr(config, "_attn_implementation_autoset", False):
+            config = model_class._autoset_attn_implementation(
+                config, use_flash_attention_2=False, torch_dtype=dtype, device_map=None
+            )
+        with no_init_weights(), init_empty_weights():
+            return model_class(config)
+
+    config = copy.deepcopy(config)
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        part.torch_dtype = dtype
+    model = construct(config)
+    model.tie_weights()
+    return model
+
+
+def resolve_device_map(
+    model: PreTrainedModel, requested: Any
+) -> dict[str, int | str | torch.device] | None:
+    """Module names and their devices, ``auto`` and the like resolved."""
+    import torch
+    from transformers.modeling_utils import _get_device_map
+
+    if isinstance(requested, int):
+        requested = {"": requested}
+    elif isinstance(requested, str) and requested not in _BALANCED:
+        requested = {"": torch.device(requested)}
+    dtype = model.config.torch_dtype
+    return _get_device_map(  # type: ignore[no-any-return]
+        model, requested, None, None, dtype, _kept_in_float32(model, dtype)
+    )
+
+
+_BALANCED = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
+    import torch
+
+    if model._keep_in_fp32_modules is None or dtype != torch.float16:
+        return None
+    modules = "|".join(rf"((^|\.){module}($|\.))" for module in model._keep_in_fp32_modules)
+    return re.compile(modules)
+
+
+class _Keys:
+    """Which name in the model each checkpoint key has, and what is left over on either side."""
+
+    def __init__(
+        self, model: PreTrainedModel, checkpoint: Checkpoint, key_map: Mapping[str, str]
+    ) -> None:
+        from transformers.modeling_utils import _find_missing_and_unexpected_keys
+
+        stored = list(checkpoint.names)
+        prefix = model.base_model_prefix
+        has_prefix = bool(prefix) and any(key.startswith(prefix) for key in stored)
+        expects_prefix = bool(prefix) and hasattr(model, prefix)
+        from_task = has_prefix and not expects_prefix
+        from_base = expects_prefix and not has_prefix
+        self.names: dict[str, str] = model._get_key_renaming_mapping(
+            stored, dict(key_map) or None, from_task, from_base
+        )
+        self.missing, self.unexpected = _find_missing_and_unexpected_keys(
+            type(model), model, stored, list(self.names.values()), from_task, None, None
+        )
+
+
+def rehearse(
+    model: PreTrainedModel, checkpoint: Checkpoint, key_map: Mapping[str, str]
+) -> Accounting:
+    """Hold the checkpoint's names, dtypes and shapes against the model's. Changes nothing."""
+    keys = _Keys(model, checkpoint, key_map)
+    state = model.state_dict()
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    mismatched = []
+    for info in checkpoint.tensors.values():
+        name = keys.names.get(info.name, "")
+        stored = torch_dtype(info.dtype)
+        if name not in state or stored is None:
+            continue
+        expected = state[name]
+        integers = expected.is_floating_point() and not stored.is_floating_point
+        if info.shape != expected.shape or (integers and name in parameters):
+            mismatched.append(
+                (name, _outline(stored, info.shape), _outline(expected.dtype, expected.shape))
+            )
+    return Accounting(
+        missing=tuple(keys.missing),
+        unexpected=tuple(keys.unexpected),
+        mismatched=tuple(mismatched),
+        failed={},
+    )
+
+
+def _outline(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
+
+
+def fill(
+    model: PreTrainedModel,
+    files: MappedCheckpoint,
+    placement: Placement,
+    proof: Proof,
+    *,
+    dtype: torch.dtype,
+    key_map: Mapping[str, str],
+    device_map: dict[str, Any] | None,
+    name_or_path: str,
+) -> list[str]:
+    """Initialise what the checkpoint lacks, place every weight it has, tie what is tied.
+
+    Returns the names that were initialised.
+    """
+    import torch
+    from torch import nn
+    from transformers.modeling_utils import _infer_parameter_dtype
+
+    keys = _Keys(model, files.checkpoint, key_map)
+    model._move_missing_keys_from_meta_to_cpu(keys.missing, keys.unexpected, dtype, None)
+    model._initialize_missing_keys(list(keys.names.values()), False, False)
+    kept = _kept_in_float32(model, dtype)
+    for name, parameter in model.named_parameters():
+        if kept is not None and kept.search(name):
+            parameter.data = parameter.data.to(torch.float32)
+    placer = Placer(model, files, placement, proof, _devices(model, device_map))
+    for info in files.checkpoint.tensors.values():
+        name = keys.names.get(info.name, "")
+        if name not in placer.state:
+            continue
+        value = files.tensor(info)
+        _, cast = _infer_parameter_dtype(model, name, value, kept, None)
+        placed = placer.place(name, cast or value.dtype, value, info)
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        if attribute in module._parameters and not isinstance(placed, nn.Parameter):
+            like = getattr(module, attribute)
+            placed = nn.Parameter(placed, requires_grad=like.requires_grad)
+        setattr(module, attribute, placed)
+    files.check()
+    model.tie_weights()
+    placement.finish(model)
+    return list(keys.missing)
+
+
+def _devices(model: PreTrainedModel, device_map: dict[str, Any] | None) -> dict[str, Any]:
+    """Each name's device: by the entry of the device map that transformers' search finds first."""
+    names = list(model.state_dict())
+    if device_map is None:
+        return dict.fromkeys(names, "cpu")
+    entries = re.compile("|".join(re.escape(entry) for entry in sorted(device_map, reverse=True)))
+    matches = {name: entries.search(name) for name in names}
+    return {name: device_map[match.group()] for name, match in matches.items() if match}
+
+
+def finish(
+    model: PreTrainedModel,
+    folder: Path,
+    device_map: dict[str, Any] | None,
+    *,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """Do what ``from_pretrained`` does last: eval mode, generation config, hooks across devices."""
+    from accelerate import dispatch_model
+    from transformers import GenerationConfig
+
+    model.eval()
+    if model.can_generate():
+        with suppress(OSError):  # there is none: the one made from the config stays
+            model.generation_config = GenerationConfig.from_pretrained(
+                str(folder), local_files_only=True
+            )
+    if device_map is not None:
+        dispatch_model(model, device_map=device_map, skip_keys=model._skip_keys_device_placement)
+    return model
