@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,11 @@ import architectures
 import peft
 import pytest
 import torch
-from adapters import load, needs_peft, plain, refusal, same_state, save, three_losses
+from adapters import IDS, load, needs_peft, plain, refusal, same_state, save, three_losses
 from tiny import tiny_checkpoint, tiny_llama
 
 import llmload
+from llmload.builtin.lora import LoraPlugin
 
 ALL = {"r": 4, "target_modules": "all-linear"}
 QV = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -390,13 +393,13 @@ def test_every_field_whose_names_match_nothing_is_told_at_once(llama: Path) -> N
     section = {
         "target_modules": ["q_prj"],
         "target_parameters": ["up_proj.wait"],
-        "trainable_token_indices": {"embed": [1]},
+        "trainable_token_indices": {"embed_token": [1]},
     }
     assert refusal(llama, section).splitlines() == [
         "lora.target_modules: no module of LlamaForCausalLM is called 'q_prj'. The nearest:"
         " q_proj, v_proj.",
-        "lora.trainable_token_indices: no module of LlamaForCausalLM is called 'embed'. The"
-        " nearest: embed_tokens.",
+        "lora.trainable_token_indices: no module of LlamaForCausalLM is called 'embed_token'."
+        " The nearest: embed_tokens.",
         "lora.target_parameters: no parameter of LlamaForCausalLM is called 'up_proj.wait'. The"
         " nearest: up_proj.weight, v_proj.weight.",
     ]
@@ -414,9 +417,178 @@ def test_a_model_type_without_default_targets_needs_them_named(tmp_path: Path) -
     architectures.build("causal_lm", "olmo").save_pretrained(tmp_path)
     assert refusal(tmp_path, {}) == (
         "lora.target_modules: PEFT knows no default targets for the model type 'olmo'. Write"
-        " `target_modules: all-linear`, or a list of names.\n"
-        "lora: PEFT refuses this adapter: Please specify `target_modules` or `target_parameters`in"
-        " `peft_config`. Change what it names."
+        " `target_modules: all-linear`, or a list of names."
+    )
+
+
+# --- initialisations from data ------------------------------------------------------------------
+
+
+@needs_peft("0.15.0")
+def test_corda_starts_from_the_covariances_in_a_file(llama: Path, tmp_path: Path) -> None:
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.corda import preprocess_corda
+
+    file = str(tmp_path / "covariance.pt")
+    options = {"covariance_file": file, "corda_method": "kpm"}
+    section = QV | {"init_lora_weights": "corda", "corda_config": options}
+    config = peft.LoraConfig(**QV, init_lora_weights="corda", corda_config=CordaConfig(**options))
+    base = plain(llama, **QV).unload()
+    preprocess_corda(base, config, run_model=lambda: base(input_ids=IDS[:1]))
+    theirs = peft.get_peft_model(base, config)
+
+    result = load(llama, section)
+    assert len(result.report.facts["lora"]["changed_base"]) == 4
+    for name, value in theirs.named_parameters():
+        torch.testing.assert_close(result.model.get_parameter(name), value)
+
+
+@needs_peft("0.19.0")
+def test_lora_ga_starts_from_gradients_that_a_plugin_gathered(llama: Path) -> None:
+    class Gradients:
+        name = "gradients"
+
+        @llmload.hookimpl
+        def post_load(self, ctx: llmload.LoadContext, model: Any) -> Any:
+            if not ctx.rehearsing:
+                loss = model(input_ids=IDS, labels=IDS).loss
+                layers = [m for n, m in model.named_modules() if n.endswith(("q_proj", "v_proj"))]
+                found = torch.autograd.grad(loss, [layer.weight for layer in layers])
+                for layer, gradient in zip(layers, found, strict=True):
+                    layer._peft_loraga_grad = gradient
+            return model
+
+    section = QV | {"init_lora_weights": "lora_ga", "lora_ga_config": {"scale": "unit"}}
+    registry = llmload.create_registry([Gradients()])
+    result = llmload.load({"model": str(llama), "lora": section}, registry=registry)
+    assert len(result.report.facts["lora"]["changed_base"]) == 4
+    assert result.plan.trainable == result.report.trainable
+
+
+@needs_peft("0.20.0")
+def test_what_peft_cannot_make_without_values_is_loaded_without_a_promise(llama: Path) -> None:
+    result = load(llama, QV | {"monteclora_config": {}})
+    assert [str(warning) for warning in result.plan.warnings] == [
+        "the load could not be rehearsed on the meta device, so the plan promises no trainable"
+        " parameters: plugin 'lora' (llmload 0.1.0) failed in wrap_adapter: NotImplementedError:"
+        " PEFT cannot make MonteCLoRA on the meta device"
+    ]
+    assert result.plan.trainable_parameters is None
+    assert any("monteclora" in name for name, _ in result.model.named_parameters())
+
+
+# --- names of other days and places -------------------------------------------------------------
+
+
+@needs_peft("0.19.0")
+def test_targets_by_their_names_of_transformers_4_are_found_in_fused_experts(
+    tmp_path: Path,
+) -> None:
+    architectures.build("causal_lm", "mixtral").save_pretrained(tmp_path)
+    section = {"r": 2, "target_modules": ["q_proj", "w1", "w2", "w3"]}
+    result = load(tmp_path, section)
+    facts = result.report.facts["lora"]
+    assert facts["unmatched"] == []
+    assert "model.layers.0.mlp.experts" in facts["targets"]
+    theirs = plain(tmp_path, **section)
+    assert list(result.model.state_dict()) == list(theirs.state_dict())
+
+    folder = save(result.model, tmp_path / "adapter")
+    again = load(tmp_path, {"adapter": str(folder)})
+    assert same_state(again.model, result.model)
+
+
+def test_a_saved_adapter_names_the_hub_repository_and_revision_of_its_base(
+    llama: Path, tmp_path: Path
+) -> None:
+    repository = tmp_path / "hub" / "models--org--tiny"
+    shutil.copytree(llama, repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text("0" * 40)
+    hub = {"model": "org/tiny", "revision": "v1", "cache_dir": str(tmp_path / "hub")}
+
+    config = llmload.load(hub | {"lora": QV}).model.peft_config["default"]
+    assert (config.base_model_name_or_path, config.revision) == ("org/tiny", "v1")
+    named = QV | {"base_model_name_or_path": "org/big", "revision": "main"}
+    config = llmload.load(hub | {"lora": named}).model.peft_config["default"]
+    assert (config.base_model_name_or_path, config.revision) == ("org/big", "main")
+
+
+# --- the proof ----------------------------------------------------------------------------------
+
+
+def _audit(llama: Path, section: dict[str, Any], spoil: Callable[[Any], object]) -> str:
+    """Return what the audit says of a model that is spoiled after the adapter was put on."""
+
+    class Spoiler(LoraPlugin):
+        @llmload.hookimpl
+        def wrap_adapter(self, ctx: llmload.LoadContext, model: Any) -> Any:
+            wrapped = super().wrap_adapter(ctx, model)
+            if not ctx.rehearsing:
+                with torch.no_grad():
+                    spoil(wrapped)
+            return wrapped
+
+    # A built-in plugin cannot be replaced: its class is patched for one load.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmload.builtin.lora.LoraPlugin", Spoiler)
+        with pytest.raises(llmload.AuditError) as caught:
+            load(llama, section)
+    return str(caught.value)
+
+
+REPORT = "Report this with the plan and the versions of `llmload env`."
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def test_the_audit_finds_factors_that_cannot_learn(llama: Path) -> None:
+    message = _audit(llama, QV, lambda m: m.get_parameter(f"{FIRST}.lora_A.default.weight").zero_())
+    assert message == (
+        "lora.init_lora_weights: the adapter's factors of 'model.layers.0.self_attn.q_proj' are"
+        f" zero, so that they cannot learn. {REPORT}"
+    )
+
+
+def test_the_audit_finds_a_factor_that_should_not_be_zero(llama: Path) -> None:
+    section = QV | {"init_lora_weights": "pissa"}
+    message = _audit(
+        llama, section, lambda m: m.get_parameter(f"{FIRST}.lora_B.default.weight").zero_()
+    )
+    assert message == (
+        "lora.init_lora_weights: 'pissa' left factors of 'model.layers.0.self_attn.q_proj' at zero."
+        f" {REPORT}"
+    )
+
+
+def test_the_audit_finds_an_adapter_that_does_not_act(llama: Path) -> None:
+    section = QV | {"inference_mode": True}
+    message = _audit(llama, section, lambda m: m.get_submodule(FIRST).enable_adapters(False))
+    assert message == (
+        "lora.adapter_name: the adapter 'default' is not active in"
+        f" 'model.layers.0.self_attn.q_proj'. {REPORT}"
+    )
+
+
+def test_the_audit_finds_a_layer_that_lost_its_adapter(llama: Path) -> None:
+    section = QV | {"inference_mode": True}
+    message = _audit(llama, section, lambda m: m.get_submodule(FIRST).r.pop("default"))
+    assert message == (
+        "lora.target_modules: 'model.layers.0.self_attn.q_proj' lost the adapter. " + REPORT
+    )
+
+
+@needs_peft("0.18.0")
+def test_the_audit_finds_tied_adapters_that_part(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path, tied=True)
+    section = {"r": 4, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+
+    def part(model: Any) -> None:
+        factor = model.get_base_model().lm_head.lora_B["default"].weight
+        factor.data = factor.data.clone()
+
+    assert _audit(folder, section, part) == (
+        "lora.ensure_weight_tying: the adapters of 'model.embed_tokens', 'lm_head' do not share"
+        " their weights. Use `adapter_dtype: base`, or `tied_weights: untie`."
     )
 
 

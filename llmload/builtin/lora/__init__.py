@@ -58,7 +58,6 @@ class LoraPlugin:
             yield Problem(
                 where="lora", severity="warning", message=f"PEFT warns: {text.rstrip('.')}"
             )
-        yield from _targets_problems(ctx, request)
         yield from _start_problems(request)
         yield from _resume_problems(request)
         for text in _notes(request):
@@ -77,29 +76,6 @@ class LoraPlugin:
         from ._proof import prove
 
         yield from prove(ctx, model)
-
-
-def _targets_problems(ctx: LoadContext, request: Request) -> Iterator[Problem]:
-    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
-
-    fields = request.fields
-    if fields.get("arrow_config") is not None:
-        yield Problem(
-            where="lora.arrow_config",
-            message="Arrow routes between adapters that are there already, and this makes one",
-            fix="Load the base model without `lora`, and call peft's create_arrow_model.",
-        )
-    if (
-        fields.get("target_modules") is None
-        and not fields.get("target_parameters")
-        and request.coati is None
-        and ctx.config.model_type not in DEFAULTS
-    ):
-        yield Problem(
-            where="lora.target_modules",
-            message=f"PEFT knows no default targets for the model type {ctx.config.model_type!r}",
-            fix="Write `target_modules: all-linear`, or a list of names.",
-        )
 
 
 def _start_problems(request: Request) -> Iterator[Problem]:

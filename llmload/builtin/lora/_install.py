@@ -76,6 +76,9 @@ def install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
             "warnings": warned,
         },
     )
+    if section.inference_mode:
+        # peft 0.13 leaves the modules to save trainable.
+        wrapped.requires_grad_(False)
     # PEFT makes its modules in training mode, whatever the base model's.
     return wrapped.train(model.training)
 

@@ -28,10 +28,10 @@ _INITIALISATION: Final = {"kaiming_uniform": True, "PiSSA": "pissa_niter_4"}
 
 
 class CoatiLora(Section):
-    """The file's keys with ColossalChat's defaults; its rank has none that would make a LoRA."""
+    """The file's keys with ColossalChat's defaults, the rank's apart."""
 
-    r: Rank = Field(default=0, validate_default=True)
-    """Rank. ColossalChat's own default, 0, means no adapter."""
+    r: Rank
+    """Rank."""
     lora_alpha: Alpha = 32
     """The adapter's output is scaled by ``lora_alpha / r``."""
     linear_lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
@@ -108,6 +108,8 @@ def read(file: str) -> CoatiLora:
             "Give the lora_config.json of a ColossalChat run.",
             file,
         )
+    # ColossalChat's default, which means no adapter there.
+    content.setdefault("r", 0)
     try:
         return CoatiLora.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:

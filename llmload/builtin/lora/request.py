@@ -131,7 +131,34 @@ def resolve(ctx: LoadContext) -> Request:
             )
     if "task_type" not in base and "task_type" not in given:
         base = base | {"task_type": TASKS.get(ctx.spec.auto_class)}
-    return Request(section=section, fields=base | given, saved=adapter, coati=theirs)
+    request = Request(section=section, fields=base | given, saved=adapter, coati=theirs)
+    _refuse_impossible(ctx, request)
+    return request
+
+
+def _refuse_impossible(ctx: LoadContext, request: Request) -> None:
+    """Refuse what PEFT could not make of any model of this type."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    fields = request.fields
+    if fields.get("arrow_config") is not None:
+        raise RequestError(
+            Problem(
+                where="lora.arrow_config",
+                message="Arrow routes between adapters that are there already, and this makes one",
+                fix="Load the base model without `lora`, and call peft's create_arrow_model.",
+            )
+        )
+    named = fields.get("target_modules") is not None or fields.get("target_parameters")
+    if not named and request.coati is None and ctx.config.model_type not in DEFAULTS:
+        raise RequestError(
+            Problem(
+                where="lora.target_modules",
+                message="PEFT knows no default targets for the model type"
+                f" {ctx.config.model_type!r}",
+                fix="Write `target_modules: all-linear`, or a list of names.",
+            )
+        )
 
 
 def _refuse_contradictions(given: dict[str, Any], base: dict[str, Any], source: str) -> None:
