@@ -1,0 +1,182 @@
+"""The section ``zero3`` and the DeepSpeed config it stands for; no rank and no weight is needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmload
+from llmload.builtin.zero3 import config
+from llmload.builtin.zero3.section import Zero3Section
+from llmload.errors import RequestError, SpecError
+from llmload.partitions import Span
+
+
+def resolved(dtype: str = "bfloat16", hidden: int | None = 64, **section: Any) -> Any:
+    return config.resolve(Zero3Section(**section), dtype, hidden)
+
+
+def with_zero(**zero: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 3} | zero}
+
+
+def test_plain_fields_make_a_config_in_the_precision_of_the_model() -> None:
+    made = resolved(
+        stage3_param_persistence_threshold=0, offload_param={"device": "cpu", "pin_memory": False}
+    )
+    assert made.stage == 3
+    assert made.dtype == "bfloat16"
+    assert made.zero["stage3_param_persistence_threshold"] == 0
+    assert made.zero["offload_param"]["device"] == "cpu"
+    assert made.left == ("train_micro_batch_size_per_gpu",)
+    assert made.for_loading()["train_micro_batch_size_per_gpu"] == 1
+    assert resolved(dtype="float16").dtype == "float16"
+    assert resolved(dtype="float32").dtype == "float32"
+
+
+def test_config_may_be_a_mapping_or_a_file(tmp_path: Path) -> None:
+    content = with_zero() | {"bf16": {"enabled": True}}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(content))
+    assert resolved(config=content).content == content
+    assert resolved(config=str(file)).content == content
+
+
+def test_auto_is_resolved_by_the_rules_of_the_trainer() -> None:
+    found = resolved(
+        config=with_zero(
+            reduce_bucket_size="auto",
+            stage3_prefetch_bucket_size="auto",
+            stage3_param_persistence_threshold="auto",
+        )
+        | {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+    )
+    assert found.zero["reduce_bucket_size"] == 4096
+    assert found.zero["stage3_prefetch_bucket_size"] == 3686
+    assert found.zero["stage3_param_persistence_threshold"] == 640
+    assert found.content["bf16"] == {"enabled": True}
+    assert found.content["fp16"] == {"enabled": False}
+
+
+def test_what_only_training_needs_stays_auto_and_is_not_seen_while_loading() -> None:
+    content = with_zero() | {
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+    }
+    found = resolved(config=content)
+    assert found.left == ("train_batch_size", "gradient_clipping", "optimizer.params.lr")
+    assert found.content == content
+    assert found.for_loading() == with_zero() | {"train_micro_batch_size_per_gpu": 1}
+
+
+def test_auto_without_a_rule_is_refused_with_the_reason() -> None:
+    with pytest.raises(RequestError) as caught:
+        resolved(
+            config=with_zero(sub_group_size="auto", reduce_bucket_size="auto"), hidden=None
+        )
+    assert [str(problem) for problem in caught.value.problems] == [
+        "zero3.config.zero_optimization.sub_group_size: `auto` cannot be resolved here: nothing in"
+        " a load says what it is to be. Write the value, or remove the key for DeepSpeed's"
+        " default.",
+        "zero3.config.zero_optimization.reduce_bucket_size: `auto` cannot be resolved here: it"
+        " follows from `hidden_size`, which the model's config lacks. Write the value, or remove"
+        " the key for DeepSpeed's default.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "found"),
+    [("auto", "which `accelerate launch` fills in"), (4, "found 4"), (True, "found True")],
+)
+def test_stage_must_be_known(stage: Any, found: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        resolved(config={"zero_optimization": {"stage": stage}})
+    assert str(caught.value) == (
+        f"zero3.config.zero_optimization.stage: expected a ZeRO stage from 0 to 3, {found}."
+        ' Write {"zero_optimization": {"stage": 3}}.'
+    )
+
+
+def test_unreadable_config_is_refused(tmp_path: Path) -> None:
+    missing = tmp_path / "no.json"
+    with pytest.raises(RequestError) as caught:
+        resolved(config=str(missing))
+    assert str(caught.value) == (
+        f"zero3.config: the DeepSpeed config '{missing}' cannot be read: No such file or directory."
+        " Check the name; it is relative to the working directory."
+    )
+    listed = tmp_path / "list.json"
+    listed.write_text("[3]")
+    with pytest.raises(RequestError) as caught:
+        resolved(config=str(listed))
+    assert str(caught.value) == (
+        f"zero3.config: the DeepSpeed config '{listed}' is no mapping of keys to values."
+        ' Write at least {"zero_optimization": {"stage": 3}}.'
+    )
+
+
+def test_config_and_plain_fields_exclude_each_other() -> None:
+    with pytest.raises(SpecError) as caught:
+        llmload.create_registry().validate({"model": "m", "zero3": {"config": "ds.json", "stage": 3}})
+    assert str(caught.value) == (
+        "zero3: `config` and `stage` say the same thing twice."
+        " Write it into the DeepSpeed config, or remove `config`."
+    )
+    with pytest.raises(SpecError) as caught:
+        llmload.create_registry().validate({"model": "m", "zero3": {"offload_param": {"device": "nvme"}}})
+    assert str(caught.value) == (
+        "zero3.offload_param: `device: nvme` needs `nvme_path`."
+        " Name a folder on a local fast disk in `nvme_path`."
+    )
+
+
+def test_another_precision_than_the_models_is_a_problem() -> None:
+    found = resolved(config=with_zero())
+    assert str(config.precision_problem(found, "bfloat16")) == (
+        "zero3: the DeepSpeed config trains in float32, the model's dtype is bfloat16."
+        ' Set `dtype: float32` or write "bf16": {"enabled": true} in the DeepSpeed config.'
+    )
+    found = resolved(config=with_zero() | {"fp16": {"enabled": True}})
+    assert str(config.precision_problem(found, "float32")) == (
+        "zero3: the DeepSpeed config trains in float16, the model's dtype is float32."
+        " Set `dtype: float16`."
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (with_zero(zero_quantized_weights=False, zero_hpz_partition_size=1), None),
+        (
+            with_zero(zero_quantized_weights=True),
+            "`zero_optimization.zero_quantized_weights` quantises the partitions for their way"
+            " between ranks",
+        ),
+        (
+            with_zero(zero_hpz_partition_size=8),
+            "`zero_optimization.zero_hpz_partition_size` partitions a second time within each host",
+        ),
+        (
+            with_zero() | {"weight_quantization": {}},
+            "`weight_quantization` quantises while the model is built",
+        ),
+        (
+            with_zero() | {"tensor_parallel": {"autotp_size": 2}},
+            "`tensor_parallel` splits the modules first",
+        ),
+    ],
+)
+def test_what_deepspeed_itself_must_partition(content: dict[str, Any], reason: str | None) -> None:
+    assert resolved(config=content).beyond_us() == reason
+
+
+def test_spans_cover_every_element_once_and_are_of_one_size() -> None:
+    for elements in (0, 1, 7, 8, 9, 1000):
+        for ranks in (1, 2, 3, 8, 512):
+            spans = [Span.of(elements, rank, ranks) for rank in range(ranks)]
+            assert [i for s in spans for i in range(s.start, s.stop)] == list(range(elements))
+            assert {s.size for s in spans} == {-(-elements // ranks)}

@@ -1,0 +1,164 @@
+"""Run on every rank: our ZeRO-3 load held against transformers' own, bit by bit."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from typing import Any
+
+import architectures
+import deepspeed
+import torch
+from transformers.integrations import HfDeepSpeedConfig
+
+import llmload
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def deepspeed_config(dtype: str, threshold: int | None = None) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": 3}
+    if threshold is not None:
+        zero["stage3_param_persistence_threshold"] = threshold
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == "bfloat16"},
+    }
+
+
+def theirs(kind: str, folder: str, config: dict[str, Any]) -> torch.nn.Module:
+    alive = HfDeepSpeedConfig(config)
+    try:
+        return architectures.AUTO_CLASSES[kind].from_pretrained(folder)
+    finally:
+        del alive
+
+
+def ours(kind: str, folder: str, config: dict[str, Any], dtype: str) -> torch.nn.Module:
+    result = llmload.load(
+        {
+            "model": folder,
+            "auto_class": kind,
+            "dtype": dtype,
+            "strict": False,
+            "zero3": {"config": config},
+        }
+    )
+    assert result.report.loader == "streaming", result.report.declined
+    return result.model
+
+
+def differences(mine: torch.nn.Module, other: torch.nn.Module) -> list[str]:
+    """List in what the parts, attributes and buffers of two partitioned models differ."""
+    found = []
+    a, b = (dict(m.named_parameters(remove_duplicate=False)) for m in (mine, other))
+    if list(a) != list(b):
+        return [f"parameters {sorted(a.keys() ^ b.keys())[:4]}"]
+    for name in a:
+        found += [f"{name}: {fault}" for fault in _parameter(a[name], b[name])]
+    if _ties(a) != _ties(b):
+        found.append("ties")
+    a, b = (dict(m.named_buffers(remove_duplicate=False)) for m in (mine, other))
+    if list(a) != list(b):
+        return [*found, f"buffers {sorted(a.keys() ^ b.keys())[:4]}"]
+    for name in a:
+        if a[name].dtype != b[name].dtype:
+            found.append(f"{name}: buffer {a[name].dtype} for {b[name].dtype}")
+        elif not torch.equal(_bytes(a[name]), _bytes(b[name])):
+            found.append(f"{name}: other values in the buffer")
+    if [m.training for m in mine.modules()] != [m.training for m in other.modules()]:
+        found.append("train mode")
+    return found
+
+
+def _parameter(mine: Any, other: Any) -> list[str]:
+    facts = ("dtype", "ds_shape", "ds_numel", "ds_numel_aligned", "ds_persist", "requires_grad")
+    facts += ("ds_status", "shape", "device")
+    found = [
+        f"{fact} {getattr(mine, fact)} for {getattr(other, fact)}"
+        for fact in facts
+        if getattr(mine, fact) != getattr(other, fact)
+    ]
+    a, b = mine.ds_tensor, other.ds_tensor
+    for fact in ("dtype", "ds_numel", "status", "final_location", "requires_grad", "shape"):
+        if getattr(a, fact) != getattr(b, fact):
+            found.append(f"part's {fact} {getattr(a, fact)} for {getattr(b, fact)}")
+    if found:
+        return found
+    ranks = mine.ds_process_group.size()
+    start = torch.distributed.get_rank() * a.ds_numel
+    length = max(0, min(a.ds_numel, mine.ds_numel - start))
+    assert mine.ds_numel_aligned == ranks * a.ds_numel
+    if not torch.equal(_bytes(a[:length]), _bytes(b[:length])):
+        found.append("other values in the part")
+    if a[length:].any():
+        found.append("padding is not zero")
+    return found
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _ties(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
+    groups: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return sorted(names for names in groups.values() if len(names) > 1)
+
+
+def losses(
+    model: torch.nn.Module, kind: str, config: dict[str, Any], steps: int = 3
+) -> list[float] | str:
+    """Train a few steps with DeepSpeed on a batch that differs between ranks."""
+    torch.manual_seed(0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config | {"zero_allow_untested_optimizer": True}
+    )
+    ids = torch.arange(4, 20).reshape(2, 8) + torch.distributed.get_rank()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs |= {"labels": ids} if kind != "base" else {}
+    found = []
+    try:
+        for _ in range(steps):
+            outputs = engine(**inputs)
+            loss = outputs.loss if kind != "base" else outputs[0].float().square().mean()
+            engine.backward(loss)
+            engine.step()
+            found.append(loss.item())
+    finally:
+        engine.destroy()
+    return found
+
+
+def compare(
+    kind: str, folder: str, dtype: str, threshold: int | None, train: bool = True
+) -> dict[str, Any]:
+    """Load one folder both ways and return what differs; empty lists if nothing does."""
+    config = deepspeed_config(dtype, threshold)
+    torch.manual_seed(1)
+    mine = ours(kind, folder, config, dtype)
+    torch.manual_seed(1)
+    other = theirs(kind, folder, config)
+    answer: dict[str, Any] = {"differences": differences(mine, other)}
+    if train:
+        answer["losses"] = [losses(model, kind, config) for model in (mine, other)]
+    del mine, other
+    gc.collect()
+    return answer
+
+
+def many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare many folders in one process group."""
+    from llmload.builtin.zero3._ranks import connect
+
+    connect()
+    answers = []
+    for case in cases:
+        try:
+            answers.append(compare(**case))
+        except Exception as error:
+            answers.append({"error": f"{type(error).__name__}: {error}"[:500]})
+    return answers

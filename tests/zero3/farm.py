@@ -1,0 +1,151 @@
+"""Runs functions on several ranks, forked from one process that has imported everything once.
+
+``launch`` starts that process, which takes ten seconds; every group of ranks after it is a fork and
+takes none. Run as a script, this module is that process: jobs come as JSON on stdin, outcomes go to
+a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent.parent
+
+
+@dataclass
+class Job:
+    """A function to be called on every rank of a new process group."""
+
+    call: str
+    """``module:function``, found from ``tests``; takes ``args`` and returns JSON-able data."""
+    args: dict[str, Any] = field(default_factory=dict)
+    ranks: int = 2
+    timeout: float = 60.0
+    """Seconds after which ranks that still run are killed."""
+
+
+@dataclass
+class Outcome:
+    """How a job ended on one rank."""
+
+    code: int
+    """Exit code; negative for a signal, and -9 also for a rank that had to be killed."""
+    seconds: float
+    """From the fork to the end."""
+    result: Any
+    """What the function returned."""
+    output: str
+    """stdout and stderr together."""
+
+
+def launch(jobs: Sequence[Job], *, timeout: float) -> list[list[Outcome]]:
+    """Run jobs one after the other; returns the outcomes of each job, by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "outcomes.json")
+        farm = subprocess.Popen(
+            [sys.executable, "-X", "faulthandler", __file__, str(answer)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+            start_new_session=True,
+        )
+        try:
+            output, _ = farm.communicate(json.dumps([asdict(job) for job in jobs]), timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(farm.pid, signal.SIGKILL)
+        assert answer.exists(), output
+        return [[Outcome(**rank) for rank in job] for job in json.loads(answer.read_text())]
+
+
+def main() -> None:
+    sys.path.insert(0, str(TESTS))
+    jobs = [Job(**job) for job in json.load(sys.stdin)]
+    for name in ("deepspeed", "transformers", "peft", "llmload.pipeline"):
+        importlib.import_module(name)
+    for job in jobs:
+        importlib.import_module(job.call.partition(":")[0])
+    outcomes = [[asdict(outcome) for outcome in run(job)] for job in jobs]
+    Path(sys.argv[1]).write_text(json.dumps(outcomes))
+
+
+def run(job: Job) -> list[Outcome]:
+    """Fork the ranks of one job and wait for them."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        started = time.monotonic()
+        files = [Path(folder, f"{rank}") for rank in range(job.ranks)]
+        running = {_fork(job, rank, port, files[rank]): rank for rank in range(job.ranks)}
+        ended: dict[int, tuple[int, float]] = {}
+        while running:
+            for pid in list(running):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    code = os.waitstatus_to_exitcode(status)
+                    ended[running.pop(pid)] = (code, time.monotonic() - started)
+                elif time.monotonic() - started > job.timeout or all(map(_is_stopped, running)):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        return [
+            Outcome(*ended[rank], _result(files[rank]), files[rank].with_suffix(".out").read_text())
+            for rank in range(job.ranks)
+        ]
+
+
+def _is_stopped(pid: int) -> bool:
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state == "T"
+
+
+def _result(file: Path) -> Any:
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def _fork(job: Job, rank: int, port: int, file: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        output = os.open(file.with_suffix(".out"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(job.ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        module, _, function = job.call.partition(":")
+        result = getattr(importlib.import_module(module), function)(**job.args)
+        file.write_text(json.dumps(result))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

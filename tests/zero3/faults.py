@@ -1,0 +1,134 @@
+"""Run on every rank: loads in which one rank goes wrong at a chosen phase."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+import llmload
+from llmload.registry import create_registry
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def fault(kind: str) -> None:
+    if kind == "exception":
+        raise RuntimeError("the disk is on fire")
+    if kind == "exit":
+        os._exit(3)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class Faulty:
+    """Goes wrong on one rank in one hook."""
+
+    name = "faulty"
+    after = ("zero3",)
+
+    def __init__(self, phase: str, kind: str) -> None:
+        self._phase = phase
+        self._kind = kind
+
+    def _come(self, phase: str) -> None:
+        if phase == self._phase:
+            fault(self._kind)
+
+    @llmload.hookimpl
+    def init_context(self, ctx: Any) -> AbstractContextManager[None]:
+        self._come("init_context")
+        if self._phase == "place":
+            place, kind = ctx.placement.place, self._kind
+            seen: list[str] = []
+
+            def placing(target: Any, source: Any) -> Any:
+                seen.append(target.name)
+                if len(seen) == 5:
+                    fault(kind)
+                return place(target, source)
+
+            ctx.placement.place = placing
+        return nullcontext()
+
+    @llmload.hookimpl
+    def post_load(self, ctx: Any, model: Any) -> Any:
+        if not ctx.rehearsing:
+            self._come("post_load")
+        return model
+
+
+def load(folder: str, phase: str, kind: str, culprit: int, deadline: float) -> str:
+    """Load with a fault on one rank; a survivor returns how long its load took to end."""
+    plugins = [Faulty(phase, kind)] if _rank() == culprit else [Faulty("none", kind)]
+    spec = {"model": folder, "dtype": "float32", "zero3": {"deadline": deadline}}
+    _together()
+    llmload.load(spec, registry=create_registry(plugins=plugins))
+    return "loaded"
+
+
+def stuck(folder: str, culprit: int, deadline: float) -> str:
+    """One rank hangs while the others are in a collective that nothing can interrupt."""
+
+    class Collective:
+        name = "collective"
+        after = ("zero3",)
+
+        @llmload.hookimpl
+        def post_load(self, ctx: Any, model: Any) -> Any:
+            if not ctx.rehearsing:
+                if _rank() == culprit:
+                    fault("stop")
+                torch.distributed.barrier()
+            return model
+
+    spec = {"model": folder, "dtype": "float32", "zero3": {"deadline": deadline}}
+    _together()
+    llmload.load(spec, registry=create_registry(plugins=[Collective()]))
+    return "loaded"
+
+
+def different(folder: str, other: dict[str, Any], culprit: int, deadline: float) -> str:
+    """One rank has another spec, or another folder."""
+    spec = {"model": folder, "dtype": "float32", "zero3": {"deadline": deadline}}
+    if _rank() == culprit:
+        spec = spec | other
+    _together()
+    llmload.load(spec)
+    return "loaded"
+
+
+def after_a_failure(folder: str) -> list[str]:
+    """A load that failed on all ranks leaves the next one of the process as if alone."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    linear = torch.nn.functional.linear
+    said = []
+    try:
+        load(folder, "post_load", "exception", 1, 10.0)
+    except llmload.LoadFailedError as error:
+        said.append(str(error))
+    assert torch.nn.functional.linear is linear
+    assert not is_deepspeed_zero3_enabled()
+    whole = llmload.load({"model": folder}).model
+    assert not any(hasattr(p, "ds_id") for p in whole.parameters())
+    split = llmload.load({"model": folder, "dtype": "float32", "zero3": {}}).model
+    assert all(hasattr(p, "ds_tensor") for p in split.parameters())
+    whole = llmload.load({"model": folder}).model
+    assert not any(hasattr(p, "ds_id") for p in whole.parameters())
+    return said
+
+
+def _rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def _together() -> None:
+    """Start the clock on all ranks at once: imports and compilation are behind them."""
+    from llmload.builtin.zero3._ranks import connect
+
+    connect()
+    torch.distributed.barrier()
