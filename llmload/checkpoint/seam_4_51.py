@@ -19,12 +19,14 @@ from llmload.checkpoint.accounting import Accounting
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.placing import Placer
 from llmload.checkpoint.signatures import first_difference
+from llmload.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
     from llmload.checkpoint.description import Checkpoint
+    from llmload.checkpoint.header import TensorInfo
     from llmload.checkpoint.mapped import MappedCheckpoint
     from llmload.checkpoint.placement import Placement
     from llmload.checkpoint.proof import Proof
@@ -125,17 +127,19 @@ class _Keys:
     ) -> None:
         from transformers.modeling_utils import _find_missing_and_unexpected_keys
 
-        stored = list(checkpoint.names)
+        stored, rules = list(checkpoint.names), dict(key_map) or None
+        # from_pretrained looks for the prefix before it renames, and then renames to no avail.
+        renamed = list(model._get_key_renaming_mapping(stored, rules, False, False).values())
         prefix = model.base_model_prefix
-        has_prefix = bool(prefix) and any(key.startswith(prefix) for key in stored)
+        has_prefix = bool(prefix) and any(key.startswith(prefix) for key in renamed)
         expects_prefix = bool(prefix) and hasattr(model, prefix)
         from_task = has_prefix and not expects_prefix
         from_base = expects_prefix and not has_prefix
         self.names: dict[str, str] = model._get_key_renaming_mapping(
-            stored, dict(key_map) or None, from_task, from_base
+            stored, rules, from_task, from_base
         )
         self.missing, self.unexpected = _find_missing_and_unexpected_keys(
-            type(model), model, stored, list(self.names.values()), from_task, None, None
+            type(model), model, renamed, list(self.names.values()), from_task, None, None
         )
 
 
@@ -190,6 +194,11 @@ def fill(
     from transformers.modeling_utils import _infer_parameter_dtype
 
     keys = _Keys(model, files.checkpoint, key_map)
+    stored = {
+        keys.names[key]: info for key, info in files.checkpoint.tensors.items() if key in keys.names
+    }
+    ties = _ties(model)
+    _refuse_contradictions(files, ties, stored)
     model._move_missing_keys_from_meta_to_cpu(keys.missing, keys.unexpected, dtype, None)
     model._initialize_missing_keys(list(keys.names.values()), False, False)
     kept = _kept_in_float32(model, dtype)
@@ -197,23 +206,53 @@ def fill(
         if kept is not None and kept.search(name):
             parameter.data = parameter.data.to(torch.float32)
     placer = Placer(model, files, placement, proof, _devices(model, device_map))
-    for info in files.checkpoint.tensors.values():
-        name = keys.names.get(info.name, "")
-        if name not in placer.state:
-            continue
-        value = files.tensor(info)
+    for name in (name for name in stored if name in placer.state):
+        value = files.tensor(stored[name])
         _, cast = _infer_parameter_dtype(model, name, value, kept, None)
-        placed = placer.place(name, cast or value.dtype, value, info)
-        path, _, attribute = name.rpartition(".")
-        module = model.get_submodule(path)
-        if attribute in module._parameters and not isinstance(placed, nn.Parameter):
-            like = getattr(module, attribute)
-            placed = nn.Parameter(placed, requires_grad=like.requires_grad)
-        setattr(module, attribute, placed)
+        placed = placer.place(name, cast or value.dtype, value, stored[name])
+        for alias in (name, *(ties.get(name, set()) - stored.keys())):
+            path, _, attribute = alias.rpartition(".")
+            module = model.get_submodule(path)
+            if attribute in module._parameters and not isinstance(placed, nn.Parameter):
+                like = getattr(module, attribute)
+                placed = nn.Parameter(placed, requires_grad=like.requires_grad)
+            setattr(module, attribute, placed)
     files.check()
     model.tie_weights()
     placement.finish(model)
     return list(keys.missing)
+
+
+def _ties(model: PreTrainedModel) -> dict[str, set[str]]:
+    """Each tied parameter's name -> all names of the same parameter."""
+    names: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
+def _refuse_contradictions(
+    files: MappedCheckpoint, ties: Mapping[str, set[str]], stored: Mapping[str, TensorInfo]
+) -> None:
+    """Raise where weights that the config ties are stored with different values.
+
+    ``from_pretrained`` of this version keeps the one and drops the other; 5.x unties them.
+    """
+    import torch
+
+    for name, group in ties.items():
+        for other in group:
+            if not (name < other and name in stored and other in stored):
+                continue
+            pair = (stored[name], stored[other])
+            if not torch.equal(*(files.tensor(info) for info in pair)):
+                raise CheckpointError(
+                    f"the config ties {name!r} and {other!r}, but the checkpoint has different"
+                    " values for them",
+                    fix="Set `tie_word_embeddings` to false in config.json.",
+                )
+            for info in pair:
+                files.drop(info)
 
 
 def _devices(model: PreTrainedModel, device_map: dict[str, Any] | None) -> dict[str, Any]:
