@@ -203,8 +203,8 @@ def _gradient_path(ctx: LoadContext, model: nn.Module) -> list[str]:
     return [f"gradients reach {reached} of {sum(trainable)} trainable parameters"]
 
 
-def ask(host: Host, plugin: str, ctx: LoadContext, model: nn.Module) -> None:
-    """Let a plugin prove its part of the plan.
+def ask(host: Host, plugin: str, ctx: LoadContext, model: nn.Module) -> list[Problem]:
+    """Let a plugin prove its part of the plan, and return its warnings.
 
     :raises AuditError: it found errors.
     """
@@ -212,6 +212,7 @@ def ask(host: Host, plugin: str, ctx: LoadContext, model: nn.Module) -> None:
     errors = [problem for problem in found if problem.severity == "error"]
     if errors:
         raise AuditError(errors)
+    return found
 
 
 def some(names: list[str]) -> str:

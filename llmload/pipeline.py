@@ -103,7 +103,8 @@ def execute(prepared: Prepared, report: Report, *, prove: bool) -> LoadResult:
                 report.audit += audit.prove(ctx, plan, model)
             for plugin in host.implementing("audit"):
                 with report.phase("audit", plugin):
-                    audit.ask(host, plugin, ctx, model)
+                    warnings = audit.ask(host, plugin, ctx, model)
+                    report.warnings += [str(warning) for warning in warnings]
     return LoadResult(
         model=model,
         tokenizer=ctx.tokenizer,
@@ -142,9 +143,8 @@ def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger
     report.trainable = sum(partitions.elements(p) for p in parameters if p.requires_grad)
     report.parameter_bytes = sum(partitions.elements(p) * p.element_size() for p in parameters)
     report.checkpoint_bytes = prepared.plan.checkpoint_bytes
-    report.newly_initialised = dict(ctx.newly_initialised) | {
-        name: maker for name, maker in makers.items() if maker != report.loader
-    }
+    made = {name: maker for name, maker in makers.items() if maker != report.loader}
+    report.newly_initialised = made | ctx.newly_initialised
     report.warnings = [str(problem) for problem in prepared.plan.warnings]
     report.facts = ctx.facts
 

@@ -279,6 +279,14 @@ def test_a_model_whose_loss_reaches_no_trainable_parameter_is_caught(folder: Pat
         load_with(folder, plugin("cut", "post_load", detach))
 
 
+def test_a_warning_of_an_audit_is_in_the_report(folder: Path) -> None:
+    def warn(ctx: Any, model: Any) -> list[llmload.Problem]:
+        return [llmload.Problem(message="it is a bit large", severity="warning")]
+
+    result = load_with(folder, plugin("picky", "audit", warn))
+    assert result.report.warnings == ["plugin 'picky': it is a bit large"]
+
+
 def test_a_frozen_model_has_no_gradient_path_to_prove(folder: Path) -> None:
     result = load_with(
         folder, plugin("frozen", "post_load", lambda ctx, model: model.requires_grad_(False))
