@@ -501,6 +501,14 @@ def test_keys_of_the_other_number_of_bits_are_refused() -> None:
     )
 
 
+def test_the_profile_of_trl_wants_its_adapter_dtype_said(folder: Path) -> None:
+    assert problems(folder, {"prepare": "trl"}, lora=LORA) == [
+        "kbit.prepare: `trl` has adapters in bfloat16, and `lora.adapter_dtype` is 'auto'. Set"
+        " `lora: {adapter_dtype: bfloat16}`."
+    ]
+    assert problems(folder, {"prepare": "trl"}, lora=LORA | {"adapter_dtype": "bfloat16"}) == []
+
+
 def test_random_weights_are_refused(folder: Path) -> None:
     assert problems(folder, {}, weights="random") == [
         "kbit: 'kbit' cannot be combined with 'weights': random weights are not read, so nothing"

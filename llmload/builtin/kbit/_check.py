@@ -62,6 +62,7 @@ def check(ctx: LoadContext, section: KbitSection) -> Iterator[Problem | Note]:
     """Yield what stands in the way, and what will be done."""
     yield from _backend()
     yield from _devices(ctx, section)
+    yield from _adapter(ctx, section)
     stored = stored_quantisation(ctx)
     if stored is not None:
         yield from _contradictions(ctx, section, stored)
@@ -127,6 +128,17 @@ def _devices(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
             where="device_map",
             message=f"each of {processes} processes would spread its model over all devices",
             fix="Leave `device_map` out: each process then takes the device of its local rank.",
+        )
+
+
+def _adapter(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
+    """TRL casts the adapter, which here is the business of the section ``lora``."""
+    dtype = getattr(ctx.sections.get("lora"), "adapter_dtype", "bfloat16")
+    if section.prepare == "trl" and dtype != "bfloat16":
+        yield Problem(
+            where="kbit.prepare",
+            message=f"`trl` has adapters in bfloat16, and `lora.adapter_dtype` is {dtype!r}",
+            fix="Set `lora: {adapter_dtype: bfloat16}`.",
         )
 
 

@@ -68,8 +68,9 @@ class KbitSection(Section):
     """Keep the modules that ``device_map`` puts on the CPU out of quantisation."""
     prepare: Profile = "minimal"
     """How the frozen base is prepared. minimal: nothing is cast. legacy: everything that is not
-    quantised in float32, as by ``prepare_model_for_kbit_training``. trl: as minimal, the adapter in
-    bfloat16, as TRL does since 1.0. trl_legacy: as TRL 0.12 to 0.23 with ``bf16=True``."""
+    quantised in float32, as by ``prepare_model_for_kbit_training``. trl: as minimal, with the
+    adapter in bfloat16 (``lora.adapter_dtype``), as TRL since 1.0. trl_legacy: as TRL 0.12 to 0.23
+    with ``bf16=True``."""
     cast: Casts = Casts()
     """Other dtypes than the profile's, by group of parameters."""
 
