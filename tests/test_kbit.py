@@ -516,6 +516,15 @@ def test_random_weights_are_refused(folder: Path) -> None:
     ]
 
 
+def test_partitioning_while_loading_is_refused(folder: Path) -> None:
+    assert (
+        "kbit: 'kbit' cannot be combined with 'zero3': a weight is quantised whole, with statistics"
+        " that DeepSpeed does not partition. Use a ZeRO stage below 3, where each rank keeps the"
+        " quantised model."
+    ) in problems(folder, {}, zero3={"stage": 3})
+    assert not any("'zero3'" in text for text in problems(folder, {}, zero3={"stage": 2}))
+
+
 def test_a_skipped_module_that_is_not_there_is_refused(folder: Path) -> None:
     assert problems(folder, {"skip_modules": ["down_proj", "router"]}) == [
         "kbit.skip_modules.1: no linear layer is called 'router'. Names end in down_proj,"
@@ -598,13 +607,22 @@ def test_several_processes_do_not_each_spread_a_model_over_all_devices(
 # --- sharded later --------------------------------------------------------------------------------
 
 
-def test_under_fsdp_codes_are_stored_in_the_dtype_of_the_model(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "announced",
+    [
+        {"ACCELERATE_USE_FSDP": "true"},
+        {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+    ],
+    ids=["fsdp", "zero3"],
+)
+def test_where_the_model_will_be_sharded_codes_are_stored_in_its_dtype(
+    announced: dict[str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    result = load(folder, {})
+    with monkeypatch.context() as environment:
+        for name, value in announced.items():
+            environment.setenv(name, value)
+        result = load(folder, {})
     assert set(dtypes(result.model).values()) == {torch.bfloat16}
-    monkeypatch.delenv("ACCELERATE_USE_FSDP")
     theirs = plain(folder, {"quant_storage": "bfloat16"}).requires_grad_(False)
     assert unlike(result.model, theirs) == []
 

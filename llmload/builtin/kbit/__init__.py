@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmload.builtin.kbit import _check
 from llmload.builtin.kbit.section import KbitSection
@@ -23,6 +23,12 @@ if TYPE_CHECKING:
     from llmload.context import LoadContext
     from llmload.errors import Problem
     from llmload.findings import Note
+
+
+def _partitions(_section: Any, zero3: Any) -> bool:
+    from llmload.builtin.zero3.config import stage_of
+
+    return stage_of(zero3) == 3
 
 
 class KbitPlugin:
@@ -39,6 +45,12 @@ class KbitPlugin:
             when=lambda section, weights: weights == "random",
             reason="random weights are not read, so nothing can be quantised on the way",
             fix="Remove `kbit`, or load a checkpoint.",
+        ),
+        Conflict(
+            key="zero3",
+            when=_partitions,
+            reason="a weight is quantised whole, with statistics that DeepSpeed does not partition",
+            fix="Use a ZeRO stage below 3, where each rank keeps the quantised model.",
         ),
     )
 

@@ -45,17 +45,20 @@ def storage(ctx: LoadContext, section: KbitSection) -> str:
     """Return the dtype of packed codes: as asked, else uint8, else what can be sharded."""
     if section.quant_storage is not None:
         return section.quant_storage
-    return str(ctx.dtype).removeprefix("torch.") if will_be_sharded(ctx) else "uint8"
-
-
-def will_be_sharded(ctx: LoadContext) -> bool:
-    """Say whether FSDP or ZeRO-3 shards the model later."""
-    return "zero3" in ctx.active or fsdp_announced()
+    sharded = fsdp_announced() or _zero3_announced()
+    return str(ctx.dtype).removeprefix("torch.") if sharded else "uint8"
 
 
 def fsdp_announced() -> bool:
-    """Say whether the launcher told this process that FSDP will be used."""
+    """Say whether ``accelerate launch`` told this process that FSDP will shard the model."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _zero3_announced() -> bool:
+    return (
+        os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    )
 
 
 def check(ctx: LoadContext, section: KbitSection) -> Iterator[Problem | Note]:
