@@ -489,3 +489,16 @@ def test_options_for_from_pretrained_are_left_to_it(tmp_path: Path) -> None:
     assert declined(tiny_llama(tmp_path), registry) == (
         "a plugin set offload_buffers, for from_pretrained to do"
     )
+
+
+@pytest.mark.skipif(compat.major("transformers") < 5, reason="4.51.3 shows no such bar")
+def test_only_the_load_itself_shows_a_progress_bar(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.utils import logging
+
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+    folder = tiny_llama(tmp_path)
+    capfd.readouterr()
+    load(folder)
+    assert capfd.readouterr().err.count("Loading weights: 100%") == 1

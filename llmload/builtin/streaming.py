@@ -76,7 +76,7 @@ class StreamingLoader:
         if accounting.failed:
             name, reason = next(iter(accounting.failed.items()))
             return Decline(f"transformers cannot convert {name!r} without values: {reason}")
-        _account(ctx, accounting)
+        account(ctx, accounting)
         placement.prepare(model)
         proof = Proof(digests=ctx.section(StreamingSection).digests)
         with MappedCheckpoint(ctx.checkpoint) as files, proof:
@@ -123,7 +123,7 @@ def _unfit(ctx: LoadContext) -> str | None:
     return None
 
 
-def _account(ctx: LoadContext, accounting: Accounting) -> None:
+def account(ctx: LoadContext, accounting: Accounting) -> None:
     """Refuse what does not fit, before a weight is read; list what is missing and unexpected."""
     if accounting.mismatched:
         raise CheckpointError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +67,7 @@ _SIGNATURES = {
     "integrations.accelerate:accelerate_dispatch": (
         "model hf_quantizer device_map offload_folder offload_index offload_buffers"
     ),
+    "utils.logging:set_tqdm_hook": "hook",
     "utils.loading_report:LoadStateDictInfo": (
         "missing_keys unexpected_keys mismatched_keys error_msgs conversion_errors skipped_pp_keys"
     ),
@@ -122,7 +123,8 @@ def rehearse(
         return value.shape == state[name].shape and (is_float or name not in parameters)
 
     outlines = {info.name: Outline(info) for info in checkpoint.tensors.values()}
-    info = _convert(model, outlines, key_map, receive, "meta")
+    with _no_progress_bar():
+        info = _convert(model, outlines, key_map, receive, "meta")
     absent = state.keys() - found.keys() - info.conversion_errors.keys()
     for tied in _ties(model):
         if not tied <= absent:
@@ -139,6 +141,18 @@ def rehearse(
         ),
         failed=info.conversion_errors,
     )
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from showing a bar for what takes no time."""
+    from transformers.utils import logging
+
+    before = logging.set_tqdm_hook(lambda factory, args, options: args[0])
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
 
 
 def _outline(tensor: torch.Tensor) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +65,15 @@ def unsuited() -> str | None:
 
 
 def build(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    without_memory: AbstractContextManager[Any] | None = None,
 ) -> PreTrainedModel:
-    """The model with its parameters on the meta device, tied, as ``from_pretrained`` builds it."""
+    """The model with its parameters on the meta device, tied, as ``from_pretrained`` builds it.
+
+    :param without_memory: takes the place of the meta device.
+    """
     import torch
     from accelerate import init_empty_weights
     from transformers.modeling_utils import no_init_weights, restore_default_torch_dtype
@@ -79,7 +85,7 @@ def build(
             config = model_class._autoset_attn_implementation(
                 config, use_flash_attention_2=False, torch_dtype=dtype, device_map=None
             )
-        with no_init_weights(), init_empty_weights():
+        with no_init_weights(), without_memory or init_empty_weights():
             return model_class(config)
 
     config = copy.deepcopy(config)
