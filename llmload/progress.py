@@ -37,6 +37,11 @@ def is_wanted(*, json: bool, environ: Mapping[str, str] = os.environ) -> bool:
 @contextmanager
 def progress(*, shown: bool) -> Iterator[Track]:
     """Take over progress bars for the length of a block, and give them back after it."""
+    if not shown:
+        with _no_bars():
+            yield lambda items, description: items
+        return
+
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -56,12 +61,8 @@ def progress(*, shown: bool) -> Iterator[Track]:
         return display.track(items, total=total, description=description)
 
     try:
-        if shown:
-            with _transformers_bars(track):
-                yield track
-        else:
-            with _no_bars():
-                yield lambda items, description: items
+        with _transformers_bars(track):
+            yield track
     finally:
         display.stop()
 
