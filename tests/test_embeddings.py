@@ -278,8 +278,8 @@ def test_a_buffer_with_one_entry_per_token_grows_with_them_in_its_own_dtype() ->
     ctx = context(model, grown(model))
     ctx.rehearsing = False
     EmbeddingsPlugin().post_load(ctx, model)
-    expected = torch.full((1, 136), 3.0, dtype=torch.bfloat16)
-    assert torch.equal(model.final_logits_bias, expected)
+    assert model.final_logits_bias.dtype == torch.bfloat16
+    assert torch.equal(model.final_logits_bias, torch.full((1, 136), 3.0, dtype=torch.bfloat16))
 
 
 def test_parameters_stay_the_objects_that_they_were_and_as_trainable() -> None:
@@ -539,6 +539,9 @@ def test_every_architecture_is_resized_as_rehearsed_or_refused(
     assert ctx.facts == rehearsed
     assert list(EmbeddingsPlugin().audit(ctx, model)) == []
     assert model.config.get_text_config().vocab_size == count + 8
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear):
+        assert head.out_features == count + 8
     assert set(named_tensors(model)) == set(old)
     for name, tensor in named_tensors(model).items():
         resized = [d for d, size in enumerate(tensor.shape) if size != old[name].shape[d]]

@@ -35,9 +35,8 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, section: TokenizerSection) -
 
     for entry in section.add_tokens:
         content, flags = (entry, {}) if isinstance(entry, str) else (entry.content, entry.flags())
-        special = bool(flags.get("special")) or content == section.pad_token
-        token = AddedToken(content, **flags | {"special": special})
-        tokenizer.add_tokens([token], special_tokens=special)
+        special = flags.get("special", False)
+        tokenizer.add_tokens([AddedToken(content, **flags)], special_tokens=special)
     named = section.add_special_tokens.model_dump(exclude_defaults=True)
     # False: the special tokens that are there stay. The parameter's name changed with 5.0.
     tokenizer.add_special_tokens(named, False)
