@@ -6,20 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
+from raw_files import write
 from safetensors.torch import load_file, save_file
 from sameness import differences, from_pretrained
-from tiny import save_checkpoint, tiny_checkpoint, tiny_llama, tiny_model
+from tiny import edit_config, save_checkpoint, tiny_checkpoint, tiny_llama, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
+    LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
 )
 
 import llmload
-from llmload import compat
+from llmload import compat, hookimpl
+from llmload.builtin.transformers import TransformersLoader
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Plain, Source, Target
 from llmload.checkpoint.proof import sha256
@@ -475,6 +479,77 @@ def test_a_changed_private_function_of_transformers_is_a_reason_to_decline(
     )
     monkeypatch.setattr(compat.seam(), "_SIGNATURES", {"modeling_utils:gone": ""})
     assert declined(folder) == "this transformers has no gone"
+
+
+def why_not(folder: Path, **keys: Any) -> str:
+    return llmload.plan({"model": str(folder), **keys}).declined["streaming"]
+
+
+def test_what_only_from_pretrained_carries_out_is_left_to_it(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    before = (folder / "config.json").read_text()
+    for key, value in (("fusion_config", {}), ("transformers_weights", "model.safetensors")):
+        edit_config(folder, **{key: value})
+        expected = f"the config sets {key}, which only from_pretrained carries out"
+        assert why_not(folder) == expected
+        (folder / "config.json").write_text(before)
+    edit_config(folder, quantization_config={"quant_method": "fp8"})
+    assert why_not(folder) == "the checkpoint is quantised already"
+    (folder / "config.json").write_text(before)
+    (folder / "adapter_config.json").write_text("{}")
+    assert why_not(folder) == (
+        "the folder holds an adapter, which from_pretrained loads along with the model"
+    )
+
+
+def test_tensors_that_torch_or_the_model_cannot_take_are_left_to_from_pretrained(
+    tmp_path: Path,
+) -> None:
+    folder = edit_weights(
+        tiny_llama(tmp_path), lambda w: w.update({"model.norm._extra_state": torch.ones(2)})
+    )
+    assert why_not(folder) == (
+        "'model.norm._extra_state' is a module's extra state, not a tensor of the model"
+    )
+    write(
+        folder / "model.safetensors",
+        {"w": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}},
+        2,
+    )
+    assert why_not(folder) == "'w' is stored as F4, for which torch has no dtype"
+
+
+def test_a_model_type_with_weights_in_further_files_is_left_to_from_pretrained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaConfig, "extra_files", ("head.safetensors",), raising=False)
+    assert why_not(tiny_llama(tmp_path)) == "this model type keeps weights in further files"
+
+
+def test_weights_kept_on_disk_are_left_to_from_pretrained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        TransformersLoader, "load", hookimpl(lambda self, ctx: llmload.Decline("not now"))
+    )
+    text = refusal(tiny_llama(tmp_path), device_map={"model": "disk", "lm_head": "cpu"})
+    assert "(streaming: the device map keeps weights on disk, which accelerate does; " in text
+
+
+@pytest.mark.skipif(compat.major("transformers") < 5, reason="4.51.3 converts nothing")
+def test_experts_that_cannot_be_merged_are_left_to_from_pretrained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_checkpoint(architectures.build("causal_lm", "mixtral"), tmp_path / "mixtral")
+    name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    edit_weights(folder, lambda w: w.update({name: torch.ones(3)}))
+    monkeypatch.setattr(
+        TransformersLoader, "load", hookimpl(lambda self, ctx: llmload.Decline("not now"))
+    )
+    assert (
+        "(streaming: transformers failed to convert 'model.layers.0.mlp.experts.down_proj': "
+        "MergeModulelist on tensors destined for "
+    ) in refusal(folder)
 
 
 def test_options_for_from_pretrained_are_left_to_it(tmp_path: Path) -> None:

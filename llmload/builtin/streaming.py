@@ -74,8 +74,9 @@ class StreamingLoader:
             return Decline("the device map keeps weights on disk, which accelerate does")
         accounting = seam.rehearse(model, ctx.checkpoint, ctx.spec.key_map)
         if accounting.failed:
-            name, reason = next(iter(accounting.failed.items()))
-            return Decline(f"transformers cannot convert {name!r} without values: {reason}")
+            name, trace = next(iter(accounting.failed.items()))
+            reason = trace.splitlines()[-1].removeprefix("Error: ")
+            return Decline(f"transformers failed to convert {name!r}: {reason}")
         account(ctx, accounting)
         placement.prepare(model)
         proof = Proof(digests=ctx.section(StreamingSection).digests)
