@@ -141,10 +141,14 @@ def prove(ctx: LoadContext, plan: Plan, model: nn.Module) -> list[str]:
     :returns: what was proved, a sentence each, for the report.
     :raises AuditError: with every fault at once.
     """
-    problems = [*_meta_tensors(model), *_trainable(plan, model)]
+    problems = [*_trainable(plan, model)]
+    if ctx.awaiting is None:
+        problems += _meta_tensors(model)
     if problems:
         raise AuditError(problems)
     said = ["no tensor is on the meta device"]
+    if ctx.awaiting is not None:
+        said = [f"the weights come with {ctx.awaiting}"]
     if plan.trainable_parameters is None:
         said.append("the trainable set was not promised by the plan")
     else:

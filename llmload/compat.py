@@ -122,9 +122,25 @@ def fillable(ctx: LoadContext) -> PreTrainedModel:
 
     In 4.51.3 buffers get their values in the constructor alone, so the plan's blank is of no use.
     """
+    if ctx.without_memory is not None:
+        return build_without_memory(ctx, ctx.without_memory())
     if major("transformers") >= 5:
         return ctx.take_blank()
     return seam().build(ctx.model_class, ctx.config, ctx.dtype)
+
+
+def build_without_memory(
+    ctx: LoadContext, without_memory: AbstractContextManager[Any]
+) -> PreTrainedModel:
+    """Build the model under a context that keeps its tensors without memory.
+
+    transformers 5 has its meta device beneath it, which every model there is made for. That of
+    4.51.3 moves each parameter by itself, so the context takes its place.
+    """
+    if major("transformers") >= 5:
+        with without_memory:
+            return seam().build(ctx.model_class, ctx.config, ctx.dtype)
+    return seam().build(ctx.model_class, ctx.config, ctx.dtype, without_memory)
 
 
 def no_init_weights() -> AbstractContextManager[Any]:

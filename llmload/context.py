@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -83,6 +84,12 @@ class LoadContext:
         self.placement: Any = None
         """The streaming engine's placement, set in ``init_context`` by the one plugin that decides
         where and how each weight is stored; None for plain tensors."""
+        self.without_memory: Callable[[], AbstractContextManager[Any]] | None = None
+        """Makes the context under which the streaming loader builds the model that it fills, set in
+        ``init_context``; None for the meta device."""
+        self.awaiting: str | None = None
+        """Who will load the weights after this load, set by a loader that leaves them out; it then
+        proves in its ``audit`` that they will all be found."""
         self.facts: dict[str, Any] = {}
         """JSON-able facts for the report, by plugin name."""
         self.handed_on: dict[str, Any] = {}
@@ -155,6 +162,8 @@ class LoadContext:
         loading.unexpected = []
         loading.load_options = {}
         loading.placement = None
+        loading.without_memory = None
+        loading.awaiting = None
         loading.facts = {}
         loading.kept_alive = []
         loading._probed = None

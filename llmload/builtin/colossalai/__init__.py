@@ -1,0 +1,158 @@
+"""The plugin ``colossalai``: lazy initialisation that ends in the right weights.
+
+ColossalAI's own ``from_pretrained`` under ``LazyInitContext`` fails on transformers 5; on 4.51.3 it
+leaves uninitialised memory wherever no Booster loads the weights later. Here the streaming loader
+fills each lazy tensor from the checkpoint's mapped file, or the model is handed over lazy, with the
+checkpoint recorded and everything checked that ``Booster.boost`` would lose in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from llmload import compat
+from llmload.builtin.colossalai.section import ColossalaiSection
+from llmload.errors import Problem
+from llmload.findings import Conflict, Decline, Note
+from llmload.hookspecs import hookimpl
+from llmload.versions import version_of
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from llmload.context import LoadContext
+
+_MATERIALISE = "Use `materialize: true`."
+
+
+def _stays_lazy(section: Any, other: Any) -> bool:
+    return not section.materialize
+
+
+def _is_random(section: Any, weights: Any) -> bool:
+    return bool(weights == "random")
+
+
+class ColossalaiPlugin:
+    """Has models built lazily, and filled by the streaming loader or by a Booster."""
+
+    name = "colossalai"
+    Section = ColossalaiSection
+    before = ("streaming",)
+    conflicts = (
+        Conflict(
+            key="weights",
+            when=_is_random,
+            reason="lazy tensors are filled from a checkpoint",
+            fix="Remove `colossalai`, or load a checkpoint.",
+        ),
+        Conflict(
+            key="kbit",
+            reason="ColossalAI shards and trains weights as they are in the checkpoint",
+            fix="Remove `colossalai` or `kbit`.",
+        ),
+        Conflict(
+            key="zero3",
+            reason="both decide where each weight is stored",
+            fix="Remove `colossalai` or `zero3`.",
+        ),
+        Conflict(
+            key="device_map",
+            when=_stays_lazy,
+            reason="the Booster chooses the devices",
+            fix="Remove `device_map`.",
+        ),
+        Conflict(
+            key="key_map",
+            when=_stays_lazy,
+            reason="the Booster finds weights by their names in the checkpoint",
+            fix=_MATERIALISE,
+        ),
+        Conflict(
+            key="embeddings",
+            when=_stays_lazy,
+            reason="embeddings are resized with the weights that the Booster has yet to load",
+            fix=_MATERIALISE,
+        ),
+    )
+
+    @hookimpl
+    def check(self, ctx: LoadContext) -> Iterator[Problem | Note | Decline]:
+        """Try out what the installed colossalai can do, and say how the model will be filled."""
+        section = ctx.section(ColossalaiSection)
+        problem = _installed(section)
+        if problem:
+            yield problem
+            return
+        if section.materialize:
+            yield Note(text="build under LazyInitContext; the streaming loader fills each tensor")
+            yield Decline("`materialize: true` leaves the filling to the streaming loader")
+            return
+        from llmload.builtin.colossalai import _booster
+
+        yield from _booster.check(ctx, section)
+        yield Note(text="build under LazyInitContext; Booster.boost loads the weights")
+
+    @hookimpl
+    def init_context(self, ctx: LoadContext) -> None:
+        """Tell the streaming loader how to build the model, and how to fill it."""
+        from llmload.builtin.colossalai import _lazy
+
+        ctx.without_memory = partial(_lazy.lazily, ctx.model_class.__name__)
+        ctx.placement = _lazy.LazyPlacement(ctx)
+
+    @hookimpl
+    def load(self, ctx: LoadContext) -> PreTrainedModel:
+        """Build the model that a Booster will fill."""
+        from llmload.builtin.colossalai import _booster
+
+        ctx.awaiting = "Booster.boost"
+        return _booster.hand_over(ctx, compat.fillable(ctx))
+
+    @hookimpl
+    def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
+        """Prove that a Booster will find every weight."""
+        if ctx.awaiting is not None:
+            from llmload.builtin.colossalai import _booster
+
+            yield from _booster.audit_lazy(ctx, model)
+
+
+def _installed(section: ColossalaiSection) -> Problem | None:
+    """Return what keeps the installed colossalai from doing what is asked, with the way out."""
+    if version_of("colossalai") is None:
+        return Problem(
+            where="colossalai",
+            message="colossalai is not installed",
+            fix=_how_to_install(section),
+        )
+    from llmload.builtin.colossalai import _lazy
+
+    reason = _lazy.why_not()
+    if reason is None and not section.materialize:
+        from llmload.builtin.colossalai import _booster
+
+        reason = _booster.why_not()
+    if reason is None:
+        return None
+    what = "lazy initialisation" if section.materialize else "a Booster"
+    return Problem(
+        where="colossalai",
+        message=f"colossalai {version_of('colossalai')} does not give {what} here: {reason}",
+        fix=_how_to_install(section),
+    )
+
+
+def _how_to_install(section: ColossalaiSection) -> str:
+    if section.materialize:
+        return (
+            "Install it with `pip install --no-deps colossalai==0.5.0`: what it asks for would"
+            " replace torch and transformers."
+        )
+    return (
+        "Install the colossalai stack with `pip install 'llmload[colossalai]' -c"
+        " constraints/colossalai.txt`, or use `materialize: true`."
+    )
