@@ -70,9 +70,8 @@ def member(root: Path, name: str, suffix: str) -> Path:
 def inside(root: Path, path: Path) -> Path:
     """``path`` with links resolved, refused where that leaves ``root`` and the hub's blobs."""
     real_root, real = Path(os.path.realpath(root)), Path(os.path.realpath(path))
-    is_blob = real_root.parent.name == "snapshots" and (
-        real.parent == real_root.parent.parent / "blobs"
-    )
+    snapshots = [parent for parent in real_root.parents if parent.name == "snapshots"]
+    is_blob = bool(snapshots) and real.parent == snapshots[0].parent / "blobs"
     if not (is_blob or real.is_relative_to(real_root)):
         raise refuse(
             path,

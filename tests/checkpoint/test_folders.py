@@ -361,6 +361,9 @@ def test_a_hub_snapshot_may_link_to_its_own_blobs_only(tmp_path: Path) -> None:
     link = snapshot / "model.safetensors"
     link.symlink_to("../../blobs/d1ge57")
     assert Checkpoint.open(snapshot).names == ("w",)
+    (snapshot / "sub").mkdir()
+    (snapshot / "sub" / "model.safetensors").symlink_to("../../../blobs/d1ge57")
+    assert Checkpoint.open(snapshot / "sub").names == ("w",)
     link.unlink()
     single(tmp_path / "hub" / "models--org--other" / "blobs", "d1ge57")
     link.symlink_to("../../../models--org--other/blobs/d1ge57")
