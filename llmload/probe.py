@@ -100,6 +100,7 @@ def _run(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_autocast_on_meta())
         if on_meta:
             _put_stand_ins(model)
         else:
@@ -136,12 +137,21 @@ def example_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
         # Sequence classifiers of the BART and T5 families look for it.
         ids[0, -1] = eos
     ids = ids.to(device)
-    arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    arguments: dict[str, Any] = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "use_cache": False,
+    }
     if getattr(config, "is_encoder_decoder", False):
         arguments["decoder_input_ids"] = ids
-    if "use_cache" in inspect.signature(_innermost(model).forward).parameters:
-        arguments["use_cache"] = False
-    return arguments
+    taken = inspect.signature(_innermost(model).forward).parameters
+    # use_cache is not for those that hand on whatever they get: not everybody takes it.
+    unnamed = {*arguments} - {"use_cache"} if _takes_anything(taken) else set()
+    return {name: arguments[name] for name in arguments if name in taken or name in unnamed}
+
+
+def _takes_anything(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
 
 
 def _innermost(model: nn.Module) -> nn.Module:
@@ -214,6 +224,23 @@ def _gradients_kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, gradient in kept:
             parameter.grad = gradient
+
+
+class _Autocast(torch.autocast):
+    """``torch.autocast`` that takes the meta device, where models ask for their input's device."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+
+@contextmanager
+def _autocast_on_meta() -> Iterator[None]:
+    original = torch.autocast
+    torch.autocast = _Autocast  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torch.autocast = original  # type: ignore[misc]
 
 
 # --- stand-ins --------------------------------------------------------------------------------

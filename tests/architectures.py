@@ -8,8 +8,10 @@ types need beside that, ``EXCLUDED`` what cannot be built tiny, with the reason.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -40,7 +42,11 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"mamba_d_ssm|attention_hidden_size", 64),
     (r"(?:mamba_d_state|state_size)", 8),
     (r"rotary_dim", 8),
-    (r"(?:\w+_)?(?:head_dim|d_kv|d_head|dim_head|head_size|attention_head_size)", 8),
+    (
+        r"(?:\w+_)?(?:head_dim|d_kv|d_head|dim_head|head_size|attention_head_size"
+        r"|kv_channels)",
+        8,
+    ),
     (r"(?:qk_nope|qk_rope|v|index|linear_key|linear_value|linear|swa|swa_v)_head_dim", 8),
     (r"(?:q|kv|o|\w+)_lora_rank", 8),
     (r"(?:\w+_)?num_(?:key_value|query)_heads|(?:\w+_)?num_kv_heads|kv_n_heads|n_kv_heads", 2),
@@ -71,6 +77,7 @@ SIZES: tuple[tuple[str, int], ...] = (
 """Size fields of configs: pattern of the whole field name, tiny value."""
 
 _HYBRID = {"num_hidden_layers": 4}
+_NO_KERNELS = {"use_mamba_kernels": False}
 _LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 _QWEN4 = _HYBRID | {
     "indexer_n_heads": 2,
@@ -102,7 +109,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": _LINEAR_THEN_FULL,
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
-    "jamba": {"num_hidden_layers": 4, "attn_layer_offset": 2, "attn_layer_period": 4},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_offset": 2, "attn_layer_period": 4} | _NO_KERNELS,
     "kimi_linear": _LINEAR_THEN_FULL,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"num_hidden_layers": 3},
@@ -133,7 +140,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "zamba": {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3}
+    | _NO_KERNELS,
     "zamba2": {"layers_block_type": ["mamba", "hybrid", "hybrid"], "num_hidden_layers": 3},
 }
 """Further config fields, by model type, for what the generic sizes make inconsistent."""
@@ -157,6 +165,28 @@ EXCLUDED: dict[str, dict[str, str]] = {
     },
 }
 """Types that cannot be built tiny, by kind, with the reason."""
+
+if int(metadata.version("transformers").split(".")[0]) < 5:
+    EXCLUDED["causal_lm"] |= {
+        "dbrx": "its attention config refuses what it writes itself",
+        "llama4": "its composite config has no vocabulary of its own",
+        "llama4_text": "it casts queries to another dtype than keys and values",
+        "mega": "as a decoder it refuses its own default config",
+        "phi4_multimodal": "its default config has no vision part",
+        "qdqbert": "it needs the pytorch-quantization package",
+        "speech_to_text_2": "it is deprecated, and its positional embedding cannot be built",
+        "transfo-xl": "it is deprecated, and its vocabulary cannot be shrunk",
+    }
+    EXCLUDED["seq2seq_lm"] |= {
+        "encoder-decoder": "it has no default config",
+    }
+    EXCLUDED["base"] |= {
+        "emu3": "AutoModel does not know it",
+        "llama4": "it casts queries to another dtype than keys and values",
+        "mllama": "AutoModel does not know it",
+        "qdqbert": "it needs the pytorch-quantization package",
+        "wav2vec2": "its forward takes audio",
+    }
 
 
 def causal_lm_types() -> list[str]:
@@ -203,7 +233,10 @@ def dummy_inputs(model: PreTrainedModel, kind: str) -> dict[str, Any]:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if kind == "seq2seq_lm":
         inputs["decoder_input_ids"] = ids
-    return inputs
+    taken = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in taken):
+        return inputs
+    return {name: inputs[name] for name in inputs.keys() & {p.name for p in taken}}
 
 
 def tiny_config(model_type: str, **fields: Any) -> PretrainedConfig:
@@ -221,7 +254,7 @@ def _shrunk(config_class: type[PretrainedConfig], fields: Mapping[str, Any]) -> 
             small[name] = _shrunk(type(value), fields.get(name, {})).to_dict()
         elif name in fields or isinstance(value, bool):
             continue
-        elif re.fullmatch(r"\w+_token_(?:id|index)", name):
+        elif re.fullmatch(r"\w+_token_(?:id|index)", name) and value is not None:
             small[name] = _token_id(value)
         elif isinstance(value, int) and (size := _size(name)) is not None:
             # As many key and value heads as heads stays so: such types often have one projection.

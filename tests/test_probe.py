@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import architectures
@@ -143,8 +144,8 @@ def test_reentrant_checkpointing_of_a_frozen_base_needs_input_gradients(
     model = with_lora(tiny_model("llama"))
     base = model.get_base_model()
     compat.enable_checkpointing(base, {"use_reentrant": reentrant}, every_n_layers=1, offload=False)
-    # transformers 5 has turned input gradients on by itself
-    base.disable_input_require_grads()
+    if hasattr(base, "_require_grads_hooks"):
+        base.disable_input_require_grads()  # transformers 5 has turned them on by itself
     if input_gradients:
         base.enable_input_require_grads()
     result = probe(model)
@@ -166,7 +167,8 @@ def test_tied_weights_are_reached_under_the_name_they_have() -> None:
     assert probe(model).unreached == ("model.spare",)
 
 
-def test_a_quantised_base_is_probed_without_its_weights(tmp_path: Any) -> None:
+def test_a_quantised_base_is_probed_without_its_weights(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
     tiny_model("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)
     model = type(tiny_model("llama")).from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
@@ -239,13 +241,9 @@ def test_a_forward_that_fails_either_way_is_unavailable_with_both_reasons() -> N
     )
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "switch_transformers", "jetmoe"])
+@pytest.mark.parametrize("model_type", ["mixtral", "jetmoe"])
 def test_experts_are_all_reached(model_type: str) -> None:
-    kind = "seq2seq_lm" if model_type == "switch_transformers" else "causal_lm"
-    result = probe(architectures.build(kind, model_type))
-    assert result.method == ("meta" if model_type == "mixtral" else "real")
-    if model_type == "mixtral":
-        assert result.unreached == ()
+    assert probe(architectures.build("causal_lm", model_type)).unreached == ()
 
 
 # --- leaving no trace ---------------------------------------------------------------------------
