@@ -7,8 +7,8 @@ asks here, and works for whole and partitioned models alike. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,14 +73,21 @@ def held(tensor: Any) -> tuple[torch.Tensor, int] | None:
     return part[: span.length], span.start
 
 
-def gathered(tensors: Iterable[Any], *, write: bool) -> AbstractContextManager[Any]:
-    """Return a context in which the tensors are whole on every rank.
+@contextmanager
+def whole(tensors: Iterable[Any]) -> Iterator[None]:
+    """Make partitioned parameters ordinary ones for a block, whole on every rank.
 
-    :param write: rank 0's values count at the end; without it nothing may be changed.
+    Afterwards they are partitioned anew, by rank 0's values: they may have another shape then. All
+    ranks must come here alike.
     """
-    partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
-    if not partitioned:
-        return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-
-    return GatheredParameters(partitioned, modifier_rank=0 if write else None)  # type: ignore[no-any-return]
+    found = {id(tensor): tensor for tensor in tensors if is_partitioned(tensor)}
+    converts = {id(tensor): tensor.convert_to_zero_parameters for tensor in found.values()}
+    for tensor in found.values():
+        tensor.all_gather()
+        tensor.data = tensor.data.clone()
+        for name in [name for name in vars(tensor) if name.startswith("ds_")]:
+            delattr(tensor, name)
+    yield
+    # Not where an error came through: the other ranks may not come here.
+    for key, tensor in found.items():
+        converts[key]([tensor])

@@ -19,6 +19,10 @@ def resolved(dtype: str = "bfloat16", hidden: int | None = 64, **section: Any) -
     return config.resolve(Zero3Section(**section), dtype, hidden)
 
 
+def validate(**section: Any) -> None:
+    llmload.create_registry().validate({"model": "m", "zero3": section})
+
+
 def with_zero(**zero: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": 3} | zero}
 
@@ -75,9 +79,7 @@ def test_what_only_training_needs_stays_auto_and_is_not_seen_while_loading() -> 
 
 def test_auto_without_a_rule_is_refused_with_the_reason() -> None:
     with pytest.raises(RequestError) as caught:
-        resolved(
-            config=with_zero(sub_group_size="auto", reduce_bucket_size="auto"), hidden=None
-        )
+        resolved(config=with_zero(sub_group_size="auto", reduce_bucket_size="auto"), hidden=None)
     assert [str(problem) for problem in caught.value.problems] == [
         "zero3.config.zero_optimization.sub_group_size: `auto` cannot be resolved here: nothing in"
         " a load says what it is to be. Write the value, or remove the key for DeepSpeed's"
@@ -121,13 +123,13 @@ def test_unreadable_config_is_refused(tmp_path: Path) -> None:
 
 def test_config_and_plain_fields_exclude_each_other() -> None:
     with pytest.raises(SpecError) as caught:
-        llmload.create_registry().validate({"model": "m", "zero3": {"config": "ds.json", "stage": 3}})
+        validate(config="ds.json", stage=3)
     assert str(caught.value) == (
         "zero3: `config` and `stage` say the same thing twice."
         " Write it into the DeepSpeed config, or remove `config`."
     )
     with pytest.raises(SpecError) as caught:
-        llmload.create_registry().validate({"model": "m", "zero3": {"offload_param": {"device": "nvme"}}})
+        validate(offload_param={"device": "nvme"})
     assert str(caught.value) == (
         "zero3.offload_param: `device: nvme` needs `nvme_path`."
         " Name a folder on a local fast disk in `nvme_path`."

@@ -115,6 +115,12 @@ def vocabulary_tensors(
             yield name, tensor, resized[0] if resized else 0
 
 
+def vocabulary_parameters(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Return the parameters of input and output embedding."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [p for module in modules if module is not None for p in module.parameters()]
+
+
 def named_tensors(model: nn.Module) -> dict[str, Any]:
     """Return all parameters and buffers, tied ones under each of their names."""
     return dict(model.named_parameters(remove_duplicate=False)) | dict(

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from llmload import partitions
 from llmload.builtin._resizing import (
     input_embedding,
     named_tensors,
     refuse_misfit,
     refuse_quantised,
     resize,
+    vocabulary_parameters,
     vocabulary_tensors,
 )
 from llmload.errors import Problem
@@ -76,40 +78,50 @@ class EmbeddingsPlugin:
     def post_load(self, ctx: LoadContext, model: PreTrainedModel) -> PreTrainedModel:
         """Resize the embeddings and initialise the rows of new tokens."""
         section = ctx.section(EmbeddingsSection)
-        rows = input_embedding(model).weight.shape[0]
+        rows = partitions.shape(input_embedding(model).weight)[0]
         size = target_rows(rows, ctx.tokenizer, section)
         new = {token_id for token_id in ctx.new_tokens.values() if token_id < rows}
         new.update(range(rows, size))
-        changed = []
+        changed: list[str] = []
         if new or size != rows:
-            refuse_quantised(model)
-            before = {name: tensor.shape for name, tensor in named_tensors(model).items()}
-            if size != rows:
-                config = copy.deepcopy(model.config)
-                resize(model, size)
-                if ctx.rehearsing:
-                    refuse_misfit(ctx, config, model, before)
-            known = _known(rows, ctx)
-            for name, tensor, dim in vocabulary_tensors(model, before):
-                changed.append(name)
-                # The head of Mllama has fewer rows than its input embedding.
-                fill = [row for row in sorted(new) if row < tensor.shape[dim]]
-                if fill and not ctx.rehearsing:
-                    trained = [row for row in known if row < tensor.shape[dim]]
-                    how = section.init_new
-                    initialise_rows(tensor, fill, trained, how, dim=dim, seed=section.seed)
+            with partitions.whole(vocabulary_parameters(model)):
+                changed = self._change(ctx, model, rows, size, sorted(new))
         facts = {"rows": [rows, size], "new_rows": sorted(new), "init_new": section.init_new}
         ctx.record(self.name, facts | {"changed": changed})
         return model
+
+    def _change(
+        self, ctx: LoadContext, model: PreTrainedModel, rows: int, size: int, new: list[int]
+    ) -> list[str]:
+        """Resize to ``size``, write the rows ``new``; return the names of the tensors concerned."""
+        section = ctx.section(EmbeddingsSection)
+        refuse_quantised(model)
+        before = {name: tensor.shape for name, tensor in named_tensors(model).items()}
+        if size != rows:
+            config = copy.deepcopy(model.config)
+            resize(model, size)
+            if ctx.rehearsing:
+                refuse_misfit(ctx, config, model, before)
+        known = _known(rows, ctx)
+        changed = []
+        for name, tensor, dim in vocabulary_tensors(model, before):
+            changed.append(name)
+            # The head of Mllama has fewer rows than its input embedding.
+            fill = [row for row in new if row < tensor.shape[dim]]
+            if fill and not ctx.rehearsing:
+                trained = [row for row in known if row < tensor.shape[dim]]
+                how = section.init_new
+                initialise_rows(tensor, fill, trained, how, dim=dim, seed=section.seed)
+        return changed
 
     @hookimpl
     def audit(self, ctx: LoadContext, model: Any) -> Iterator[Problem]:
         """Check that config, input and output embedding have the rows that were planned."""
         rows = ctx.facts[self.name]["rows"][1]
-        found = {"the input embedding": model.get_input_embeddings().weight.shape[0]}
+        found = {"the input embedding": partitions.shape(model.get_input_embeddings().weight)[0]}
         head = model.get_output_embeddings()
         if head is not None:
-            found["the output embedding"] = head.weight.shape[0]
+            found["the output embedding"] = partitions.shape(head.weight)[0]
         for what, size in found.items():
             if size != rows:
                 yield Problem(

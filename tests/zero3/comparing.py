@@ -162,3 +162,32 @@ def many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
         except Exception as error:
             answers.append({"error": f"{type(error).__name__}: {error}"[:500]})
     return answers
+
+
+def unlike_the_whole(kind: str, folder: str, dtype: str) -> list[str]:
+    """Load partitioned and whole, gather each parameter, and list those that differ."""
+    split = ours(kind, folder, deepspeed_config(dtype), dtype)
+    whole = llmload.load(
+        {"model": folder, "auto_class": kind, "dtype": dtype, "strict": False}
+    ).model
+    expected = dict(whole.named_parameters())
+    different = sorted(expected.keys() ^ {name for name, _ in split.named_parameters()})
+    for name, parameter in split.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter):
+            if not torch.equal(parameter, expected[name].to(parameter.dtype)):
+                different.append(name)
+    return different
+
+
+def many_unlike_the_whole(cases: list[dict[str, Any]]) -> list[Any]:
+    """Compare many folders in one process group; an error stands in its case's place."""
+    from llmload.builtin.zero3._ranks import connect
+
+    connect()
+    answers: list[Any] = []
+    for case in cases:
+        try:
+            answers.append(unlike_the_whole(**case))
+        except Exception as error:
+            answers.append(f"{type(error).__name__}: {error}")
+    return answers

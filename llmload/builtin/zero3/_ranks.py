@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
@@ -88,11 +88,16 @@ class Ranks(AbstractContextManager["Ranks"]):
         self._failure: str | None = None
         self._noticed = threading.Event()
         self._stopped = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="llmload-ranks", daemon=True)
+        self._store_answers = True
+        self._pulse = time.monotonic()
+        self._threads = [
+            threading.Thread(target=work, name="llmload-ranks", daemon=True)
+            for work in (self._watch, self._guard)
+        ]
 
     def __enter__(self) -> Ranks:
-        self._store.set("open", "")
-        self._watcher.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def agree(self, request: Mapping[str, str]) -> None:
@@ -141,7 +146,7 @@ class Ranks(AbstractContextManager["Ranks"]):
     ) -> None:
         try:
             if error is None:
-                self.meet("left")
+                self._leave()
                 return
             if _is_of_a_collective(error):
                 # It broke because another rank did: the watcher will know which.
@@ -149,9 +154,30 @@ class Ranks(AbstractContextManager["Ranks"]):
             if self._failure is not None:
                 raise LoadFailedError(self._failure) from error
             self._announce(self.rank, f"{type(error).__name__}: {error}")
+            self._failure = "this rank failed"
         finally:
             self._stopped.set()
-            self._watcher.join()
+            if self._store_answers:
+                for thread in self._threads:
+                    thread.join()
+                if self._failure is not None:
+                    self._linger()
+
+    def _leave(self) -> None:
+        """Meet for the last time, rank 0 last of all: the store may end with its process."""
+        self.meet("left")
+        if self.rank:
+            self._asked(lambda: self._store.add("gone", 1))
+            return
+        while self._asked(lambda: self._store.add("gone", 0)) < self.size - 1:
+            self._wait()
+
+    def _linger(self) -> None:
+        """Stay until the others know of a failure, for the same reason."""
+        until = time.monotonic() + self._deadline * _GRACE
+        with suppress(dist.DistError):
+            while self._store.add("told", 0) < self.size - 1 and time.monotonic() < until:
+                time.sleep(_POLL / 10)
 
     def _wait(self) -> None:
         time.sleep(_POLL / 10)
@@ -166,44 +192,57 @@ class Ranks(AbstractContextManager["Ranks"]):
             raise LoadFailedError(self._failure) from error
 
     def _announce(self, rank: int, reason: str) -> None:
-        report = {"rank": rank, "reason": reason}
         number = self._store.add("failures", 1)
-        self._store.set(f"failure/{number}", json.dumps(report))
+        self._store.set(f"failure/{number}", json.dumps({"rank": rank, "reason": reason}))
 
-    # --- the watcher --------------------------------------------------------------------------
+    # --- two threads --------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Show that this rank lives, and look whether the others do."""
+        """Show that this rank lives, and look whether the others do, until the load has ended."""
         try:
             failure = self._watched()
         except dist.DistError as error:
             failure = _store_is_gone(error)
-        if failure is None:
-            return
+        if failure is not None:
+            self._notice(failure)
+
+    def _notice(self, failure: str) -> None:
         self._failure = failure
         self._noticed.set()
-        if not self._stopped.wait(self._deadline * _GRACE):
-            print(f"llmload: rank {self.rank} stops: {failure}", file=sys.stderr, flush=True)  # noqa: T201
-            os._exit(1)
 
     def _watched(self) -> str | None:
         """Return the failure that was found; None when the load has ended."""
         beside = (self.rank + 1) % self.size
         beats, since = 0, time.monotonic()
         while not self._stopped.wait(_POLL):
-            # Only waiting has a time limit of its own where the store's process is stopped.
-            self._store.wait(["open"], timedelta(seconds=self._deadline * _SILENCE))
             self._store.add(f"alive/{self.rank}", 1)
             if self._store.add("failures", 0):
-                self._store.wait(["failure/1"])
                 report = json.loads(self._store.get("failure/1"))
+                if report["rank"] != self.rank:
+                    self._store.add("told", 1)
                 return f"rank {report['rank']} failed: {report['reason']}"
             now = self._store.add(f"alive/{beside}", 0)
+            self._pulse = time.monotonic()
             if now != beats:
-                beats, since = now, time.monotonic()
-            elif time.monotonic() - since > self._deadline * _SILENCE:
+                beats, since = now, self._pulse
+            elif self._pulse - since > self._deadline * _SILENCE:
                 self._announce(beside, self._silence(beats))
         return None
+
+    def _guard(self) -> None:
+        """End the process where nothing else can: it is stuck although a rank has failed.
+
+        Where the process that keeps the store is stopped, questions to it block for good too.
+        """
+        while not self._noticed.wait(_POLL):
+            if self._stopped.is_set():
+                return
+            if time.monotonic() - self._pulse > self._deadline * _SILENCE:
+                self._store_answers = False
+                self._notice(_store_is_gone(TimeoutError("it does not answer")))
+        if not self._stopped.wait(self._deadline * _GRACE):
+            print(f"llmload: rank {self.rank} stops: {self._failure}", file=sys.stderr, flush=True)  # noqa: T201
+            os._exit(1)
 
     def _silence(self, beats: int) -> str:
         seconds = f"{self._deadline * _SILENCE:g} s"
