@@ -9,6 +9,7 @@ from llmload.errors import Problem
 from llmload.findings import Conflict, Note
 from llmload.hookspecs import hookimpl
 
+from .hooks import Hooks
 from .section import LoraSection
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class LoraPlugin:
     name = "lora"
     requires = ("peft>=0.13.2",)
     Section = LoraSection
+    Hooks = Hooks
     conflicts = (
         Conflict(
             key="kbit",
@@ -60,6 +62,7 @@ class LoraPlugin:
             )
         yield from _start_problems(request)
         yield from _resume_problems(request)
+        yield from _missing_dispatchers(ctx, request)
         for text in _notes(request):
             yield Note(text=text)
 
@@ -146,6 +149,19 @@ def _resume_problems(request: Request) -> Iterator[Problem]:
             fix="Save it with `path_initial_model_for_weight_conversion`, which makes it a plain"
             " LoRA for the unchanged base.",
         )
+
+
+def _missing_dispatchers(ctx: LoadContext, request: Request) -> Iterator[Problem]:
+    """Refuse to resume layers that no plugin of this load makes."""
+    present = {plugin.plugin_name for plugin in ctx.hook.lora_layer.get_hookimpls()}
+    for name in request.saved.layer_plugins if request.saved is not None else ():
+        if name not in present:
+            yield Problem(
+                where="lora.adapter",
+                message=f"the adapter in {request.section.adapter!r} has layers made by the plugin"
+                f" {name!r}, which takes no part in this load",
+                fix=f"Install the distribution that provides it, or select it with `-p {name}`.",
+            )
 
 
 def _notes(request: Request) -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch import nn
 from llmload.errors import Problem, RequestError
 
 from . import _resume, _targets, _tied
+from ._dispatch import Dispatcher
 from ._layers import adapter_parameters, lora_layers
 from ._names import translate_targets
 from .request import Request, heard, refused, resolve
@@ -132,6 +133,7 @@ def _wrap(ctx: LoadContext, request: Request, model: nn.Module, config: LoraConf
         raise NotImplementedError("PEFT cannot make MonteCLoRA on the meta device")
     if not ctx.rehearsing:
         _prepare(config, model)
+    dispatcher = Dispatcher(ctx, config)
     try:
         # Made on the meta device, the adapter costs no memory and draws no random number.
         with torch.device("meta") if ctx.rehearsing else nullcontext():
@@ -143,6 +145,7 @@ def _wrap(ctx: LoadContext, request: Request, model: nn.Module, config: LoraConf
             )
     except (ImportError, TypeError, ValueError) as error:
         raise refused(error) from error
+    dispatcher.finish()
     _name_base(ctx, request, config)
     return wrapped
 

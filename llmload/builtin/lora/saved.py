@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
+LAYER_PLUGINS: Final = "llmload_plugins"
+"""Our key in the configuration, written where plugins made layers of the adapter."""
 _PICKLE: Final = "adapter_model.bin"
 
 # What the file says of where it came from, and of how it is used; neither is inherited.
@@ -35,6 +37,8 @@ class SavedAdapter:
     folder: Path
     fields: dict[str, Any]
     """The fields of ``LoraConfig`` in ``adapter_config.json`` that hold for a resumed adapter."""
+    layer_plugins: tuple[str, ...]
+    """Names of the plugins whose ``lora_layer`` made layers of it."""
     checkpoint: Checkpoint
     """Names, shapes and dtypes of the weights."""
 
@@ -68,7 +72,7 @@ def open_adapter(path: str) -> SavedAdapter:
             f"the adapter folder {path!r} does not exist",
             "Give a folder written by save_pretrained of a PeftModel.",
         )
-    fields = _read_config(folder)
+    fields, layer_plugins = _read_config(folder)
     if not (folder / WEIGHTS).is_file():
         if (folder / _PICKLE).is_file():
             raise _refusal(
@@ -80,10 +84,12 @@ def open_adapter(path: str) -> SavedAdapter:
             "Give a folder written by save_pretrained of a PeftModel.",
         )
     checkpoint = Checkpoint.open(folder / WEIGHTS)
-    return SavedAdapter(folder=folder, fields=fields, checkpoint=checkpoint)
+    return SavedAdapter(
+        folder=folder, fields=fields, layer_plugins=layer_plugins, checkpoint=checkpoint
+    )
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     file = folder / CONFIG
     try:
         content = json.loads(file.read_bytes())
@@ -103,6 +109,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "Give the folder of a LoRA adapter.",
             file,
         )
+    layer_plugins = content.pop(LAYER_PLUGINS, [])
+    if not isinstance(layer_plugins, list) or not all(isinstance(n, str) for n in layer_plugins):
+        raise _refusal(f"{LAYER_PLUGINS!r} is not a list of names", "Save the adapter again.", file)
     ours = LoraSection.model_fields.keys() - OWN_FIELDS
     known = {name: value for name, value in content.items() if name in ours}
     # PEFT writes every field it has: an unknown one that is not set changes nothing.
@@ -126,7 +135,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except ValidationError as error:
         problems = explain(error, LoraSection, known)
         raise CheckpointError(p.model_copy(update={"file": str(file)}) for p in problems) from None
-    return {name: value for name, value in section.given().items() if name not in _NOT_INHERITED}
+    fields = {name: v for name, v in section.given().items() if name not in _NOT_INHERITED}
+    return fields, tuple(layer_plugins)
 
 
 def _refusal(message: str, fix: str, file: Path | None = None) -> CheckpointError:

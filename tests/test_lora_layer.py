@@ -1,0 +1,183 @@
+"""The hook lora_layer: plugins add adapter layers for module types that PEFT does not know."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapters import IDS, save, three_losses
+from fakes import FakeDistributions
+from odd_layers import Adapts, MakesOdd, OddLinear, OddLora
+from tiny import tiny_llama
+
+import llmload
+from llmload.errors import LoadFailedError, PlanError, RequestError
+
+LORA: dict[str, Any] = {
+    "r": 2,
+    "lora_alpha": 8,
+    "target_modules": ["down_proj", "q_proj"],
+    "rank_pattern": {"layers.1.mlp.down_proj": 3},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_llama(tmp_path)
+
+
+def load(folder: Path, *plugins: Any, **lora: Any) -> llmload.LoadResult:
+    registry = llmload.create_registry(plugins, environ={})
+    return llmload.load({"model": str(folder), "lora": LORA | lora}, registry=registry)
+
+
+def odd_layers(model: torch.nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, OddLora)]
+
+
+def test_a_plugin_adapts_a_module_that_peft_refuses(folder: Path) -> None:
+    with pytest.raises(RequestError, match="PEFT refuses this adapter: Target module OddLinear"):
+        load(folder, MakesOdd)
+    result = load(folder, MakesOdd, Adapts)
+    down = "base_model.model.model.layers.{}.mlp.down_proj"
+    assert odd_layers(result.model) == [down.format(0), down.format(1)]
+    layers = [result.model.get_submodule(down.format(number)) for number in (0, 1)]
+    assert [layer.r["default"] for layer in layers] == [2, 3]
+    trainable = [name for name, p in result.model.named_parameters() if p.requires_grad]
+    assert result.plan.trainable_parameters == trainable
+    assert f"{down.format(0)}.lora_A.default.weight" in trainable
+    losses = three_losses(result.model)
+    assert losses[-1] < losses[0]
+
+
+def test_what_no_plugin_takes_is_left_to_peft(folder: Path) -> None:
+    model = load(folder, MakesOdd, Adapts).model
+    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    assert isinstance(layer, peft.tuners.lora.Linear)
+
+
+def test_a_plugin_goes_before_peft_for_a_module_that_peft_knows(folder: Path) -> None:
+    plain = load(folder, Adapts(torch.nn.Linear)).model
+    assert len(odd_layers(plain)) == 4
+
+
+def test_the_first_plugin_in_plan_order_wins(folder: Path) -> None:
+    late = Adapts(OddLinear, name="a_late_one")
+    late.after = ("adapts",)
+    result = load(folder, MakesOdd, late, Adapts)
+    assert result.model.peft_config["default"].to_dict()["llmload_plugins"] == ["adapts"]
+
+
+def test_the_plugin_is_named_in_the_saved_adapter_and_asked_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    model = load(folder, MakesOdd, Adapts).model
+    three_losses(model)
+    adapter = save(model, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["llmload_plugins"] == ["adapts"]
+    registry = llmload.create_registry([MakesOdd, Adapts], environ={})
+    spec = {"model": str(folder), "lora": {"adapter": str(adapter)}}
+    resumed = llmload.load(spec, registry=registry).model
+    model.eval()
+    assert torch.equal(resumed(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_without_the_plugin_the_adapter_is_refused_and_the_plugin_named(
+    folder: Path, tmp_path: Path
+) -> None:
+    adapter = save(load(folder, MakesOdd, Adapts).model, tmp_path / "adapter")
+    registry = llmload.create_registry([MakesOdd], environ={})
+    plan = llmload.plan(
+        {"model": str(folder), "lora": {"adapter": str(adapter)}}, registry=registry
+    )
+    assert str(plan.errors[0]) == (
+        f"lora.adapter: the adapter in {str(adapter)!r} has layers made by the plugin 'adapts',"
+        " which takes no part in this load. Install the distribution that provides it, or select it"
+        " with `-p adapts`."
+    )
+
+
+def test_an_installed_plugin_is_found_again_in_another_process(
+    folder: Path, tmp_path: Path, distributions: FakeDistributions
+) -> None:
+    distributions.add(
+        "odd-lora", {"makes_odd": "odd_layers:MakesOdd", "adapts": "odd_layers:Adapts"}
+    )
+    adapter = save(load(folder).model, tmp_path / "adapter")
+    code = f"""
+        import llmload
+        spec = {{"model": {str(folder)!r}, "lora": {{"adapter": {str(adapter)!r}}}}}
+        model = llmload.load(spec).model
+        print(sum(type(module).__name__ == "OddLora" for module in model.modules()))
+    """
+    path = (
+        f"import sys; sys.path[:0] = [{str(distributions.root)!r}, {str(Path(__file__).parent)!r}]"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", path + "\n" + dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split()[-1:] == ["2"], done.stderr
+
+
+def test_an_adapter_without_layers_of_plugins_is_saved_as_peft_saves_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    adapter = save(load(folder, Adapts).model, tmp_path / "adapter")
+    assert "llmload_plugins" not in json.loads((adapter / "adapter_config.json").read_text())
+
+
+def test_a_plugin_that_adapts_takes_part_in_loads_without_an_adapter(folder: Path) -> None:
+    registry = llmload.create_registry([Adapts], environ={})
+    assert llmload.load({"model": str(folder)}, registry=registry).model is not None
+
+
+class Wrong:
+    name = "wrong"
+
+    @llmload.hookimpl
+    def lora_layer(self, target: Any) -> Any:
+        return torch.nn.Identity()
+
+
+class Failing:
+    name = "failing"
+
+    @llmload.hookimpl
+    def lora_layer(self, target: Any) -> Any:
+        raise ValueError("no such layer")
+
+
+def test_what_is_no_adapter_layer_is_an_error_that_names_the_plugin(folder: Path) -> None:
+    with pytest.raises(PlanError) as caught:
+        load(folder, Wrong)
+    assert str(caught.value) == (
+        "plugin 'wrong': lora_layer returned a Identity, and must return a module that is a peft"
+        " LoraLayer, or None"
+    )
+
+
+def test_an_error_in_the_hook_names_the_plugin(folder: Path) -> None:
+    with pytest.raises(LoadFailedError) as caught:
+        load(folder, Failing)
+    assert str(caught.value) == "plugin 'failing' failed in lora_layer: ValueError: no such layer"
+
+
+def test_a_damaged_list_of_plugins_is_refused(folder: Path, tmp_path: Path) -> None:
+    adapter = save(load(folder, MakesOdd, Adapts).model, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"llmload_plugins": 5}))
+    plan = llmload.plan({"model": str(folder), "lora": {"adapter": str(adapter)}})
+    assert str(plan.errors[0]) == (
+        f"{file}: lora.adapter: 'llmload_plugins' is not a list of names. Save the adapter again."
+    )
