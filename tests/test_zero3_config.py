@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 
 import llmload
 from llmload.builtin.zero3 import config
@@ -182,3 +183,55 @@ def test_spans_cover_every_element_once_and_are_of_one_size() -> None:
             spans = [Span.of(elements, rank, ranks) for rank in range(ranks)]
             assert [i for s in spans for i in range(s.start, s.stop)] == list(range(elements))
             assert {s.size for s in spans} == {-(-elements // ranks)}
+
+
+def notes(plan: Any) -> list[str]:
+    return [note for step in plan.steps if step.plugin == "zero3" for note in step.notes]
+
+
+def test_plan_says_what_each_rank_will_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = {"model": str(tiny.tiny_llama(tmp_path)), "zero3": {}}
+    plan = llmload.plan(spec)
+    assert plan.loader == "streaming"
+    assert "each rank reads and keeps its own part of every tensor" in notes(plan)
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert ("each of 8 ranks reads 4,392 of 35,136 bytes, its own part of every tensor") in notes(
+        llmload.plan(spec)
+    )
+
+
+def test_lower_stages_leave_the_model_whole(tmp_path: Path) -> None:
+    spec = {"model": str(tiny.tiny_llama(tmp_path)), "zero3": {"stage": 2}}
+    result = llmload.load(spec)
+    assert notes(result.plan) == ["ZeRO stage 2: the model stays whole"]
+    assert result.report.loader == "streaming"
+    assert not any(hasattr(p, "ds_id") for p in result.model.parameters())
+
+
+def test_device_map_is_refused(tmp_path: Path) -> None:
+    folder = str(tiny.tiny_llama(tmp_path))
+    with pytest.raises(llmload.PlanError) as caught:
+        llmload.load({"model": folder, "device_map": "auto", "zero3": {}})
+    assert (
+        "zero3: 'zero3' cannot be combined with 'device_map': DeepSpeed chooses the device of"
+        in str(caught.value)
+    )
+    assert llmload.plan({"model": folder, "device_map": "cpu", "zero3": {"stage": 0}}).errors == []
+
+
+def test_process_without_a_launcher_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(RequestError) as caught:
+        llmload.load({"model": str(tiny.tiny_llama(tmp_path)), "zero3": {}})
+    assert str(caught.value).endswith(
+        "ZeRO-3 partitions over the ranks of a launcher, and RANK, WORLD_SIZE, LOCAL_RANK,"
+        " MASTER_ADDR, MASTER_PORT are not set."
+        " Start the script with `torchrun --nproc_per_node N` or `deepspeed`."
+    )

@@ -16,6 +16,8 @@ ARCHITECTURES = {
     "t5": "seq2seq_lm",  # tied three ways
     "bert": "base",
 }
+BEYOND_TRANSFORMERS = {"marian": "causal_lm", "funnel": "base", "rwkv": "causal_lm"}
+"""Architectures that ``from_pretrained`` of 5.23 fails to load under ZeRO-3."""
 PRECISIONS = [("bfloat16", None), ("float32", 0)]
 
 
@@ -40,7 +42,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome
     )
     resize = {"dtype": "bfloat16"}
     adapter = {"folder": untied, "dtype": "bfloat16"}
+    beyond = []
+    for model_type, kind in BEYOND_TRANSFORMERS.items():
+        folder = tmp_path_factory.mktemp(model_type)
+        architectures.build(kind, model_type).save_pretrained(folder)
+        beyond.append({"kind": kind, "folder": str(folder), "dtype": "bfloat16"})
     jobs = {
+        "beyond": Job("zero3.comparing:many_unlike_the_whole", {"cases": beyond}),
         "two": Job("zero3.comparing:many", {"cases": cases}, timeout=250),
         "four": Job("zero3.comparing:many", {"cases": cases[:1]}, ranks=4, timeout=100),
         "tied": Job("zero3.finishing:embeddings", {"folder": tied} | resize),
@@ -62,6 +70,14 @@ def test_partitions_buffers_and_losses_are_those_of_transformers(
             assert answer.get("differences") == [], answer
             mine, other = answer.get("losses", ([], []))
             assert mine == other
+
+
+@pytest.mark.slow
+def test_architectures_that_transformers_cannot_partition_equal_the_whole_model(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    for answers in flat(outcomes["beyond"]):
+        assert answers == [[]] * len(BEYOND_TRANSFORMERS)
 
 
 @pytest.mark.slow
