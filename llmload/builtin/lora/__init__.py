@@ -63,22 +63,25 @@ class LoraPlugin:
         yield from _start_problems(request)
         yield from _resume_problems(request)
         yield from _missing_dispatchers(ctx, request)
+        yield from _merge_problems(ctx, request)
         for text in _notes(request):
             yield Note(text=text)
 
     @hookimpl
-    def wrap_adapter(self, ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
-        """Put the adapter around the model."""
-        from ._install import install
+    def wrap_adapter(self, ctx: LoadContext, model: PreTrainedModel) -> PeftModel | PreTrainedModel:
+        """Put the adapter around the model, and where it is to be merged, into it."""
+        from ._install import install, merge
 
-        return install(ctx, model)
+        wrapped = install(ctx, model)
+        return merge(ctx, wrapped) if ctx.section(LoraSection).merge else wrapped
 
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         """Prove that the adapter is where it was put, and holds what it should."""
-        from ._proof import prove
+        from ._proof import prove, prove_merged
 
-        yield from prove(ctx, model)
+        merged = ctx.section(LoraSection).merge
+        yield from prove_merged(ctx, model) if merged else prove(ctx, model)
 
 
 def _start_problems(request: Request) -> Iterator[Problem]:
@@ -164,6 +167,19 @@ def _missing_dispatchers(ctx: LoadContext, request: Request) -> Iterator[Problem
             )
 
 
+def _merge_problems(ctx: LoadContext, request: Request) -> Iterator[Problem]:
+    """Refuse to merge into weights of 8 or 4 bits: the adapter would be rounded away."""
+    stored = getattr(ctx.config, "quantization_config", None) is not None
+    if request.section.merge and ("kbit" in ctx.active or stored):
+        yield Problem(
+            where="lora.merge",
+            message="the base is quantised, and an adapter merged into so few bits is mostly lost",
+            fix="Load the checkpoint from before it was quantised."
+            if stored
+            else "Remove `kbit`: the base is then read in full precision, and merged there.",
+        )
+
+
 def _notes(request: Request) -> Iterator[str]:
     fields, section = request.fields, request.section
     rank, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
@@ -178,6 +194,8 @@ def _notes(request: Request) -> Iterator[str]:
     yield f"LoRA of rank {rank}, alpha {alpha} / {scale}, on {where}"
     if request.saved is not None:
         yield f"resume the {len(request.saved.checkpoint)} tensors in {section.adapter!r}"
+    if section.merge:
+        yield "merge it into the weights of its base"
     if request.changes_base:
         yield f"{request.changes_base} changes the weights of the layers it adapts"
     if section.ensure_weight_tying:

@@ -84,6 +84,23 @@ def install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
     return wrapped.train(model.training)
 
 
+def merge(ctx: LoadContext, model: PeftModel) -> PreTrainedModel:
+    """Add the adapter to the base's weights and return the plain model, frozen.
+
+    :raises RequestError: PEFT cannot merge the adapter.
+    """
+    try:
+        # PEFT's safe_merge would round the adapter's part to the base's dtype before adding it.
+        merged = model.merge_and_unload(safe_merge=False)
+    except (NotImplementedError, ValueError) as error:
+        raise refused(error) from error
+    held = {name for name, _ in merged.named_parameters(remove_duplicate=False)}
+    ctx.newly_initialised = {n: why for n, why in ctx.newly_initialised.items() if n in held}
+    ctx.record("lora", {"merged": True})
+    merged.requires_grad_(False)
+    return merged.eval()
+
+
 def _account(
     ctx: LoadContext,
     request: Request,

@@ -62,6 +62,26 @@ def prove(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         yield from _tie(model, facts["tied"], adapter)
 
 
+def prove_merged(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
+    """Yield what of an adapter is left in a model into which it was merged, or spoilt it."""
+    left = [n for n, m in model.named_modules() if isinstance(m, PeftModel | LoraLayer)]
+    if left:
+        yield Problem(
+            where="lora.merge",
+            message=f"the adapter is still in place in {some(left)}",
+            fix=_REPORT,
+        )
+        return
+    merged = [(name, model.get_submodule(name)) for name in ctx.facts["lora"]["targets"]]
+    spoilt = [n for n, m in merged if not all(p.isfinite().all() for p in m.parameters())]
+    if spoilt:
+        yield Problem(
+            where="lora.merge",
+            message=f"merged weights of {some(spoilt)} are not finite",
+            fix="Load in a wider `dtype`, or check the adapter.",
+        )
+
+
 def _start_values(
     request: Request, layers: dict[str, LoraLayer], adapter: str
 ) -> Iterator[Problem]:

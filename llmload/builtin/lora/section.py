@@ -1,4 +1,4 @@
-"""The spec key ``lora``: every field of PEFT's ``LoraConfig`` under its own name, and five of ours.
+"""The spec key ``lora``: every field of PEFT's ``LoraConfig`` under its own name, and six of ours.
 
 Defaults are PEFT's own. Only keys that are given are handed on, so that the installed PEFT fills in
 the rest; a key that it does not know yet is refused with the version that brought it.
@@ -18,7 +18,7 @@ from llmload.spec import Regex, Section
 from llmload.suggest import nearest
 
 OWN_FIELDS: Final = frozenset(
-    {"adapter", "adapter_dtype", "adapter_name", "lora_config", "tied_weights"}
+    {"adapter", "adapter_dtype", "adapter_name", "lora_config", "merge", "tied_weights"}
 )
 """Fields of the section that are not PEFT's."""
 
@@ -205,6 +205,8 @@ class LoraSection(Section):
 
     adapter: Annotated[str, Field(min_length=1)] | None = None
     """Folder of a saved adapter to resume; its ``adapter_config.json`` is the configuration."""
+    merge: bool = False
+    """Add the ``adapter`` to the weights of its base and hand out the plain model, all frozen."""
     adapter_name: Annotated[str, Field(pattern=r"^[^.\s]+$")] = "default"
     """Name of the adapter in the model."""
     adapter_dtype: Literal["auto", "float32", "bfloat16", "float16", "base"] = "auto"
@@ -222,6 +224,11 @@ class LoraSection(Section):
             raise InvalidValueError(
                 "`adapter` and `lora_config` both say what the adapter is like",
                 fix="Remove `lora_config`: a saved adapter has its own configuration.",
+            )
+        if self.merge and self.adapter is None:
+            raise InvalidValueError(
+                "`merge` is for a saved adapter, and none is named",
+                fix="Set `adapter` to its folder.",
             )
         if self.ensure_weight_tying and self.tied_weights is not None:
             raise InvalidValueError(
