@@ -164,6 +164,10 @@ def test_another_precision_than_the_models_is_a_problem() -> None:
             "`zero_optimization.zero_hpz_partition_size` partitions a second time within each host",
         ),
         (
+            with_zero(offload_param={"device": "nvme", "nvme_path": "disk"}),
+            "`zero_optimization.offload_param` moves the partitions to a disk",
+        ),
+        (
             with_zero() | {"weight_quantization": {}},
             "`weight_quantization` quantises while the model is built",
         ),

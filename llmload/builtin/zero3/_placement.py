@@ -46,8 +46,6 @@ class Partitioned:
         self._init = Init(config_dict_or_path=config)
         self._ranks = ranks
         self._done = done
-        self.bytes = 0
-        """Bytes of the partitions filled from the checkpoint on this rank, with padding."""
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Leave the model as it is."""
@@ -76,31 +74,18 @@ class Partitioned:
             partition[: span.length].copy_(source.flat(span.start, span.stop))
             partition[span.length :].zero_()
         source.release()
-        stored = partition[: span.length]
-        if partition.final_location == OffloadDeviceEnum.nvme:
-            self._init.param_swapper.swap_out_and_release([parameter])
-        self.bytes += span.size * dtype.itemsize
-        return Part(parameter, stored)
+        return Part(parameter, partition[: span.length])
 
     def _partition(self, parameter: Any, span: Span) -> Any:
         """Give the parameter the storage of its partition, where DeepSpeed would have it."""
         init = self._init
-        on_disk = init.remote_device == OffloadDeviceEnum.nvme
-        if on_disk and init.param_swapper.swappable_tensor(numel=span.size):
-            partition: Any = torch.empty(0, dtype=parameter.dtype)
-            partition.data = init.param_swapper.get_buffer(parameter, span.size).data
-            location = OffloadDeviceEnum.nvme
-        else:
-            device: Any = init.local_device
-            if not parameter.ds_persist:  # what is too small for the disk stays in host memory
-                device = OffloadDeviceEnum.cpu if on_disk else init.remote_device
-            partition = torch.empty(span.size, dtype=parameter.dtype, device=device)
-            if init.pin_memory and device == OffloadDeviceEnum.cpu:
-                partition = get_accelerator().pin_memory(partition)
-            location = None
+        device = init.local_device if parameter.ds_persist else init.remote_device
+        partition: Any = torch.empty(span.size, dtype=parameter.dtype, device=device)
+        if init.pin_memory and device == OffloadDeviceEnum.cpu:
+            partition = get_accelerator().pin_memory(partition)
         partition.ds_numel = span.size
         partition.status = PartitionedParamStatus.AVAILABLE
-        partition.final_location = location
+        partition.final_location = None  # a disk is DeepSpeed's own affair
         parameter.ds_tensor = partition
         parameter.ds_numel_aligned = span.size * init.dp_world_size
         return partition

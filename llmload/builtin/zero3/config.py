@@ -85,6 +85,8 @@ class DeepSpeedConfig:
         for key, (neutral, effect) in _WANTS_DEEPSPEEDS_OWN.items():
             if self.zero.get(key, neutral) != neutral:
                 return f"`zero_optimization.{key}` {effect}"
+        if (self.zero.get("offload_param") or {}).get("device") == "nvme":
+            return "`zero_optimization.offload_param` moves the partitions to a disk"
         if "weight_quantization" in self.content:
             return "`weight_quantization` quantises while the model is built"
         if self.content.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
