@@ -154,6 +154,15 @@ def test_the_kernel_on_loan_is_used_and_given_back(
     assert not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU")
 
 
+def test_a_model_to_be_spread_over_devices_is_left_to_from_pretrained(folder: Path) -> None:
+    result = load(folder, {}, device_map="auto")
+    assert result.report.loader == "transformers"
+    assert result.report.declined["streaming"] == (
+        "a plugin set quantization_config, for from_pretrained to do"
+    )
+    assert dict(quantised_layers(result.model))
+
+
 def load_folder(folder: Path) -> dict[str, torch.Tensor]:
     return {
         name: tensor
@@ -641,3 +650,41 @@ def test_under_fsdp_parameters_of_several_dtypes_are_refused(
         " embeddings and head and norms in bfloat16, codes in uint8. Leave `quant_storage`,"
         " `prepare` and `cast` out."
     ]
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process's memory that are not pages of files."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_the_full_precision_model_never_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmload.builtin.kbit._quantise import KbitPlacement
+
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6}
+    folder = tiny_checkpoint(tmp_path / "larger", dtype=torch.bfloat16, **sizes)
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    peaks: list[int] = []
+    place = KbitPlacement.place
+
+    def sampling(self: Any, *arguments: Any) -> Any:
+        placed = place(self, *arguments)
+        peaks.append(anonymous_memory())
+        return placed
+
+    monkeypatch.setattr(KbitPlacement, "place", sampling)
+    load(folder, {"double_quant": True, "prepare": "legacy"}, prove=False)  # one-off allocations
+    peaks.clear()
+    before = anonymous_memory()
+    result = load(folder, {"double_quant": True, "prepare": "legacy"}, prove=False)
+    final = result.report.parameter_bytes
+    assert max(peaks) - before < 1.25 * final < 0.5 * stored

@@ -25,7 +25,8 @@ _IN_CONFIG: Final = {
 }
 """Key of the section -> what a BitsAndBytesConfig calls it."""
 
-_SPREADING: Final = ("auto", "balanced", "balanced_low_0", "sequential")
+SPREADING: Final = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of ``device_map`` by which a model is spread over devices."""
 
 
 def stored_quantisation(ctx: LoadContext) -> dict[str, Any] | None:
@@ -126,7 +127,7 @@ def _devices(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
             " unquantised.",
         )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked in _SPREADING and processes > 1:
+    if asked in SPREADING and processes > 1:
         yield Problem(
             where="device_map",
             message=f"each of {processes} processes would spread its model over all devices",

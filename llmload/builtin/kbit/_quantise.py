@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -79,13 +79,15 @@ def quantised_layers(model: nn.Module) -> Iterator[tuple[str, QuantisedLayer]]:
 class KbitPlacement:
     """Quantises each weight as it is read; the others go straight to the dtype they end up with."""
 
-    honours: ClassVar = frozenset({"quantization_config"})
-
     def __init__(self, ctx: LoadContext, section: KbitSection, config: BitsAndBytesConfig) -> None:
         self._ctx = ctx
         self._section = section
         self._quantiser = quantiser(config, stored=False)
         self._plain = Plain()
+        # Spreading a model over devices goes by the sizes of its quantised layers, which only
+        # from_pretrained weighs; before transformers 5, it quantises in ways of its own.
+        ours = ctx.spec.device_map not in _check.SPREADING and compat.major("transformers") >= 5
+        self.honours = frozenset({"quantization_config"}) if ours else frozenset[str]()
 
     def default_device_map(self) -> dict[str, Any]:
         """Return the device that transformers would choose, of this process's local rank."""
@@ -99,6 +101,7 @@ class KbitPlacement:
         self._model = model
         self._casting = Casting(self._section, model)
         self._operation = self._quantiser.get_quantize_ops()
+        model.hf_quantizer = self._quantiser
 
     def place(self, target: Target, source: Source) -> torch.Tensor:
         """Quantise on the target's device; the value is cast to the model's dtype before."""
@@ -117,8 +120,7 @@ class KbitPlacement:
         return cast
 
     def finish(self, model: PreTrainedModel) -> None:
-        """Mark the model as transformers does: that it is quantised, how, and by whom."""
-        model.hf_quantizer = self._quantiser
+        """Mark the model as transformers does: that it is quantised, and how."""
         self._quantiser.postprocess_model(model)
 
 
