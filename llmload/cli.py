@@ -140,7 +140,8 @@ def validate(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answe
 
     checked = _registry(plugin).validate(_source(spec))
     data = {"valid": True, "spec": specfile.read(checked).data}
-    return Answer(data, lambda: f"{spec}: valid")
+    name = "<stdin>" if spec == "-" else spec
+    return Answer(data, lambda: f"{name}: valid")
 
 
 @_command

@@ -144,7 +144,7 @@ def run(folder: Path, *, steps: int, registry: Registry, track: Track) -> Demons
 
 
 def make_model(folder: Path, *, steps: int, track: Track) -> Training:
-    """Train a Llama of about 1.3 million parameters and save it in shards, with its tokenizer."""
+    """Train a Llama of about 1.1 million parameters and save it in shards, with its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -167,12 +167,12 @@ def make_model(folder: Path, *, steps: int, track: Track) -> Training:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses: list[float] = []
     for step in track(range(steps), "training a small model"):
-        elapsed = (time.perf_counter() - started) / SECONDS
-        if elapsed > 1:
+        elapsed = time.perf_counter() - started
+        if losses and elapsed >= SECONDS:
             break
+        left = 1 - max(step / steps, elapsed / SECONDS)
         for group in optimizer.param_groups:
-            done = max(step / steps, elapsed)
-            group["lr"] = LEARNING_RATE * min((step + 1) / 20, 1 - done)
+            group["lr"] = LEARNING_RATE * max(0.0, min((step + 1) / 20, left))
         starts = torch.randint(len(ids) - LENGTH, (BATCH, 1))
         batch = ids[starts + torch.arange(LENGTH)]
         losses.append(_step(model, optimizer, input_ids=batch, labels=batch))

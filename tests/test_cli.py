@@ -1,0 +1,372 @@
+"""The command line by itself: start-up, surface, output, errors. Needs no ML stack."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import FakeDistributions
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import llmload
+from llmload import cli, environment
+from llmload.registry import create_registry
+
+HEAVY = ("accelerate", "bitsandbytes", "colossalai", "deepspeed", "numpy", "peft", "torch")
+HEAVY += ("huggingface_hub", "safetensors", "tokenizers", "transformers")
+BUILT_IN = {
+    "dropout",
+    "embeddings",
+    "gradient_checkpointing",
+    "kbit",
+    "lora",
+    "streaming",
+    "tokenizer",
+    "transformers",
+}
+
+
+def run(*arguments: str, text: str | None = None) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments), input=text)
+
+
+def heavy_modules_after(code: str) -> list[str]:
+    """Run ``code`` in a process of its own; return the heavy libraries that it imported."""
+    listing = f"{code}\nimport sys\nprint([n for n in {HEAVY!r} if n in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", listing], capture_output=True, text=True, check=True
+    )
+    found: list[str] = json.loads(done.stdout.splitlines()[-1].replace("'", '"'))
+    return found
+
+
+# --- start-up -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", ["--help", "plugins", "schema", "validate spec.yaml"])
+def test_a_light_command_imports_no_heavy_library(arguments: str, tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text("model: gpt2\nlora: {r: 4}\n")
+    code = f"""
+import os, sys
+os.chdir({str(tmp_path)!r})
+from llmload.cli import app
+try:
+    app({arguments.split()!r})
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+"""
+    assert heavy_modules_after(code) == []
+
+
+def test_import_llmload_imports_no_heavy_library() -> None:
+    assert heavy_modules_after("import llmload; llmload.load; llmload.create_registry()") == []
+
+
+def test_help_answers_in_less_than_300_ms() -> None:
+    command = [sys.executable, "-c", "from llmload.cli import main; main()", "--help"]
+
+    def processor_seconds() -> float:
+        # What the wall time is on an idle machine: the command waits for nothing.
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+    assert any(processor_seconds() < 0.3 for _ in range(10))
+
+
+# --- surface ------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "load": ["--json", "--plugin", "-p", "SPEC"],
+    "plan": ["--json", "--plugin", "-p", "SPEC"],
+    "validate": ["--json", "--plugin", "-p", "SPEC"],
+    "plugins": ["--json", "--plugin", "-p"],
+    "env": ["--json", "--plugin", "-p"],
+    "schema": ["--json", "--plugin", "-p"],
+    "demo": ["--dir", "--json", "--plugin", "--steps", "-p"],
+}
+PUBLIC = [
+    "AuditError",
+    "CheckpointError",
+    "Conflict",
+    "Decline",
+    "InvalidValueError",
+    "LlmloadError",
+    "LoadContext",
+    "LoadFailedError",
+    "LoadResult",
+    "LoadSpec",
+    "Note",
+    "Plan",
+    "PlanError",
+    "PluginError",
+    "Problem",
+    "Registry",
+    "Report",
+    "RequestError",
+    "Section",
+    "SpecError",
+    "create_registry",
+    "hookimpl",
+    "hookspec",
+    "load",
+    "plan",
+]
+EXIT_CODES = {
+    "AuditError": 1,
+    "CheckpointError": 2,
+    "LlmloadError": 1,
+    "LoadFailedError": 1,
+    "PlanError": 2,
+    "PluginError": 2,
+    "RequestError": 2,
+    "SpecError": 2,
+}
+
+
+def test_commands_and_options_are_those_that_were_decided_upon() -> None:
+    group = get_command(cli.app)
+    found = {}
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        words = [word for option in command.params for word in option.opts]
+        found[name] = sorted("SPEC" if word == "spec" else word for word in words)
+    assert found == OPTIONS
+    of_all = sorted(word for option in group.params for word in option.opts)
+    assert of_all == ["--install-completion", "--show-completion", "--version"]
+
+
+def test_public_names_and_exit_codes_are_those_that_were_decided_upon() -> None:
+    assert sorted(llmload.__all__) == PUBLIC
+    errors = [getattr(llmload, name) for name in PUBLIC if name.endswith("Error")]
+    codes = {e.__name__: e.exit_code for e in errors if issubclass(e, llmload.LlmloadError)}
+    assert codes == EXIT_CODES
+
+
+def test_every_command_and_option_says_what_it_is_for() -> None:
+    for command in get_command(cli.app).commands.values():  # type: ignore[attr-defined]
+        assert command.help.endswith(".")
+        assert all(option.help.endswith(".") for option in command.params)
+
+
+def test_the_version_is_that_of_the_distribution() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"{llmload.__version__}\n")
+
+
+# --- usage --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "last_line"),
+    [
+        (["load"], "Error: Missing argument 'SPEC'."),
+        (["laod", "x"], "No such command 'laod'."),
+        (["load", "x", "--jsn"], "No such option: --jsn"),
+        (["demo", "--steps", "0"], "Invalid value for '--steps'"),
+        (["demo", "--steps", "ten"], "Invalid value for '--steps'"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], last_line: str) -> None:
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    # The rest of the line is the parser's, and differs between its versions.
+    assert last_line in result.stderr.splitlines()[-1]
+
+
+def test_no_command_at_all_shows_the_help_and_exits_with_2() -> None:
+    result = run()
+    assert result.exit_code == 2
+    assert "validate  Check a spec by itself" in result.output
+
+
+# --- validate and schema ------------------------------------------------------------------------
+
+
+def test_a_valid_spec_is_given_back_as_it_was_understood(tmp_path: Path) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text("model: gpt2\nlora: {r: 4}\n")
+    assert run("validate", str(file)).stdout == f"{file}: valid\n"
+    result = run("validate", "--json", str(file))
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {
+        "valid": True,
+        "spec": {"model": "gpt2", "lora": {"r": 4}},
+    }
+
+
+def test_a_spec_is_read_from_standard_input() -> None:
+    assert run("validate", "-", text="model: gpt2\n").stdout == "<stdin>: valid\n"
+    result = run("validate", "-", text="model: gpt2\n\ndtype: bf16\n")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "<stdin>:3:1: dtype: expected 'auto', 'float32', 'bfloat16' or 'float16', found 'bf16'."
+        " Write bfloat16.\n"
+    )
+
+
+def test_the_schema_is_the_same_for_people_and_programs() -> None:
+    text, data = run("schema"), run("schema", "--json")
+    assert text.exit_code == data.exit_code == 0
+    assert json.loads(text.stdout) == json.loads(data.stdout)
+    assert json.loads(data.stdout)["properties"].keys() >= {"model", "lora", "dropout"}
+
+
+def test_a_plugin_that_is_left_out_is_left_out_of_the_schema() -> None:
+    schema = json.loads(run("schema", "-p", "no:lora").stdout)
+    assert "lora" not in schema["properties"]
+
+
+# --- plugins ------------------------------------------------------------------------------------
+
+
+def listed(*arguments: str) -> dict[str, dict[str, Any]]:
+    result = run("plugins", "--json", *arguments)
+    assert result.exit_code == 0
+    return {entry["name"]: entry for entry in json.loads(result.stdout)["plugins"]}
+
+
+def test_built_in_plugins_are_listed_like_others() -> None:
+    entries = listed()
+    assert {name for name, entry in entries.items() if entry["builtin"]} >= BUILT_IN
+    assert entries["lora"] == {
+        "name": "lora",
+        "distribution": f"llmload {llmload.__version__}",
+        "builtin": True,
+        "status": "active",
+        "reason": "",
+        "section": True,
+        "hooks": ["check", "audit", "wrap_adapter"],
+    }
+
+
+def test_active_plugins_are_listed_in_plan_order() -> None:
+    names = list(listed())
+    assert names.index("tokenizer") < names.index("embeddings") < names.index("lora")
+    assert names[-1] == "transformers"
+
+
+def test_every_kind_of_plugin_is_listed_and_broken_ones_with_the_reason(
+    distributions: FakeDistributions,
+) -> None:
+    good = "class Good:\n    name = 'good'\n"
+    distributions.add("acme-good", {"good": "acme_good:Good"}, "acme_good", good)
+    distributions.add("acme-bad", {"bad": "acme_bad:Bad"}, "acme_bad", "import nowhere\n")
+    entries = listed("-p", "no:dropout")
+    assert (entries["good"]["status"], entries["good"]["distribution"]) == (
+        "active",
+        "acme-good 1.0",
+    )
+    assert entries["dropout"]["status"] == "blocked"
+    assert (entries["bad"]["status"], entries["bad"]["reason"]) == (
+        "broken",
+        "ModuleNotFoundError: No module named 'nowhere'",
+    )
+    table = run("plugins").stdout
+    assert "acme-bad 1.0" in table
+    assert "broken" in table
+
+
+def test_plugins_that_cannot_be_ordered_are_listed_with_the_circle() -> None:
+    class First:
+        name = "first"
+        after = ("second",)
+
+    class Second:
+        name = "second"
+        after = ("first",)
+
+    found = environment.list_plugins(create_registry([First, Second]))
+    assert {entry.name for entry in found.plugins} > {"first", "second"}
+    (problem,) = found.problems
+    assert problem.message.startswith("the plugins cannot be ordered: ")
+
+
+# --- env ----------------------------------------------------------------------------------------
+
+
+def test_the_environment_names_versions_and_plugins_but_no_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_doNotShowThis")
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:doNotShowThis@hub.example/path")
+    monkeypatch.setenv("LLMLOAD_PLUGINS", "no:lora")
+    people, data = run("env"), run("env", "--json")
+    assert people.exit_code == data.exit_code == 0
+    assert "doNotShowThis" not in people.output + data.output
+    described = json.loads(data.stdout)
+    assert described["versions"]["llmload"] == llmload.__version__
+    assert described["variables"]["HF_TOKEN"] == "set, not shown"
+    assert described["variables"]["HF_ENDPOINT"] == "https://...@hub.example/path"
+    assert f"python: {described['versions']['python']}" in people.stdout.splitlines()
+    assert f"plugin lora (llmload {llmload.__version__}): blocked" in people.stdout.splitlines()
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+GREETER = """
+import sys
+print("hello from a library")
+
+class Greeter:
+    name = "greeter"
+"""
+
+
+def test_what_a_library_prints_does_not_spoil_the_data(distributions: FakeDistributions) -> None:
+    distributions.add("acme-greeter", {"greeter": "acme_greeter:Greeter"}, "acme_greeter", GREETER)
+    result = run("plugins", "--json")
+    assert "greeter" in {entry["name"] for entry in json.loads(result.stdout)["plugins"]}
+    assert result.stderr == "hello from a library\n"
+
+
+def outcome(code: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, after ``code``."""
+    program = f"from llmload import cli, registry\n{code}\ncli.main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, "plugins"], capture_output=True, text=True, check=False
+    )
+
+
+def test_a_bug_is_shown_with_its_traceback_and_exits_with_1() -> None:
+    done = outcome("registry.create_registry = lambda select: 1 / 0")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_a_failed_load_is_shown_without_traceback_and_exits_with_1() -> None:
+    done = outcome("""
+from llmload import LoadFailedError
+def fail(select):
+    raise LoadFailedError("the plugin 'x' failed in `load`", fix="Report it.")
+registry.create_registry = fail
+""")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "the plugin 'x' failed in `load`. Report it.\n"
+
+
+def test_an_interrupt_exits_with_130_and_says_nothing() -> None:
+    done = outcome("""
+def interrupt(select):
+    raise KeyboardInterrupt
+registry.create_registry = interrupt
+""")
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_is_installed() -> None:
+    command = Path(sys.executable).with_name("llmload")
+    done = subprocess.run(
+        [command, "--version"], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert done.stdout == f"{llmload.__version__}\n"

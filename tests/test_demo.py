@@ -1,0 +1,120 @@
+"""The demo: a model made, loaded and fine-tuned, and the commands `load` and `plan` on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from llmload import cli, demo, specfile
+
+pytestmark = pytest.mark.slow
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder that a short demo left, and what it said."""
+    folder = tmp_path_factory.mktemp("demo") / "kept"
+    result = run("demo", "--json", "--steps", "20", "--dir", str(folder))
+    assert result.exit_code == 0
+    return folder, json.loads(result.stdout)
+
+
+def test_the_small_model_and_its_adapter_learn(kept: tuple[Path, dict[str, Any]]) -> None:
+    _, shown = kept
+    assert shown["training"]["steps"] == 20
+    assert shown["training"]["last_loss"] < shown["training"]["first_loss"]
+    assert shown["fine_tuning"]["loss_after"] < shown["fine_tuning"]["loss_before"] - 0.5
+
+
+def test_the_folder_is_an_ordinary_one_in_shards(kept: tuple[Path, dict[str, Any]]) -> None:
+    folder, shown = kept
+    names = {path.name for path in (folder / "model").iterdir()}
+    assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= names
+    assert len([name for name in names if name.endswith(".safetensors")]) > 1
+    assert shown["folder"] == str(folder)
+
+
+def test_the_spec_asks_for_tokenizer_embeddings_dropout_and_lora(
+    kept: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, shown = kept
+    assert (folder / "demo.yaml").read_text() == shown["spec"]
+    keys = specfile.parse(shown["spec"]).data.keys()
+    assert keys >= {"tokenizer", "embeddings", "dropout", "lora"}
+    assert shown["report"]["facts"]["tokenizer"]["new_tokens"] == {"<pad>": 1000, "<|zen|>": 1001}
+    assert shown["report"]["facts"]["embeddings"]["rows"] == [1000, 1024]
+    assert shown["plan"]["problems"] == []
+
+
+def test_what_the_demo_kept_is_loaded_and_planned_again(
+    kept: tuple[Path, dict[str, Any]],
+) -> None:
+    folder, shown = kept
+    spec = str(folder / "demo.yaml")
+    plan = run("plan", spec, "--json")
+    assert plan.exit_code == 0
+    assert json.loads(plan.stdout) == shown["plan"]
+    report = run("load", spec, "--json")
+    assert report.exit_code == 0
+    assert json.loads(report.stdout)["audit"] == shown["report"]["audit"]
+
+
+def test_plan_and_report_are_readable(kept: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = kept
+    plan, report = (run(command, str(folder / "demo.yaml")) for command in ("plan", "load"))
+    for line in (
+        "model       LlamaForCausalLM, float32",
+        "loader      streaming",
+        "LoRA on     model.layers.*.self_attn.q_proj (4)",
+        "new         56 by lora",
+    ):
+        assert line in plan.stdout
+    for line in (
+        "56 parameters are trainable, as planned",
+        "trainable params: 81,920 || all params: 1,197,184 || trainable%: 6.8427",
+    ):
+        assert line in report.stdout
+
+
+def test_the_selected_plugins_are_those_that_load(kept: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = kept
+    result = run("load", str(folder / "demo.yaml"), "--json", "-p", "no:streaming")
+    assert json.loads(result.stdout)["loader"] == "transformers"
+
+
+def test_an_adapter_that_learns_nothing_fails_the_demo_and_nothing_is_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo, "LEARNING_RATE", 0.0)
+    monkeypatch.setattr(demo, "FINE_TUNING_STEPS", 1)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    random = torch.get_rng_state()
+    result = run("demo", "--steps", "1")
+    assert result.exit_code == 1
+    assert result.stdout.endswith("The loss did not fall.\n")
+    assert list(tmp_path.iterdir()) == []
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_training_ends_when_its_time_is_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo, "SECONDS", 1e-9)
+    training = demo.make_model(tmp_path, steps=10**9, track=lambda items, description: items)
+    assert training.steps == 1
+
+
+def test_the_zen_is_complete_and_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = demo.zen_of_python()
+    assert len(lines) == 19
+    assert lines[0] == "Beautiful is better than ugly."
+    assert capsys.readouterr().out == ""
