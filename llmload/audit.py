@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .planning import Plan
     from .registry import Host
 
+EXCUSED = "missing from the checkpoint, as the model's class allows"
+"""Why a parameter or buffer is newly initialised though ``strict`` does not mind."""
+
 _SAMPLE = 32
 _SHOWN = 5
 
@@ -32,7 +35,11 @@ def hold_to_strict(ctx: LoadContext) -> None:
     if ctx.checkpoint is None:
         return
     exceptions = ctx.spec.key_exceptions
-    missing = [name for name in ctx.newly_initialised if not exceptions.allows_missing(name)]
+    missing = [
+        name
+        for name, why in ctx.newly_initialised.items()
+        if why != EXCUSED and not exceptions.allows_missing(name)
+    ]
     unexpected = [name for name in ctx.unexpected if not exceptions.allows_unexpected(name)]
     problems = []
     if missing:

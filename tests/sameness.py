@@ -12,9 +12,19 @@ from llmload import compat
 
 
 def from_pretrained(model_class: Any, folder: Path, dtype: str = "auto", **options: Any) -> Any:
-    """Call ``model_class.from_pretrained`` by the keywords of the installed transformers."""
+    """Call ``model_class.from_pretrained`` by the keywords of the installed transformers.
+
+    What the model's class freezes (fixed positions, biases of a router) is frozen again, which
+    transformers 5 forgets for every parameter that it loads.
+    """
     name = next(iter(compat.dtype_option(torch.float32)))
-    return model_class.from_pretrained(folder, **{name: dtype}, **options)
+    model = model_class.from_pretrained(folder, **{name: dtype}, **options)
+    blank = compat.build_on_meta(type(model), model.config, torch.float32)
+    frozen = {name for name, p in blank.named_parameters() if not p.requires_grad}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in frozen:
+            parameter.requires_grad_(False)
+    return model
 
 
 def differences(ours: torch.nn.Module, theirs: torch.nn.Module) -> list[str]:

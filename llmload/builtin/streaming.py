@@ -136,5 +136,6 @@ def account(ctx: LoadContext, accounting: Accounting) -> None:
             for name, found, expected in accounting.mismatched
         )
     ctx.newly_initialised |= dict.fromkeys(accounting.missing, "missing from the checkpoint")
+    ctx.newly_initialised |= dict.fromkeys(accounting.excused, audit.EXCUSED)
     ctx.unexpected += accounting.unexpected
     audit.hold_to_strict(ctx)

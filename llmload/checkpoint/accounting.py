@@ -12,6 +12,8 @@ class Accounting:
 
     missing: tuple[str, ...]
     """Names in the model that get no value from the checkpoint and must be initialised."""
+    excused: tuple[str, ...]
+    """The same, but the model's class declares that they may be missing."""
     unexpected: tuple[str, ...]
     """Keys that the model has no place for and its class does not ignore."""
     mismatched: tuple[tuple[str, str, str], ...]

@@ -110,6 +110,8 @@ def rehearse(
     model: PreTrainedModel, checkpoint: Checkpoint, key_map: Mapping[str, str]
 ) -> Accounting:
     """Run transformers' mapping and conversion over the checkpoint's shapes. Changes nothing."""
+    from transformers.utils.loading_report import LoadStateDictInfo
+
     state = model.state_dict()
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found: dict[str, torch.Tensor] = {}
@@ -123,8 +125,16 @@ def rehearse(
         return value.shape == state[name].shape and (is_float or name not in parameters)
 
     outlines = {info.name: Outline(info) for info in checkpoint.tensors.values()}
-    with _no_progress_bar():
-        info = _convert(model, outlines, key_map, receive, "meta")
+    if not key_map and all(
+        name in state and state[name].shape == info.shape
+        for name, info in checkpoint.tensors.items()
+    ):
+        # Every key is a name of the model with its shape: there is nothing to map or convert.
+        receive("", {name: outline[...] for name, outline in outlines.items()})
+        info = LoadStateDictInfo(set(), set(), set(), [], {}, set())
+    else:
+        with _no_progress_bar():
+            info = _convert(model, outlines, key_map, receive, "meta")
     absent = state.keys() - found.keys() - info.conversion_errors.keys()
     for tied in _ties(model):
         if not tied <= absent:
@@ -133,6 +143,7 @@ def rehearse(
     model._adjust_missing_and_unexpected_keys(info)
     return Accounting(
         missing=tuple(sorted(info.missing_keys)),
+        excused=tuple(sorted(absent - info.missing_keys)),
         unexpected=tuple(sorted(info.unexpected_keys)),
         mismatched=tuple(
             (name, _outline(value), _outline(state[name]))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,9 +170,21 @@ def rehearse(
             )
     return Accounting(
         missing=tuple(keys.missing),
+        excused=tuple(_excused(model, state.keys() - keys.names.values() - {*keys.missing})),
         unexpected=tuple(keys.unexpected),
         mismatched=tuple(mismatched),
         failed={},
+    )
+
+
+def _excused(model: PreTrainedModel, absent: Iterable[str]) -> list[str]:
+    """The absent names that the class lets be missing, but for those that a tie will fill."""
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    tied = set(model._tied_weights_keys or ())
+    return sorted(
+        name
+        for name in absent
+        if name not in tied and any(re.search(pattern, name) for pattern in patterns)
     )
 
 
