@@ -58,6 +58,12 @@ def elements(tensor: Any) -> int:
     return int(tensor.ds_numel if is_partitioned(tensor) else tensor.numel())
 
 
+def values(tensor: Any) -> int:
+    """Return the number of values of the whole: 4-bit codes are two to the byte, as PEFT counts."""
+    packed = type(tensor).__name__ == "Params4bit" and tensor.bnb_quantized
+    return elements(tensor) * (2 * tensor.element_size() if packed else 1)
+
+
 def held(tensor: Any) -> tuple[torch.Tensor, int] | None:
     """Return the elements that this process has in memory, flat, and the first one's index.
 

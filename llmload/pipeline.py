@@ -139,8 +139,8 @@ def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger
     makers = ledger.makers(model)
     report.plugins = prepared.plan.plugins
     report.versions = installed_versions()
-    report.parameters = sum(partitions.elements(p) for p in parameters)
-    report.trainable = sum(partitions.elements(p) for p in parameters if p.requires_grad)
+    report.parameters = sum(partitions.values(p) for p in parameters)
+    report.trainable = sum(partitions.values(p) for p in parameters if p.requires_grad)
     report.parameter_bytes = sum(partitions.elements(p) * p.element_size() for p in parameters)
     report.checkpoint_bytes = prepared.plan.checkpoint_bytes
     made = {name: maker for name, maker in makers.items() if maker != report.loader}

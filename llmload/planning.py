@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from . import compat, modeling, source, steps
+from . import compat, modeling, partitions, source, steps
 from .checkpoint import Checkpoint
 from .context import LoadContext
 from .errors import LoadFailedError, PlanError, PluginError, Problem, RequestError
@@ -292,9 +292,9 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
     finally:
         plan.facts = dict(ctx.facts)
     unique = {name: p for name, p in model.named_parameters() if name not in still_apart}
-    plan.parameters = sum(p.numel() for p in unique.values())
+    plan.parameters = sum(partitions.values(p) for p in unique.values())
     plan.parameter_bytes = sum(p.numel() * p.element_size() for p in unique.values())
-    plan.trainable = sum(p.numel() for p in unique.values() if p.requires_grad)
+    plan.trainable = sum(partitions.values(p) for p in unique.values() if p.requires_grad)
     plan.trainable_parameters = [name for name, p in unique.items() if p.requires_grad]
     plan.tied = sorted(tied)
     plan.new_parameters = {

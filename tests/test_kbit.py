@@ -443,6 +443,17 @@ def statistics_bytes(layer: Any) -> int:
     return sum(tensor.nbytes for tensor in [state.absmax, *nested])
 
 
+@pytest.mark.parametrize("section", [{}, {"quant_storage": "bfloat16"}, {"bits": 8}], ids=str)
+def test_parameters_are_counted_as_peft_counts_them(
+    section: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = load(folder, section, lora=LORA)
+    capsys.readouterr()
+    result.model.print_trainable_parameters()
+    assert result.report.trainable_line() == capsys.readouterr().out.strip()
+    assert result.plan.parameters == result.report.parameters
+
+
 def test_the_plan_tells_what_a_profile_costs(folder: Path) -> None:
     plan = llmload.plan({"model": str(folder), "dtype": "bfloat16", "kbit": {"prepare": "legacy"}})
     assert plan.facts["kbit"]["unquantised"] == {
