@@ -19,7 +19,8 @@ def from_pretrained(model_class: Any, folder: Path, dtype: str = "auto", **optio
     """
     name = next(iter(compat.dtype_option(torch.float32)))
     model = model_class.from_pretrained(folder, **{name: dtype}, **options)
-    blank = compat.build_on_meta(type(model), model.config, torch.float32)
+    with torch.random.fork_rng(devices=[]):  # a few classes draw when they are built
+        blank = compat.build_on_meta(type(model), model.config, torch.float32)
     frozen = {name for name, p in blank.named_parameters() if not p.requires_grad}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in frozen:
