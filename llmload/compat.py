@@ -173,6 +173,13 @@ def checkpoints_selectively() -> bool:
     return hasattr(PreTrainedModel, "activation_checkpointing_enable")
 
 
+def quantised_by_bitsandbytes(config: PretrainedConfig) -> bool:
+    """Say whether a config declares 8 or 4 bits by bitsandbytes; it is a mapping as read."""
+    found = getattr(config, "quantization_config", None) or {}
+    declared = found if isinstance(found, dict) else found.to_dict()
+    return bool(declared.get("load_in_4bit") or declared.get("load_in_8bit"))
+
+
 def modules_left_unquantised(model: PreTrainedModel) -> list[str]:
     """Return the modules that transformers does not quantise if it is not told which: the output
     head, what is tied, the last one. The function moved with 5.0."""

@@ -201,6 +201,17 @@ def test_a_saved_model_loads_again_with_transformers_and_here(
     assert result.report.facts["kbit"] == result.plan.facts["kbit"]
 
 
+@BOTH
+def test_a_quantised_folder_asks_for_the_section(
+    section: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    load(folder, section).model.save_pretrained(tmp_path)
+    assert [str(p) for p in llmload.plan({"model": str(tmp_path)}).problems] == [
+        "kbit: the checkpoint is quantised by bitsandbytes, and the spec has no section that says"
+        " how it is prepared. Add `kbit: {}`, which takes over how it was quantised and freezes it."
+    ]
+
+
 def test_a_section_that_contradicts_a_quantised_folder_is_refused(
     folder: Path, tmp_path: Path
 ) -> None:

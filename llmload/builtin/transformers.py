@@ -23,10 +23,17 @@ class TransformersLoader:
     after = ("*",)
 
     @hookimpl
-    def check(self, ctx: LoadContext) -> Iterator[Note]:
+    def check(self, ctx: LoadContext) -> Iterator[Note | Problem]:
         """Say whether weights will be read or drawn."""
         if ctx.checkpoint is None:
             yield Note(text="build from the config with the model's own random initialisation")
+        elif compat.quantised_by_bitsandbytes(ctx.config) and "kbit" not in ctx.active:
+            yield Problem(
+                where="kbit",
+                message="the checkpoint is quantised by bitsandbytes, and the spec has no section"
+                " that says how it is prepared",
+                fix="Add `kbit: {}`, which takes over how it was quantised and freezes it.",
+            )
 
     @hookimpl
     def load(self, ctx: LoadContext) -> PreTrainedModel:
