@@ -143,6 +143,14 @@ def build_without_memory(
     return seam().build(ctx.model_class, ctx.config, ctx.dtype, without_memory)
 
 
+def trains_once_loaded(like: torch.Tensor) -> bool:
+    """Say whether a parameter requires gradients when it is loaded in place of ``like``.
+
+    4.51.3 leaves it as the constructor made it; since 5.0 every one of floating point does.
+    """
+    return like.is_floating_point() if major("transformers") >= 5 else like.requires_grad
+
+
 def no_init_weights() -> AbstractContextManager[Any]:
     """Return a context in which new modules keep uninitialised memory; it moved with 5.0."""
     if major("transformers") >= 5:

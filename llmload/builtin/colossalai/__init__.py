@@ -87,12 +87,13 @@ class ColossalaiPlugin:
         if problem:
             yield problem
             return
+        from llmload.builtin.colossalai import _booster
+
+        yield from _booster.plugin_problems(section)
         if section.materialize:
             yield Note(text="build under LazyInitContext; the streaming loader fills each tensor")
             yield Decline("`materialize: true` leaves the filling to the streaming loader")
             return
-        from llmload.builtin.colossalai import _booster
-
         yield from _booster.check(ctx, section)
         yield Note(text="build under LazyInitContext; Booster.boost loads the weights")
 

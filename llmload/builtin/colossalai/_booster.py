@@ -18,7 +18,7 @@ from llmload import audit, compat
 from llmload.builtin.colossalai._lazy import is_lazy, keep_dtype, lazy_tensors, materialise
 from llmload.builtin.streaming import account
 from llmload.checkpoint.folder import main_file
-from llmload.errors import Problem
+from llmload.errors import Problem, RequestError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -61,6 +61,53 @@ def check(ctx: LoadContext, section: ColossalaiSection) -> Iterator[Problem]:
             message=f"{audit.some(sorted(kept))} of {ctx.model_class.__name__} stay float32 beside"
             " float16, which a lazy model cannot tell the Booster",
             fix="Use `materialize: true`, or another `dtype`.",
+        )
+    if "lora" in ctx.active:
+        yield from _adapter_problems(ctx)
+
+
+def _adapter_problems(ctx: LoadContext) -> Iterator[Problem]:
+    from llmload.builtin.lora.request import resolve
+
+    try:
+        request = resolve(ctx)
+    except RequestError:  # the plugin `lora` says it
+        return
+    what = "use_dora" if request.fields.get("use_dora") else request.changes_base
+    if what:
+        yield Problem(
+            where="colossalai.materialize",
+            message=f"the adapter starts from the base's values ({what}), which come with"
+            " Booster.boost",
+            fix=FIX,
+        )
+
+
+def plugin_problems(section: ColossalaiSection) -> Iterator[Problem]:
+    """Say what is known not to work with the Booster plugin that the section names."""
+    from colossalai.accelerator import get_accelerator
+
+    where = "colossalai.plugin"
+    if section.plugin == "TorchDDPPlugin" and not section.materialize:
+        yield Problem(
+            where=where,
+            message="TorchDDPPlugin ends the process on a lazy model, with a segmentation fault",
+            fix=FIX,
+        )
+    if get_accelerator().name != "cpu":
+        return
+    if section.plugin in ("GeminiPlugin", "LowLevelZeroPlugin"):
+        yield Problem(
+            where=where,
+            message=f"{section.plugin} needs an accelerator, and this machine has none",
+            fix="Use HybridParallelPlugin with tp_size 1, or load where there is one.",
+        )
+    if section.tp_size > 1:
+        yield Problem(
+            where="colossalai.tp_size",
+            message="tensor parallelism needs an accelerator for its random states, and this"
+            " machine has none",
+            fix="Use `tp_size: 1`, or load where there is one.",
         )
 
 

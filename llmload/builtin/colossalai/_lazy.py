@@ -93,8 +93,11 @@ def lazily(what: str) -> Iterator[None]:
         module.PretrainedManager,
     )
     with _attributes_kept(*patched):
+        context = module.LazyInitContext()
+        # Its replacements of torch.FloatTensor and the like look here, where it never puts anything.
+        context.overrides = module.ConstructorManager.overwrites
         try:
-            with module.LazyInitContext(), compat.no_init_weights():
+            with context, compat.no_init_weights():
                 yield
         except LlmloadError:
             raise
@@ -187,7 +190,11 @@ class LazyPlacement(Plain):
         """Return the lazy tensor, which is one no longer."""
         value = super().place(target, source)
         lazy = getattr(target.module, target.attribute)
-        return materialise(lazy, value) if is_lazy(lazy) else value
+        if not is_lazy(lazy):
+            return value
+        if isinstance(lazy, nn.Parameter):
+            lazy.requires_grad_(compat.trains_once_loaded(lazy))
+        return materialise(lazy, value)
 
     def finish(self, model: PreTrainedModel) -> None:
         """Make sure that nothing is lazy any more.
