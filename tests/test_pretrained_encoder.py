@@ -55,9 +55,7 @@ def test_fresh_lora_changes_no_embedding_and_then_trains_alone(folder: Path) -> 
 
     before = {name: p.detach().clone() for name, p in result.model.named_parameters()}
     batch = result.tokenizer(SENTENCES, padding=True, return_tensors="pt")
-    optimizer = torch.optim.SGD(
-        [p for p in result.model.parameters() if p.requires_grad], lr=1.0
-    )
+    optimizer = torch.optim.SGD([p for p in result.model.parameters() if p.requires_grad], lr=1.0)
     result.model.train()
     result.model(**batch).last_hidden_state.pow(2).mean().backward()
     optimizer.step()
