@@ -174,7 +174,7 @@ def _made_by(makers: Mapping[str, Any]) -> list[str]:
     lines = []
     for maker, count in counts.items():
         names = [name for name, by in makers.items() if str(by) == maker]
-        lines.append(f"{count} by {maker}" if count > 3 else f"{', '.join(names)}: {maker}")
+        lines.append(f"{count} tensors: {maker}" if count > 3 else f"{', '.join(names)}: {maker}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What the command line refuses: exit code 2, a clear message, no traceback, nothing left behind."""
+"""What the command line refuses: exit code 2, a clear message, no traceback, nothing left."""
 
 from __future__ import annotations
 

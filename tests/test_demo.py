@@ -75,7 +75,7 @@ def test_plan_and_report_are_readable(kept: tuple[Path, dict[str, Any]]) -> None
         "model       LlamaForCausalLM, float32",
         "loader      streaming",
         "LoRA on     model.layers.*.self_attn.q_proj (4)",
-        "new         56 by lora",
+        "new         56 tensors: lora",
     ):
         assert line in plan.stdout
     for line in (
