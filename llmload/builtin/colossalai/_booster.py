@@ -73,13 +73,22 @@ def _adapter_problems(ctx: LoadContext) -> Iterator[Problem]:
         request = resolve(ctx)
     except RequestError:  # the plugin `lora` says it
         return
-    what = "use_dora" if request.fields.get("use_dora") else request.changes_base
+    fields = ("use_dora", "modules_to_save", "trainable_token_indices")
+    what = [name for name in fields if request.fields.get(name)]
+    what += [request.changes_base] if request.changes_base else []
     if what:
         yield Problem(
             where="colossalai.materialize",
-            message=f"the adapter starts from the base's values ({what}), which come with"
-            " Booster.boost",
+            message=f"the adapter starts from the base's values ({', '.join(what)}), which come"
+            " with Booster.boost",
             fix=FIX,
+        )
+    if request.section.adapter_name != "default":
+        yield Problem(
+            where="lora.adapter_name",
+            message="a Booster finds the weights under an adapter only if it is called 'default',"
+            f" and this one is called {request.section.adapter_name!r}",
+            fix="Leave out `adapter_name`, or use `materialize: true`.",
         )
 
 

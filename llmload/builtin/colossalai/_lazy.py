@@ -94,7 +94,7 @@ def lazily(what: str) -> Iterator[None]:
     )
     with _attributes_kept(*patched):
         context = module.LazyInitContext()
-        # Its replacements of torch.FloatTensor and the like look here, where it never puts anything.
+        # Its own torch.FloatTensor and the like look here, where it never puts anything.
         context.overrides = module.ConstructorManager.overwrites
         try:
             with context, compat.no_init_weights():

@@ -1,0 +1,228 @@
+"""What a Booster makes of a model that was left lazy: the checkpoint's weights, the same step."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_checkpoint, tiny_llama, tiny_model
+from torch import nn
+
+import llmload
+from llmload import compat, hookimpl
+from llmload.errors import AuditError
+
+pytest.importorskip("colossalai")
+
+from llmload.builtin.colossalai import _booster, _lazy
+
+pytestmark = pytest.mark.skipif(
+    _booster.why_not() is not None, reason="only the colossalai stack has Boosters"
+)
+
+LORA = {"r": 2, "target_modules": "all-linear"}
+LAZY = {"colossalai": {"materialize": False}}
+
+
+def boost(
+    folder: Path, *, ranks: int = 1, step: bool = True, dtype: str = "float32", **keys: Any
+) -> list[dict[str, Any]]:
+    """Boost on so many ranks; returns what each found, in the order of ranks."""
+    # Any other precision has the Booster cast everything, buffers too.
+    options = {"pp_size": 1, "precision": "fp32", **keys.pop("options", {})}
+    job = {
+        "spec": {"model": str(folder), "dtype": dtype, **keys},
+        "options": options,
+        "step": step,
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run = subprocess.run(
+        [*torchrun, f"--nproc-per-node={ranks}", "boosting.py", json.dumps(job)],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"rank"')]
+    assert len(lines) == ranks, run.stdout
+    return sorted(lines, key=lambda line: int(line["rank"]))
+
+
+# --- boosted on CPU with gloo -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_lazy_model_is_boosted_to_the_checkpoint_and_takes_the_eager_models_step(
+    tmp_path: Path, ranks: int, tied: bool
+) -> None:
+    for found in boost(tiny_llama(tmp_path, tied=tied, shards=2), ranks=ranks):
+        assert found["lazy"] > 0
+        assert found["different"] == []
+        assert found["losses"][0] == found["losses"][1]
+        assert found["different after a step"] == []
+
+
+@pytest.mark.slow
+def test_lora_on_a_lazy_model_is_boosted_and_takes_the_eager_models_step(tmp_path: Path) -> None:
+    (found,) = boost(tiny_llama(tmp_path), lora=LORA)
+    assert found["different"] == []
+    assert found["losses"][0] == found["losses"][1]
+    assert found["different after a step"] == []
+
+
+@pytest.mark.slow
+def test_a_cast_holds_whatever_the_default_dtype_when_the_model_is_boosted(tmp_path: Path) -> None:
+    (found,) = boost(tiny_llama(tmp_path), dtype="bfloat16", step=False)
+    assert found["different"] == []
+
+
+@pytest.mark.slow
+def test_each_stage_of_a_pipeline_gets_its_weights(tmp_path: Path) -> None:
+    # Its step needs an accelerator: stages talk over a group that colossalai takes for NCCL's.
+    options = {"pp_size": 2, "num_microbatches": 2}
+    first, second = boost(tiny_llama(tmp_path), ranks=2, step=False, options=options)
+    assert first["different"] == second["different"] == []
+    assert 0 < first["tensors"] < first["lazy"]
+    assert 0 < second["tensors"] < second["lazy"]
+
+
+# --- handed over --------------------------------------------------------------------------------
+
+
+def lazy(folder: Path, *plugins: object, **keys: Any) -> llmload.LoadResult:
+    registry = llmload.create_registry(plugins)
+    return llmload.load({"model": str(folder), **LAZY, **keys}, registry=registry)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_checkpoint_is_recorded_where_the_booster_looks(tmp_path: Path, shards: int) -> None:
+    from colossalai.interface.pretrained import get_pretrained_path
+
+    folder = tiny_llama(tmp_path, shards=shards)
+    result = lazy(folder)
+    name = "model.safetensors" if shards == 1 else "model.safetensors.index.json"
+    assert get_pretrained_path(result.model) == str(folder / name)
+    assert {type(p).__name__ for p in result.model.parameters()} == {"LazyTensor"}
+    assert result.report.loader == "colossalai"
+    assert "the weights come with Booster.boost" in result.report.audit
+    assert not result.model.training
+
+
+def test_a_missing_head_has_its_values_before_the_booster_comes(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {
+        "auto_class": "sequence_classification",
+        "strict": {"allow_missing": ["^score\\."], "allow_unexpected": ["^lm_head\\."]},
+    }
+    folder = tiny_llama(tmp_path)
+    torch.manual_seed(5)
+    ours = lazy(folder, **keys)
+    torch.manual_seed(5)
+    theirs = llmload.load({"model": str(folder), **keys}).model
+    assert type(ours.model.score.weight) is nn.Parameter
+    assert torch.equal(ours.model.score.weight, theirs.score.weight)
+    assert ours.report.newly_initialised == {"score.weight": "missing from the checkpoint"}
+
+
+def test_a_name_the_booster_would_not_find_is_an_error(tmp_path: Path) -> None:
+    base = tiny_model("llama").model
+    folder = save_checkpoint(base, tmp_path / "base")
+    with pytest.raises(AuditError) as caught:
+        lazy(folder, auto_class="causal_lm", strict=False)
+    assert str(caught.value) == (
+        "plugin 'colossalai': Booster.boost would load nothing into 'model.embed_tokens.weight',"
+        " 'model.layers.0.self_attn.q_proj.weight', 'model.layers.0.self_attn.k_proj.weight',"
+        " 'model.layers.0.self_attn.v_proj.weight', 'model.layers.0.self_attn.o_proj.weight' and"
+        " 15 more: it finds weights by their names in the checkpoint. Use `materialize: true`."
+    )
+
+
+def test_an_adapter_that_hides_weights_from_the_booster_is_an_error(tmp_path: Path) -> None:
+    # PEFT keeps the factors of an embedding where PeftUnwrapMixin does not look.
+    with pytest.raises(AuditError) as caught:
+        lazy(tiny_llama(tmp_path), lora={"r": 2, "target_modules": ["embed_tokens"]})
+    assert str(caught.value) == (
+        "plugin 'colossalai': Booster.boost would load nothing into"
+        " 'base_model.model.model.embed_tokens.base_layer.weight': it finds weights by their names"
+        " in the checkpoint. Use `materialize: true`."
+    )
+
+
+def test_a_plugin_that_changes_values_which_are_yet_to_come_is_an_error(tmp_path: Path) -> None:
+    class Doubles:
+        name = "doubles"
+
+        @hookimpl
+        def post_load(self, ctx: Any, model: Any) -> Any:
+            if not ctx.rehearsing:
+                model.lm_head.weight.data.mul_(2.0)
+            return model
+
+    with pytest.raises(AuditError) as caught:
+        lazy(tiny_llama(tmp_path), Doubles())
+    assert str(caught.value) == (
+        "plugin 'colossalai': 'lm_head.weight' were changed or computed with before Booster.boost"
+        " loads their values. Use `materialize: true`."
+    )
+
+
+def errors_of(folder: Path, **keys: Any) -> list[str]:
+    return [str(p) for p in llmload.plan({"model": str(folder), **LAZY, **keys}).errors]
+
+
+@pytest.mark.parametrize(
+    ("lora", "what"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa"}, "'pissa'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ],
+)
+def test_an_adapter_that_starts_from_the_weights_is_refused(
+    tmp_path: Path, lora: dict[str, Any], what: str
+) -> None:
+    assert errors_of(tiny_llama(tmp_path), lora={**LORA, **lora}) == [
+        f"colossalai.materialize: the adapter starts from the base's values ({what}), which come"
+        " with Booster.boost. Use `materialize: true`."
+    ]
+
+
+def test_an_adapter_of_another_name_is_refused(tmp_path: Path) -> None:
+    assert errors_of(tiny_llama(tmp_path), lora={**LORA, "adapter_name": "other"}) == [
+        "lora.adapter_name: a Booster finds the weights under an adapter only if it is called"
+        " 'default', and this one is called 'other'. Leave out `adapter_name`, or use"
+        " `materialize: true`."
+    ]
+
+
+def test_pytorch_ddp_is_refused_a_lazy_model(tmp_path: Path) -> None:
+    section = {"materialize": False, "plugin": "TorchDDPPlugin"}
+    assert errors_of(tiny_llama(tmp_path), colossalai=section) == [
+        "colossalai.plugin: TorchDDPPlugin ends the process on a lazy model, with a segmentation"
+        " fault. Use `materialize: true`."
+    ]
+
+
+def test_modules_that_stay_float32_are_refused_a_lazy_model(tmp_path: Path) -> None:
+    folder = save_checkpoint(tiny_model("t5", auto_class="seq2seq_lm"), tmp_path / "t5")
+    assert errors_of(folder, auto_class="seq2seq_lm", dtype="float16") == [
+        "colossalai.materialize: 'wo' of T5ForConditionalGeneration stay float32 beside float16,"
+        " which a lazy model cannot tell the Booster. Use `materialize: true`, or another `dtype`."
+    ]
+
+
+def test_a_recorded_dtype_outlives_the_load(tmp_path: Path) -> None:
+    model = lazy(tiny_llama(tmp_path), dtype="bfloat16").model
+    _lazy.lazy_init().LazyInitContext.materialize(model)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert compat.config_dtype(model.config) == torch.bfloat16
