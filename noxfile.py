@@ -10,6 +10,7 @@ GROUPS = nox.project.load_toml("pyproject.toml")["dependency-groups"]
 MODERN = "constraints/modern.txt"
 COLOSSALAI = "constraints/colossalai.txt"
 HOST_TESTS = (
+    "tests/test_cli.py",
     "tests/test_ordering.py",
     "tests/test_registry.py",
     "tests/test_schema.py",
