@@ -62,7 +62,10 @@ def _sides(name: str, size: str, pairs: int, threads: int, work: Path) -> dict[s
     made = folder(work, size, case.stored)
     stored = sum(file.stat().st_size for file in made.glob("*.safetensors")) / 2**20
     widths = {"float32": 4, "bfloat16": 2}
-    final = stored * widths[case.final] / widths[case.stored]
+    if isinstance(case.final, str):
+        final = stored * widths[case.final] / widths[case.stored]
+    else:
+        final = case.final(made)
 
     def run(side: str) -> Run:
         warm(int(final + stored) + 256)

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from . import kbit
 
 Side = Callable[[Path], Any]
 
@@ -20,12 +23,14 @@ class Case:
     title: str
     stored: str
     """Dtype of the checkpoint."""
-    final: str
-    """Dtype of the loaded parameters; what the run needs in memory."""
+    final: str | Callable[[Path], float]
+    """Dtype of the loaded parameters, or what they take in MiB: what the run needs in memory."""
     ours: Side
     peer: Side
     peer_name: str
     target: str
+    imports: tuple[str, ...] = ()
+    """Modules that both sides need and import before the clock starts."""
 
 
 def llmload_as(dtype: str) -> Side:
@@ -81,6 +86,26 @@ CASES = {
         peer=from_pretrained_as("bfloat16"),
         peer_name="from_pretrained",
         target="0.95-1.05x the time, peak at most 1.02x the final size",
+    ),
+    "kbit": Case(
+        title="nf4 with double quantisation",
+        stored="bfloat16",
+        final=partial(kbit.final_mib, prepare=None),
+        ours=partial(kbit.ours, prepare=None),
+        peer=partial(kbit.theirs, prepare=None),
+        peer_name="from_pretrained",
+        target="at least 8x faster, stretch 15x",
+        imports=kbit.IMPORTS,
+    ),
+    "qlora": Case(
+        title="nf4, legacy preparation, LoRA",
+        stored="bfloat16",
+        final=partial(kbit.final_mib, prepare="legacy"),
+        ours=partial(kbit.ours, prepare="legacy"),
+        peer=partial(kbit.theirs, prepare="legacy"),
+        peer_name="from_pretrained, prepare_model_for_kbit_training, get_peft_model",
+        target="peak at most 1.05x the final size",
+        imports=kbit.IMPORTS,
     ),
 }
 

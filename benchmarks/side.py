@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -18,6 +19,8 @@ def main() -> None:
 
     import llmload
 
+    for module in case.imports:
+        importlib.import_module(module)
     llmload.load  # noqa: B018 - fetches the pipeline
     llmload.create_registry()
     work = case.ours if side == "llmload" else case.peer

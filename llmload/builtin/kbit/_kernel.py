@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-CHUNK = 2**18
-"""Elements per chunk: a multiple of every block size, and small enough for the cache."""
+CHUNK = 2**20
+"""Elements per chunk: a multiple of every block size, small enough for a cache, and large enough
+that threads which must wait for a core at the end of each pass do not wait too often."""
 
 _OP = "bitsandbytes::quantize_4bit"
 _BLOCK_SIZES = frozenset({32, 64, 128, 256, 512, 1024, 2048, 4096})
