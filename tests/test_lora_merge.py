@@ -96,7 +96,7 @@ def test_nor_into_a_checkpoint_that_is_quantised_already(
 ) -> None:
     spec = {"model": str(llama), "dtype": "bfloat16", "kbit": {}}
     llmload.load(spec).model.save_pretrained(tmp_path)
-    assert refusal(tmp_path, {"adapter": str(adapter), "merge": True}) == (
+    assert refusal(tmp_path, {"adapter": str(adapter), "merge": True}, kbit={}) == (
         "lora.merge: the base is quantised, and an adapter merged into so few bits is mostly lost."
         " Load the checkpoint from before it was quantised."
     )
