@@ -1,4 +1,7 @@
-"""Everything that is checked, each in an environment of its own: ``nox``, or ``nox -s tests``."""
+"""Everything that is checked, each in an environment of its own.
+
+``nox`` runs what CI runs; ``nox -s colossalai`` and ``nox -s benchmarks`` are run by hand.
+"""
 
 import nox
 
@@ -46,9 +49,16 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", "-n", "2", *session.posargs, env=environment)
 
 
-@nox.session
+@nox.session(default=False)
 def colossalai(session: nox.Session) -> None:
-    """All tests on the stack that ColossalAI 0.5.0 pins: lazy initialisation, and Boosters."""
+    """All tests on the stack that ColossalAI 0.5.0 pins: about 6 GB to install, so by hand."""
     session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,bitsandbytes]")
     environment = {"OMP_NUM_THREADS": "1"}
     session.run("pytest", "-n", "2", *session.posargs, env=environment)
+
+
+@nox.session(default=False)
+def benchmarks(session: nox.Session) -> None:
+    """Every comparison with the peers; see benchmarks/README.md. Wants a quiet machine."""
+    session.install("-c", MODERN, ".[all]", "matplotlib", "psutil")
+    session.run("python", "-m", "benchmarks", *session.posargs)
