@@ -52,7 +52,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(default=False)
 def colossalai(session: nox.Session) -> None:
     """All tests on the stack that ColossalAI 0.5.0 pins: about 6 GB to install, so by hand."""
-    session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,bitsandbytes]")
+    session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,deepspeed,bitsandbytes]")
     environment = {"OMP_NUM_THREADS": "1"}
     session.run("pytest", "-n", "2", *session.posargs, env=environment)
 

@@ -174,6 +174,17 @@ def enable_checkpointing(
         model.gradient_checkpointing_enable(options)
 
 
+def has_accelerator() -> bool:
+    """Say whether torch has an accelerator here. ``torch.accelerator`` came with torch 2.6."""
+    import torch
+
+    return (
+        torch.accelerator.is_available()
+        if hasattr(torch, "accelerator")
+        else torch.cuda.is_available()
+    )
+
+
 def checkpoints_selectively() -> bool:
     """Say whether transformers can checkpoint every n-th layer and keep activations on the host."""
     from transformers import PreTrainedModel

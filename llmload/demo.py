@@ -203,7 +203,13 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     raw.train_from_iterator([text], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        bos_token="<s>",
+        eos_token="</s>",
+        # transformers 4.51 would give token_type_ids too, which a Llama does not take.
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def fine_tune(model: Any, tokenizer: PreTrainedTokenizerBase, *, track: Track) -> FineTuning:

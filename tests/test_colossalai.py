@@ -24,7 +24,6 @@ from llmload.errors import LoadFailedError, RequestError
 pytest.importorskip("colossalai")
 
 HAS_BOOSTER = _booster.why_not() is None
-needs_booster = pytest.mark.skipif(not HAS_BOOSTER, reason="no Booster on this stack")
 
 
 @pytest.fixture(scope="module")

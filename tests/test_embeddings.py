@@ -515,7 +515,8 @@ TYPES = [
     *(("seq2seq_lm", name, tied) for name in architectures.seq2seq_types() for tied in (1, 0)),
     *(("base", name, 1) for name in architectures.encoder_types()),
 ]
-TYPES.remove(NEVER_TIED)
+if NEVER_TIED in TYPES:  # transformers 4.51 ties it all the same, or cannot build it
+    TYPES.remove(NEVER_TIED)
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says of tiny configs is not the matter

@@ -15,9 +15,14 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
 import llmload
+from llmload import compat
 from llmload.errors import AuditError, SpecError
 
 pytest.importorskip("bitsandbytes")
+pytestmark = pytest.mark.skipif(
+    compat.major("transformers") < 5 and not torch.cuda.is_available(),
+    reason="transformers 4.51 refuses bitsandbytes on CPU",
+)
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
 

@@ -149,7 +149,8 @@ def test_reentrant_checkpointing_of_a_frozen_base_needs_input_gradients(
     if input_gradients:
         base.enable_input_require_grads()
     result = probe(model)
-    assert result.method == "meta"
+    # Checkpointing of torch 2.5 knows no meta device; a small model then runs for real.
+    assert result.method == "meta" or not hasattr(torch, "accelerator")
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     cut_off = reentrant and not input_gradients
     assert list(result.unreached) == (trainable if cut_off else [])
@@ -167,6 +168,10 @@ def test_tied_weights_are_reached_under_the_name_they_have() -> None:
     assert probe(model).unreached == ("model.spare",)
 
 
+@pytest.mark.skipif(
+    compat.major("transformers") < 5 and not torch.cuda.is_available(),
+    reason="transformers 4.51 refuses bitsandbytes on CPU",
+)
 def test_a_quantised_base_is_probed_without_its_weights(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     tiny_model("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)

@@ -390,6 +390,7 @@ def test_a_device_map_onto_a_gpu_gives_what_from_pretrained_gives(
     assert differences(result.model, theirs) == []
 
 
+@pytest.mark.skipif(not hasattr(torch, "accelerator"), reason="torch 2.5 opens no pickle")
 def test_an_allowed_pickle_is_streamed_too(tmp_path: Path) -> None:
     model = tiny_model(tie_word_embeddings=True)
     folder = save_checkpoint(model, tmp_path / "bin")

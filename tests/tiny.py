@@ -89,6 +89,8 @@ def tiny_tokenizer(*, pad: bool = False, vocab_size: int = VOCABULARY) -> PreTra
         eos_token="</s>",
         pad_token="<pad>" if pad else None,
         model_max_length=64,
+        # transformers 4.51 would give token_type_ids too, which few of these models take.
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

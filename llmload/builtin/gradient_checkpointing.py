@@ -69,8 +69,6 @@ class GradientCheckpointingPlugin:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note | Problem]:
         """Say whether the architecture and transformers can do what is asked."""
-        import torch
-
         section = ctx.section(GradientCheckpointingSection)
         if not ctx.model_class.supports_gradient_checkpointing:
             yield _unsupported(ctx.model_class)
@@ -81,7 +79,7 @@ class GradientCheckpointingPlugin:
                     message=f"the installed transformers does not know {key!r}",
                     fix="Remove the key, or install transformers 5.23 or newer.",
                 )
-        if section.offload and not torch.accelerator.is_available():
+        if section.offload and not compat.has_accelerator():
             yield Problem(
                 where="gradient_checkpointing.offload",
                 message="there is no accelerator here from which to move activations to the host",

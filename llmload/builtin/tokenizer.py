@@ -238,6 +238,12 @@ def _load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTrain
             f"the tokenizer in {str(folder)!r} cannot be loaded: {first}",
             "Save or download it again, or name another in `tokenizer.name_or_path`.",
         ) from error
+    if tokenizer is False:  # what transformers 4.51 gives where a slow one's files are missing
+        raise _refusal(
+            "use_fast",
+            f"the folder {str(folder)!r} holds no files of a slow tokenizer",
+            "Remove `tokenizer.use_fast`.",
+        )
     expected = list(tokenizer.vocab_files_names.values())
     if expected and _files(folder) == {_CONFIG}:
         raise _refusal(

@@ -24,6 +24,10 @@ REFUSED = (
     "safetensors elsewhere, or set allow_pickle: true with torch >= 2.10."
 )
 
+needs_safe_torch = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10), reason="no pickle is opened here"
+)
+
 _events: list[str] | None = None
 
 
@@ -89,6 +93,7 @@ def test_no_pickle_in_a_folder_is_opened_by_default(name: str, tmp_path: Path) -
         assert not trace.exists()
 
 
+@needs_safe_torch
 def test_where_pickles_are_allowed_code_in_them_still_does_not_run(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     for number, content in enumerate(canaries(trace)):
@@ -152,6 +157,7 @@ def state() -> dict[str, torch.Tensor]:
     }
 
 
+@needs_safe_torch
 def test_tensors_of_an_allowed_pickle_are_read_from_their_places_in_the_file(
     tmp_path: Path, state: dict[str, torch.Tensor]
 ) -> None:
@@ -166,6 +172,7 @@ def test_tensors_of_an_allowed_pickle_are_read_from_their_places_in_the_file(
             assert torch.equal(files.tensor(checkpoint[name]), value)
 
 
+@needs_safe_torch
 def test_sharded_pickles_are_read_through_their_index(tmp_path: Path) -> None:
     for name in "ab":
         torch.save({name: torch.ones(2)}, tmp_path / f"{name}.bin")
@@ -181,6 +188,7 @@ def refusal(folder: Path) -> str:
     return str(caught.value).removeprefix(f"{folder / 'pytorch_model.bin'}: ")
 
 
+@needs_safe_torch
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -197,12 +205,14 @@ def test_a_pickle_of_anything_but_plain_tensors_is_refused(
     assert refusal(tmp_path) == f"{reason}. {CONVERT}"
 
 
+@needs_safe_torch
 def test_the_oldest_layout_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save({"w": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
     assert refusal(tmp_path) == f"the file is cut off or of torch's oldest layout. {CONVERT}"
 
 
+@needs_safe_torch
 def test_an_archive_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "pytorch_model.bin"
     torch.save({"w": torch.ones(2000)}, path)
@@ -212,6 +222,7 @@ def test_an_archive_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
         assert refusal(tmp_path) == f"the file is cut off or of torch's oldest layout. {CONVERT}"
 
 
+@needs_safe_torch
 def test_a_compressed_archive_is_refused_because_its_bytes_are_not_the_tensors(
     tmp_path: Path,
 ) -> None:

@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmload import audit, compat
-from llmload.builtin.colossalai._lazy import is_lazy, keep_dtype, lazy_tensors, materialise
+from llmload.builtin.colossalai._lazy import (
+    is_lazy,
+    keep_dtype,
+    lazy_init,
+    lazy_tensors,
+    materialise,
+)
 from llmload.builtin.streaming import account
 from llmload.checkpoint.folder import main_file
 from llmload.errors import Problem, RequestError
@@ -36,6 +42,7 @@ _HARMLESS = (torch.Tensor.requires_grad_, vars(torch._C.TensorBase)["requires_gr
 def why_not() -> str | None:
     """Return why no Booster can be had here, or None."""
     try:
+        lazy_init()  # comes with the rest, and has to be tidied up after
         with warnings.catch_warnings():  # of what else could be installed
             warnings.simplefilter("ignore")
             import colossalai.booster.plugin  # noqa: F401
