@@ -19,7 +19,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from llmload import compat
 from llmload import probe as probe_module
-from llmload.probe import ProbeResult, RandomOp, probe
+from llmload.probe import ProbeResult, probe
+from llmload.randomness import RandomOp
 
 
 def with_lora(model: PreTrainedModel, **config: Any) -> nn.Module:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llmload.context import LoadContext
-    from llmload.probe import ProbeResult, RandomOp
+    from llmload.probe import ProbeResult
+    from llmload.randomness import RandomOp
 
 
 class DropoutSection(Section):
