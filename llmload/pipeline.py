@@ -11,7 +11,7 @@ from . import audit, partitions, specfile, steps
 from .errors import CheckpointError
 from .findings import Decline
 from .ledger import Ledger
-from .planning import Plan, Prepared, prepare
+from .planning import Plan, Prepared, no_loader, prepare
 from .registry import Registry, create_registry
 from .report import Report
 from .versions import installed_versions
@@ -127,11 +127,7 @@ def _base_model(prepared: Prepared, ctx: Any, report: Report) -> nn.Module:
             continue
         report.loader = plugin
         return model
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in report.declined.items())
-    raise CheckpointError(
-        f"no loader takes this model ({reasons})",
-        fix="Select the plugin `transformers`, which takes every model.",
-    )
+    raise CheckpointError(no_loader(report.declined))
 
 
 def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger: Ledger) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -234,13 +234,7 @@ def _check(host: Host, ctx: LoadContext, plan: Plan) -> None:
     if loaders:
         plan.loader = loaders[0]
     else:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in plan.declined.items())
-        plan.problems.append(
-            Problem(
-                message=f"no loader takes this model ({reasons or 'none is selected'})",
-                fix="Select the plugin `transformers`, which takes every model.",
-            )
-        )
+        plan.problems.append(no_loader(plan.declined))
     spine = [
         Step(hook=hook, plugin=plugin)
         for hook in ("init_context", "load", "post_load", "wrap_adapter")
@@ -252,6 +246,15 @@ def _check(host: Host, ctx: LoadContext, plan: Plan) -> None:
     plan.steps = looking + spine
     for step in plan.steps:
         step.notes = notes.pop(step.plugin, [])
+
+
+def no_loader(declined: Mapping[str, str]) -> Problem:
+    """Return the problem that every loader declined, with the reason each gave."""
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
+    return Problem(
+        message=f"no loader takes this model ({reasons or 'none is selected'})",
+        fix="Select the plugin `transformers`, which takes every model.",
+    )
 
 
 def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
