@@ -13,11 +13,9 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from tiny import losses
 
 import llmload
-
-IDS = torch.arange(24).view(2, 12)
-"""Two sequences of twelve token ids."""
 
 
 def needs_peft(version: str) -> pytest.MarkDecorator:
@@ -63,17 +61,7 @@ def plain(
 
 def three_losses(model: Any) -> list[float]:
     """Train three steps with dropout on, and return the losses."""
-    torch.manual_seed(11)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(3):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return losses(model, 3)
 
 
 def save(model: Any, folder: Path) -> Path:

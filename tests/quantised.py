@@ -10,6 +10,7 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from sameness import differences
+from tiny import losses
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmload
@@ -22,8 +23,6 @@ NAMES = {
     "threshold": "llm_int8_threshold",
     "skip_modules": "llm_int8_skip_modules",
 }
-IDS = torch.arange(24).view(2, 12)
-"""Two sequences of twelve token ids."""
 
 
 def plain(
@@ -113,14 +112,4 @@ def _settings(layer: Any) -> dict[str, Any]:
 
 def five_losses(model: Any) -> list[float]:
     """Train five steps with a fixed seed, and return the losses."""
-    torch.manual_seed(11)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(5):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return losses(model, 5)

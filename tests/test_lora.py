@@ -11,8 +11,8 @@ import architectures
 import peft
 import pytest
 import torch
-from adapters import IDS, load, needs_peft, plain, refusal, same_state, save, three_losses
-from tiny import tiny_checkpoint, tiny_llama
+from adapters import load, needs_peft, plain, refusal, same_state, save, three_losses
+from tiny import IDS, tiny_checkpoint, tiny_llama
 
 import llmload
 from llmload.builtin.lora import LoraPlugin

@@ -12,10 +12,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters import IDS, save, three_losses
+from adapters import save, three_losses
 from fakes import FakeDistributions
 from odd_layers import Adapts, MakesOdd, OddLinear, OddLora
-from tiny import tiny_llama
+from tiny import IDS, tiny_llama
 
 import llmload
 from llmload.errors import LoadFailedError, PlanError, RequestError

@@ -10,9 +10,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters import IDS, load, needs_peft, refusal, same_state, save, three_losses
+from adapters import load, needs_peft, refusal, same_state, save, three_losses
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llama
+from tiny import IDS, tiny_llama
 from transformers import AutoModelForCausalLM
 
 import llmload

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import IDS, load, needs_peft, refusal, save, three_losses
-from tiny import tiny_checkpoint, tiny_llama
+from adapters import load, needs_peft, refusal, save, three_losses
+from tiny import IDS, tiny_checkpoint, tiny_llama
 from transformers import AutoModelForCausalLM
 
 EMBEDDING = {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}

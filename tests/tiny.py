@@ -25,6 +25,9 @@ from transformers import (
 VOCABULARY = 128
 """Rows of the embedding of every tiny model, and the upper bound of the tokenizer's vocabulary."""
 
+IDS = torch.arange(24).view(2, 12)
+"""A batch of two texts of twelve tokens."""
+
 SENTENCES = (
     "the quick brown fox jumps over the lazy dog",
     "a model is loaded in a dozen fragile steps",
@@ -181,3 +184,18 @@ def edit_config(folder: Path, **fields: Any) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
     return folder
+
+
+def losses(model: Any, steps: int) -> list[float]:
+    """Train on ``IDS`` with a fixed seed, dropout on, and return the loss of each step."""
+    torch.manual_seed(11)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    found = []
+    for _ in range(steps):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
