@@ -30,7 +30,7 @@ SIZES = {
 }
 
 
-def folder(root: Path, size: str, dtype: str) -> Path:
+def folder(root: Path, size: str, dtype: str = "bfloat16") -> Path:
     """Return the folder of a Llama of ``size`` at ``dtype``, making it if it is not there yet.
 
     Weights are normal with standard deviation 0.02, as in a fresh Llama, written shard by shard so

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from .case import Case
+
+TITLE = "k-bit and QLoRA"
 
 KBIT: dict[str, Any] = {"quant_type": "nf4", "double_quant": True}
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
@@ -50,3 +55,29 @@ def theirs(folder: Path, prepare: str | None) -> Any:
         return model
     model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **LORA))
+
+
+def _case(title: str, prepare: str | None, peer: str, target: str) -> Case:
+    return Case(
+        title=title,
+        sides={"llmload": partial(ours, prepare=prepare), peer: partial(theirs, prepare=prepare)},
+        target=target,
+        final=partial(final_mib, prepare=prepare),
+        imports=IMPORTS,
+    )
+
+
+CASES = {
+    "kbit": _case(
+        "nf4 with double quantisation",
+        None,
+        "from_pretrained",
+        "at least 8x faster, stretch 15x",
+    ),
+    "qlora": _case(
+        "nf4, legacy preparation, LoRA",
+        "legacy",
+        "from_pretrained, prepare_model_for_kbit_training, get_peft_model",
+        "peak at most 1.05x the final size",
+    ),
+}

@@ -1,139 +1,243 @@
-"""Timed runs, each in a fresh process, watched from outside.
+"""Timed runs, each in fresh processes, watched from outside.
 
 On virtual machines freed memory goes back to the host, and touching it again can cost more than the
 load itself: just before each run a child process touches as much memory as the run will need. Peaks
-are read by this process from ``/proc`` while the other works, so that watching costs it nothing.
+are read by this process from ``/proc`` while the others work, so that watching costs them nothing.
 Linux only.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
+import os
+import selectors
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 _MIB = 2**20
 _POLL_SECONDS = 0.004
+_PSS_POLL_SECONDS = 0.05
 _DEADLINE_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of one run, all ranks together."""
+
+    name: str
+    seconds: float
+    """Wall time, by the slowest rank's own clock; of the whole process for a script."""
+    peak_rss_mib: float
+    """The largest rank's peak resident set, clean mapped file pages included, above the process
+    before its first phase; a script's in all."""
+    peak_anon_mib: float
+    """The largest rank's peak of anonymous memory, likewise."""
+    pss_mib: float | None = None
+    """Sum over the ranks of each one's peak proportional set size, in all."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What the side measured itself, on rank 0."""
 
 
 @dataclass(frozen=True)
 class Run:
     """One run of one side."""
 
-    seconds: float
-    """Wall time of the timed part, by the process itself; of the whole process for ``whole``."""
-    peak_rss_mib: float
-    """Peak resident set, clean mapped file pages included, above the process before the load."""
-    peak_anon_mib: float
-    """Peak anonymous memory above the process before the load."""
+    phases: tuple[Phase, ...]
+    touched_mib: float
+    """Sum over the ranks of the peak resident set, in all: what the next run will touch."""
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Median and range of one figure over several runs."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Summary:
-        return cls(statistics.median(values), min(values), max(values))
-
-
-def warm(mib: int) -> None:
+def warm(mib: float) -> None:
     """Touch ``mib`` MiB in a child process, so that the host has the pages ready for the run."""
-    code = f"b = bytearray({mib} * 2**20)\nfor i in range(0, len(b), 4096): b[i] = 1"
+    code = f"b = bytearray({int(mib)} * 2**20)\nfor i in range(0, len(b), 4096): b[i] = 1"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def run_side(module: str, arguments: Sequence[str], *, threads: int) -> Run:
-    """Run ``python -m module arguments``: it says ready, waits for a line, works, says seconds."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=_environment(threads),
-    )
-    assert process.stdin
-    assert process.stdout
-    try:
-        ready = process.stdout.readline()
-        if ready.strip() != "ready":
-            raise RuntimeError(f"{module} {' '.join(arguments)} failed before its run: {ready!r}")
-        before = _memory(process.pid)
-        # 5 resets the peak of the resident set (Linux 4.0).
-        Path(f"/proc/{process.pid}/clear_refs").write_text("5")
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        peak_anon, answer = _watch(process)
-        after = _memory(process.pid)
-        process.stdin.write("done\n")
-        process.stdin.flush()
-        process.wait(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
-    return Run(
-        seconds=float(json.loads(answer)["seconds"]),
-        peak_rss_mib=(after["VmHWM"] - before["VmRSS"]) / _MIB,
-        peak_anon_mib=(max(peak_anon, after["RssAnon"]) - before["RssAnon"]) / _MIB,
-    )
+def run_ranks(
+    python: str, arguments: Sequence[str], *, ranks: int, threads: int, pss: bool = False
+) -> Run:
+    """Run ``benchmarks.side`` with ``arguments`` on every rank, phase by phase.
+
+    :param threads: of all ranks together.
+    :param pss: take the proportional set size, which slows the processes down.
+    :raises RuntimeError: a rank failed or took too long; with the end of what it printed.
+    """
+    port = _free_port()
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(
+                _Rank(
+                    [python, "-m", "benchmarks.side", *arguments],
+                    environment(max(1, threads // ranks))
+                    | {
+                        "RANK": str(rank),
+                        "LOCAL_RANK": str(rank),
+                        "WORLD_SIZE": str(ranks),
+                        "LOCAL_WORLD_SIZE": str(ranks),
+                        "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": port,
+                    },
+                )
+            )
+            for rank in range(ranks)
+        ]
+        _answers(processes, pss=False)  # all are ready
+        for process in processes:
+            process.before = process.memory()
+        phases: list[Phase] = []
+        touched = 0.0
+        while True:
+            for process in processes:
+                process.begin()
+            answers = _answers(processes, pss)
+            if "end" in answers[0]:
+                return Run(tuple(phases), touched)
+            for process in processes:
+                process.look()
+            phases.append(_phase(processes, answers, pss))
+            touched = max(touched, sum(p.peak["VmHWM"] for p in processes) / _MIB)
 
 
-def run_whole(command: Sequence[str], *, threads: int) -> Run:
-    """Run a command from start to exit; memory is its own, not above anything."""
+def run_script(python: str, code: str, *, threads: int) -> Run:
+    """Run a script from start to exit; memory is its own, not above anything."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, env=_environment(threads), stdout=subprocess.DEVNULL)
-    peak_rss = peak_anon = 0
-    while process.poll() is None:
-        memory = _memory(process.pid)
-        if not memory:
-            break  # it ended between the poll and the reading
-        peak_rss, peak_anon = max(peak_rss, memory["VmHWM"]), max(peak_anon, memory["RssAnon"])
-        time.sleep(_POLL_SECONDS)
-    if process.wait() != 0:
-        raise RuntimeError(f"{' '.join(command)} failed")
-    return Run(time.perf_counter() - start, peak_rss / _MIB, peak_anon / _MIB)
+    with _Rank([python, "-c", code], environment(threads)) as process:
+        while process.popen.poll() is None:
+            process.look()
+            time.sleep(_POLL_SECONDS)
+        seconds = time.perf_counter() - start
+        if process.popen.returncode != 0:
+            raise RuntimeError(f"a script failed: {code}\n{process.said()}")
+    rss, anon = process.peak["VmHWM"] / _MIB, process.peak["RssAnon"] / _MIB
+    return Run((Phase("whole process", seconds, rss, anon),), rss)
 
 
-def _watch(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Poll the process's anonymous memory until it answers."""
-    import select
+class _Rank:
+    """A process, its pipes and the peaks of its memory."""
 
-    assert process.stdout
-    peak, deadline = 0, time.monotonic() + _DEADLINE_SECONDS
-    while time.monotonic() < deadline:
-        if select.select([process.stdout], [], [], _POLL_SECONDS)[0]:
-            answer = process.stdout.readline()
-            if not answer:
-                raise RuntimeError(f"process {process.args} died during its run")
-            return peak, answer
-        peak = max(peak, _memory(process.pid)["RssAnon"])
-    raise RuntimeError(f"process {process.args} took longer than {_DEADLINE_SECONDS} s")
+    def __init__(self, command: Sequence[str], env: dict[str, str]) -> None:
+        self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed on exit
+        self.popen = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=env,
+        )
+        self.before = dict.fromkeys(_FIELDS, 0)
+        self.peak = dict.fromkeys(_FIELDS, 0)
+        self.peak_pss = 0
+
+    def __enter__(self) -> _Rank:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        for pipe in (self.popen.stdin, self.popen.stdout, self._errors):
+            assert pipe
+            pipe.close()
+
+    @property
+    def answers(self) -> IO[str]:
+        assert self.popen.stdout
+        return self.popen.stdout
+
+    def begin(self) -> None:
+        """Let it do its next phase; peaks count from here."""
+        # 5 resets the peak of the resident set (Linux 4.0).
+        Path(f"/proc/{self.popen.pid}/clear_refs").write_text("5")
+        self.peak, self.peak_pss = dict.fromkeys(_FIELDS, 0), 0
+        assert self.popen.stdin
+        self.popen.stdin.write("go\n")
+        self.popen.stdin.flush()
+
+    def look(self, pss: bool = False) -> None:
+        """Bring the peaks up to date."""
+        found = self.memory()
+        self.peak = {name: max(peak, found.get(name, 0)) for name, peak in self.peak.items()}
+        if pss:
+            self.peak_pss = max(self.peak_pss, self._pss())
+
+    def memory(self) -> dict[str, int]:
+        """Return the memory lines of its status in bytes; none for a process that ended."""
+        return _fields(Path(f"/proc/{self.popen.pid}/status"), _FIELDS)
+
+    def _pss(self) -> int:
+        return _fields(Path(f"/proc/{self.popen.pid}/smaps_rollup"), ("Pss",)).get("Pss", 0)
+
+    def said(self) -> str:
+        """Return the end of what it wrote to standard error."""
+        self._errors.seek(0)
+        return self._errors.read()[-4000:]
 
 
-def _memory(pid: int) -> dict[str, int]:
-    """Return the memory lines of ``/proc/PID/status`` in bytes; empty for a process that ended."""
-    wanted = ("VmRSS", "VmHWM", "RssAnon")
+_FIELDS = ("VmRSS", "VmHWM", "RssAnon")
+
+
+def _fields(file: Path, wanted: Sequence[str]) -> dict[str, int]:
     found = {}
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+    for line in file.read_text().splitlines():
         key, _, value = line.partition(":")
         if key in wanted:
             found[key] = int(value.split()[0]) * 1024
     return found
 
 
-def _environment(threads: int) -> dict[str, str]:
-    import os
+def _answers(ranks: Sequence[_Rank], pss: bool) -> list[dict[str, Any]]:
+    """Watch all ranks until each has answered."""
+    deadline = time.monotonic() + _DEADLINE_SECONDS
+    answers: dict[int, dict[str, Any]] = {}
+    pause = _PSS_POLL_SECONDS if pss else _POLL_SECONDS
+    with selectors.DefaultSelector() as selector:
+        for number, rank in enumerate(ranks):
+            selector.register(rank.answers, selectors.EVENT_READ, number)
+        while len(answers) < len(ranks):
+            for key, _ in selector.select(pause):
+                selector.unregister(key.fileobj)
+                line = ranks[key.data].answers.readline()
+                if not line:
+                    raise RuntimeError(f"rank {key.data} died:\n{ranks[key.data].said()}")
+                answers[key.data] = json.loads(line)
+            for rank in ranks:
+                rank.look(pss)
+            if time.monotonic() > deadline:
+                waiting = sorted({*range(len(ranks))} - answers.keys())
+                raise RuntimeError(
+                    f"rank {waiting[0]} took longer than {_DEADLINE_SECONDS} s:\n"
+                    f"{ranks[waiting[0]].said()}"
+                )
+    return [answers[number] for number in range(len(ranks))]
 
+
+def _phase(ranks: Sequence[_Rank], answers: Sequence[dict[str, Any]], pss: bool) -> Phase:
+    return Phase(
+        name=answers[0]["phase"],
+        seconds=max(answer["seconds"] for answer in answers),
+        peak_rss_mib=max(r.peak["VmHWM"] - r.before["VmRSS"] for r in ranks) / _MIB,
+        peak_anon_mib=max(r.peak["RssAnon"] - r.before["RssAnon"] for r in ranks) / _MIB,
+        pss_mib=sum(r.peak_pss for r in ranks) / _MIB if pss else None,
+        figures=answers[0]["figures"],
+    )
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Return the environment of a run: offline, no progress bars, so many threads."""
     return {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -141,8 +245,3 @@ def _environment(threads: int) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def as_json(runs: Sequence[Run]) -> list[dict[str, float]]:
-    """Return runs as plain data."""
-    return [asdict(run) for run in runs]

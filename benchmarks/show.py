@@ -1,84 +1,103 @@
-"""Results as a line, a Markdown table and a plot."""
+"""Results as a line and as a Markdown page."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
+from .case import OURS
+from .compare import Row
 
-def line(row: dict[str, Any]) -> str:
+
+def line(row: Row) -> str:
     """Return one result in one line."""
-    ours, peer = row["llmload"], row["peer"]
-    return (
-        f"{row['case']} {row['size']}: {ours['seconds']['median']:.2f} s against"
-        f" {peer['seconds']['median']:.2f} s ({row['time_ratio']['median']:.2f}x), peak RSS"
-        f" +{ours['peak_rss_mib']['median']:.0f} against +{peer['peak_rss_mib']['median']:.0f} MiB"
-    )
+    parts = []
+    for name, side in row["sides"].items():
+        phase, ratio = side["phases"][0], side["ratio"]
+        compared = f" ({ratio['median']:.2f}x)" if ratio else ""
+        parts.append(
+            f"{name} {phase['seconds']['median']:.3g} s{compared},"
+            f" peak RSS +{phase['peak_rss_mib']['median']:.0f} MiB"
+        )
+    return f"{row['case']} {row['size']} ({row['stack']}): " + "; ".join(parts)
 
 
-def table(results: dict[str, Any]) -> str:
-    """Return the results as a Markdown page."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    head = [
-        "# Loading, side by side",
-        "",
-        f"{results['date']}; {results['machine']}; {results['threads']} threads; {versions}.",
-        "Medians over alternating pairs (lowest to highest in brackets), each run in its own"
-        " process. MiB are above the process before the load, imports done; for whole processes"
-        " they are totals. The ratio is ours over the peer's, pair by pair.",
-        "",
-        "| case | size | side | seconds | ratio | peak RSS MiB | peak RssAnon MiB | peak / final |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    rows = []
-    for row in results["rows"]:
-        for side, name in (("llmload", "llmload"), ("peer", row["peer_name"])):
-            figures = row[side]
-            ratio = _range(row["time_ratio"], 2) if side == "llmload" else ""
-            share = figures["peak_rss_mib"]["median"] / row["final_mib"]
-            rows.append(
-                f"| {row['title']} | {row['size']} | {name} | {_range(figures['seconds'], 2)}"
-                f" | {ratio} | {_range(figures['peak_rss_mib'], 0)}"
-                f" | {_range(figures['peak_anon_mib'], 0)} | {share:.3f} |"
-            )
-    targets = {row["title"]: row["target"] for row in results["rows"]}
-    foot = ["", "Targets:", "", *(f"- {title}: {target}" for title, target in targets.items())]
-    return "\n".join([*head, *rows, *foot]) + "\n"
-
-
-def _range(summary: dict[str, float], digits: int) -> str:
-    low, high = f"{summary['low']:.{digits}f}", f"{summary['high']:.{digits}f}"
-    return f"{summary['median']:.{digits}f} ({low}-{high})"
-
-
-def plot(results: dict[str, Any], stem: Path) -> None:
-    """Draw time and memory of every row as bars, in ``stem.png`` and ``stem.svg``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def page(results: dict[str, Any]) -> str:
+    """Return a topic's results as a Markdown page."""
     rows = results["rows"]
-    labels = [f"{row['title']}\n{row['size']}" for row in rows]
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 1.2 + 0.62 * len(rows)), sharey=True)
-    for axis, figure_name, title in (
-        (axes[0], "seconds", "seconds"),
-        (axes[1], "peak_rss_mib", "peak RSS, MiB"),
-    ):
-        for offset, side, colour in ((-0.2, "llmload", "#2b6cb0"), (0.2, "peer", "#a0aec0")):
-            middles = [row[side][figure_name]["median"] for row in rows]
-            low = [m - row[side][figure_name]["low"] for m, row in zip(middles, rows, strict=True)]
-            high = [
-                row[side][figure_name]["high"] - m for m, row in zip(middles, rows, strict=True)
-            ]
-            places = [i + offset for i in range(len(rows))]
-            axis.barh(places, middles, 0.38, xerr=[low, high], color=colour, label=side)
-        axis.set_yticks(range(len(rows)), labels, fontsize=8)
-        axis.set_title(title, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].invert_yaxis()
-    axes[1].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(f"{stem}.png", dpi=120)
-    figure.savefig(f"{stem}.svg", metadata={"Date": None})
-    pyplot.close(figure)
+    marks = _marks(rows)
+    head = [
+        f"# {results['title']}",
+        "",
+        "Medians over alternating runs (lowest to highest in brackets), each in processes of its"
+        " own. With several ranks, seconds are the slowest rank's and memory is the largest"
+        " rank's. MiB are above the process before the load, imports done; for whole processes"
+        " and for PSS (the sum of all ranks' peaks, from one more run) they are totals. The ratio"
+        f" is {OURS}'s time over that side's, pair by pair.",
+        "",
+        "| case | size | on | side | phase | seconds | ratio | peak RSS MiB | peak RssAnon MiB"
+        " | peak RSS / final | PSS MiB | further |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    targets = {row["title"]: row["target"] for row in rows}
+    foot = [
+        "",
+        "Measured on:",
+        "",
+        *(f"- {mark}: {_conditions(row)}" for mark, row in marks.values()),
+        "",
+        "Targets:",
+        "",
+        *(f"- {title}: {target}" for title, target in targets.items()),
+    ]
+    table = [cells for row in rows for cells in _rows(row, marks[_under(row)][0])]
+    return "\n".join([*head, *table, *foot]) + "\n"
+
+
+def _marks(rows: list[Row]) -> dict[str, tuple[str, Row]]:
+    """Give each stack and the conditions it was measured under a mark: ``modern``, ``modern 2``."""
+    marks: dict[str, tuple[str, Row]] = {}
+    for row in rows:
+        if _under(row) not in marks:
+            stack = row["stack"]
+            number = 1 + sum(other["stack"] == stack for _, other in marks.values())
+            marks[_under(row)] = (stack if number == 1 else f"{stack} {number}", row)
+    return marks
+
+
+def _under(row: Row) -> str:
+    return f"{row['stack']} {row['under']}"
+
+
+def _conditions(row: Row) -> str:
+    under = row["under"]
+    versions = ", ".join(f"{name} {version}" for name, version in under["versions"].items())
+    return f"{under['date']}; {under['machine']}; {under['threads']} threads; {versions}"
+
+
+def _rows(row: Row, mark: str) -> Iterator[str]:
+    for name, side in row["sides"].items():
+        for number, phase in enumerate(side["phases"]):
+            first = number == 0
+            share = phase["peak_rss_mib"]["median"] / row["final_mib"] if row["final_mib"] else None
+            cells = (
+                row["title"],
+                row["size"],
+                mark,
+                name,
+                phase["name"],
+                _range(phase["seconds"]),
+                _range(side["ratio"]) if first and side["ratio"] else "",
+                _range(phase["peak_rss_mib"]),
+                _range(phase["peak_anon_mib"]),
+                "" if share is None else f"{share:.3f}",
+                f"{phase['pss_mib']:.0f}" if phase.get("pss_mib") else "",
+                "; ".join(f"{key} {_range(value)}" for key, value in phase["figures"].items()),
+            )
+            yield f"| {' | '.join(cells)} |"
+
+
+def _range(summary: dict[str, Any]) -> str:
+    values = (summary["median"], summary["low"], summary["high"])
+    middle, low, high = (f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}" for value in values)
+    return f"{middle} ({low}-{high})"
