@@ -470,8 +470,7 @@ BAD_LOADS = [
         "tokenizer: {pad_token: eos}",
         (
             "tokenizer.pad_token: the tokenizer already has the pad token '<unk>', and '</s>'"
-            " was asked for. Remove `tokenizer.pad_token`, or set `tokenizer.overwrite_pad:"
-            " true`."
+            " was asked for. Set `tokenizer.keep_pad: true` to keep it, or `overwrite_pad: true`."
         ),
         padded,
     ),

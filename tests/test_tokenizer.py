@@ -240,9 +240,21 @@ def test_unk_pads(folder: Path) -> None:
 def test_an_existing_pad_token_is_not_overwritten_unasked(padded: Path) -> None:
     assert problems(padded, pad_token="eos") == [
         "error tokenizer.pad_token: the tokenizer already has the pad token '<pad>', and '</s>' was"
-        " asked for. Remove `tokenizer.pad_token`, or set `tokenizer.overwrite_pad: true`."
+        " asked for. Set `tokenizer.keep_pad: true` to keep it, or `overwrite_pad: true`."
     ]
     assert problems(padded, pad_token="<pad>") == []
+
+
+def test_a_pad_token_for_where_there_is_none_as_trl_has_it(folder: Path, padded: Path) -> None:
+    section = {"pad_token": "eos", "keep_pad": True}
+    assert tokenizer(folder, **section).pad_token == "</s>"
+    assert tokenizer(padded, **section).pad_token == "<pad>"
+    assert problems(padded, **section) == []
+    with pytest.raises(llmload.SpecError) as caught:
+        load(padded, overwrite_pad=True, **section)
+    assert str(caught.value) == (
+        "tokenizer: `keep_pad` and `overwrite_pad` contradict each other. Keep one of them."
+    )
 
 
 def test_an_existing_pad_token_is_overwritten_when_asked_as_colossalchat_always_does(
@@ -465,6 +477,22 @@ def test_the_models_ids_follow_the_tokenizer(folder: Path) -> None:
         "generation_config.pad_token_id": [None, 0],
         "generation_config.eos_token_id": [2, [51, 2]],
     }
+
+
+def test_further_fields_of_the_config_hold_the_eos_id(folder: Path, tmp_path: Path) -> None:
+    result = load(folder, eos_config_fields=["end_token_id"])
+    assert result.model.config.end_token_id == 2
+    assert not hasattr(result.model.generation_config, "end_token_id")
+    assert result.report.facts["tokenizer"]["aligned"] == {"config.end_token_id": [None, 2]}
+
+    bare = copied(folder, tmp_path)
+    own = tiny_tokenizer()
+    own.eos_token = None
+    own.save_pretrained(bare)
+    assert problems(bare, eos_config_fields=["end_token_id"]) == [
+        "error tokenizer.eos_config_fields: the tokenizer has no eos token whose id they could"
+        " hold. Set it in `tokenizer.add_special_tokens: {eos_token: ...}`."
+    ]
 
 
 def test_a_list_of_eos_ids_is_kept(folder: Path, tmp_path: Path) -> None:

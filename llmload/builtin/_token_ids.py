@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +19,22 @@ class Misfit:
     place: str
     """``config`` (the text config) or ``generation_config``, with the attribute."""
     attribute: str
-    """``pad_token_id``, ``bos_token_id`` or ``eos_token_id``."""
+    """``pad_token_id``, ``bos_token_id``, ``eos_token_id`` or a further one."""
     found: int | list[int] | None
     """What it is."""
     wanted: int | list[int]
     """What it has to be."""
 
 
-def misfits(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[Misfit]:
+def misfits(
+    model: Any, tokenizer: PreTrainedTokenizerBase, *, eos_config_fields: Sequence[str] = ()
+) -> Iterator[Misfit]:
     """Compare the ids in the text config and in ``generation_config`` with the tokenizer's.
 
     The rules are those of transformers' Trainer. Only tokens that the tokenizer has count: where it
     has no bos token, the configs keep theirs. A list of eos ids is kept and the tokenizer's is put
     in front if it is missing. ``generation_config`` keeps a differing eos as a second one: each of
-    them ends a text.
+    them ends a text. Each of ``eos_config_fields`` holds the tokenizer's eos id in the text config.
     """
     for path, holder in _holders(model):
         for attribute in ("pad_token_id", "bos_token_id", "eos_token_id"):
@@ -52,6 +54,16 @@ def misfits(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[Misfit]:
                     attribute=attribute,
                     found=found,
                     wanted=wanted,
+                )
+        for attribute in eos_config_fields if path == "config" else ():
+            found = getattr(holder, attribute, None)
+            if found != tokenizer.eos_token_id:
+                yield Misfit(
+                    holder=holder,
+                    place=f"{path}.{attribute}",
+                    attribute=attribute,
+                    found=found,
+                    wanted=tokenizer.eos_token_id,
                 )
 
 

@@ -28,6 +28,12 @@ def change(tokenizer: PreTrainedTokenizerBase, section: TokenizerSection) -> Ite
             setattr(tokenizer, attribute, value)
     yield from _frame(tokenizer, section)
     yield from _set_chat_template(tokenizer, section)
+    if section.eos_config_fields and tokenizer.eos_token is None:
+        yield Problem(
+            where="tokenizer.eos_config_fields",
+            message="the tokenizer has no eos token whose id they could hold",
+            fix="Set it in `tokenizer.add_special_tokens: {eos_token: ...}`.",
+        )
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, section: TokenizerSection) -> None:
@@ -46,7 +52,7 @@ def _set_pad_token(
     tokenizer: PreTrainedTokenizerBase, section: TokenizerSection
 ) -> Iterator[Problem]:
     asked = section.pad_token
-    if asked is not None:
+    if asked is not None and not (section.keep_pad and tokenizer.pad_token is not None):
         token = getattr(tokenizer, f"{asked}_token") if asked in ("eos", "unk") else asked
         if token is None:
             yield Problem(
@@ -70,7 +76,7 @@ def _set_pad_token(
                 where="tokenizer.pad_token",
                 message=f"the tokenizer already has the pad token {tokenizer.pad_token!r}, and"
                 f" {token!r} was asked for",
-                fix="Remove `tokenizer.pad_token`, or set `tokenizer.overwrite_pad: true`.",
+                fix="Set `tokenizer.keep_pad: true` to keep it, or `overwrite_pad: true`.",
             )
             return
         # The token with its own flags, so that an eos token that pads stays what it was.

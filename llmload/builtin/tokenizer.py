@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llmload import source
 from llmload.builtin import _token_ids
 from llmload.builtin._tokenizer_changes import change
 from llmload.errors import CheckpointError, Problem, RequestError
+from llmload.explain import InvalidValueError
 from llmload.findings import Note
 from llmload.hookspecs import hookimpl
 from llmload.spec import Section
@@ -81,6 +82,8 @@ class TokenizerSection(Section):
     """``eos``, ``unk``, or a token of the vocabulary or of ``add_tokens``; null keeps."""
     overwrite_pad: bool = False
     """Let ``pad_token`` replace another pad token that the tokenizer already has."""
+    keep_pad: bool = False
+    """Keep the pad token that the tokenizer already has: ``pad_token`` is for where it has none."""
     padding_side: Literal["left", "right"] | None = None
     """Side on which padding goes; null keeps."""
     truncation_side: Literal["left", "right"] | None = None
@@ -97,6 +100,18 @@ class TokenizerSection(Section):
     """Begin every text with the bos token; null keeps."""
     add_eos_token: bool | None = None
     """End every text with the eos token; null keeps."""
+    eos_config_fields: tuple[Annotated[str, Field(pattern=r"^[a-z]\w*_id$")], ...] = ()
+    """Further fields of the model's config that hold the id of the eos token, as DeepSpeed-Chat's
+    ``end_token_id``."""
+
+    @model_validator(mode="after")
+    def _one_way_with_a_pad_token(self) -> TokenizerSection:
+        if self.keep_pad and self.overwrite_pad:
+            raise InvalidValueError(
+                "`keep_pad` and `overwrite_pad` contradict each other",
+                fix="Keep one of them.",
+            )
+        return self
 
 
 class TokenizerPlugin:
@@ -156,7 +171,7 @@ class TokenizerPlugin:
         if ctx.tokenizer is None:
             return model
         aligned = {}
-        for misfit in _token_ids.misfits(model, ctx.tokenizer):
+        for misfit in self._misfits(ctx, model):
             setattr(misfit.holder, misfit.attribute, misfit.wanted)
             aligned[misfit.place] = [misfit.found, misfit.wanted]
         ctx.record(
@@ -176,11 +191,16 @@ class TokenizerPlugin:
         """Hold the finished model's configs against the tokenizer once more."""
         if ctx.tokenizer is None:
             return
-        for misfit in _token_ids.misfits(model, ctx.tokenizer):
+        for misfit in self._misfits(ctx, model):
             yield Problem(
                 message=f"{misfit.place} is {misfit.found}, the tokenizer asks for {misfit.wanted}",
                 fix="A plugin after `tokenizer` changed it; report this to its makers.",
             )
+
+    def _misfits(self, ctx: LoadContext, model: nn.Module) -> Iterator[_token_ids.Misfit]:
+        fields = ctx.section(TokenizerSection).eos_config_fields
+        assert ctx.tokenizer is not None  # the callers saw to it
+        return _token_ids.misfits(model, ctx.tokenizer, eos_config_fields=fields)
 
 
 def _refusal(key: str, message: str, fix: str) -> RequestError:
