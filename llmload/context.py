@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -94,6 +94,9 @@ class LoadContext:
         """JSON-able facts for the report, by plugin name."""
         self.handed_on: dict[str, Any] = {}
         """What a plugin's ``check`` found out for its own later hooks, by plugin name."""
+        self.until_end = ExitStack()
+        """Contexts that outlast those of ``init_context``: left when the audit is over, or with the
+        error that ended the load. What they raise then fails the load."""
         self.kept_alive: list[object] = []
         self._probed: ProbeResult | None = None
         self._pristine = copy.deepcopy(config)
@@ -165,6 +168,7 @@ class LoadContext:
         loading.without_memory = None
         loading.awaiting = None
         loading.facts = {}
+        loading.until_end = ExitStack()
         loading.kept_alive = []
         loading._probed = None
         return loading

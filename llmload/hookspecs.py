@@ -31,6 +31,7 @@ The way of one load::
               wrap_adapter  in order                      the first that does not decline
                                                           contexts left, in reverse
     proof     audit         each plugin, in order         Problems
+    refused   stopped       plugins that the spec names   instead of all that follows the plan
 
 The rehearsal runs the real ``post_load`` and ``wrap_adapter`` on a model without storage. That is
 how the plan knows module names, new and trainable parameters before a weight is read. Whatever a
@@ -44,7 +45,7 @@ Raise :class:`llmload.RequestError` for what the user can mend; any other except
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -294,5 +295,36 @@ def audit(ctx: LoadContext, model: nn.Module) -> Iterable[Problem]:
     raise NotImplementedError
 
 
+@hookspec
+def stopped(asked: Mapping[str, Any], error: BaseException) -> None:
+    """Learn that a load ends before ``init_context``: its spec or its plan was refused.
+
+    For plugins whose section is a key of the spec, so that one process among several can tell those
+    that wait for it. From ``init_context`` on, contexts tell a plugin that the load has failed:
+    those that it returned there and, up to the end of the last audit, those on ``ctx.until_end``.
+    ``llmload.plan`` never calls it.
+
+    :param asked: the spec as it was given; no key of it may be valid.
+    :param error: what the load is about to raise.
+    :returns: nothing. What it raises is dropped, so that the user sees ``error``.
+
+    Example: keep a record of refused loads::
+
+        import llmload
+
+        class Refusals:
+            name = "refusals"
+
+            class Section(llmload.Section):
+                file: str
+
+            @llmload.hookimpl
+            def stopped(self, asked, error):
+                with open(asked["refusals"]["file"], "a", encoding="utf-8") as file:
+                    print(type(error).__name__, error, file=file)
+    """
+    raise NotImplementedError
+
+
 SPINE = ("init_context", "load", "post_load", "wrap_adapter")
-HELPERS = ("check", "audit")
+HELPERS = ("check", "audit", "stopped")

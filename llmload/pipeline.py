@@ -64,9 +64,9 @@ def load(
     """
     registry = registry or create_registry()
     report = Report()
-    with report.phase("plan"):
+    with report.phase("plan"), registry.telling(source):
         prepared = prepare(registry.validate(source), registry, weights=True)
-    prepared.plan.raise_for_errors()
+        prepared.plan.raise_for_errors()
     return execute(prepared, report, prove=prove)
 
 
@@ -75,7 +75,7 @@ def execute(prepared: Prepared, report: Report, *, prove: bool) -> LoadResult:
     plan, host = prepared.plan, prepared.host
     ctx = prepared.ctx.for_loading()
     ledger = Ledger()
-    with _undone_on_error():
+    with _undone_on_error(), ctx.until_end:
         with ExitStack() as contexts:
             for plugin in host.implementing("init_context"):
                 with report.phase("init_context", plugin):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pluggy
@@ -151,6 +152,27 @@ class Registry:
             taking_part[info.name] = info
         order = ordering.plan_order({name: info.plugin for name, info in taking_part.items()})
         return Host(spec, [taking_part[name] for name in order], sections)
+
+    @contextmanager
+    def telling(self, source: specfile.Source) -> Iterator[None]:
+        """Call ``stopped`` of the plugins that a spec names if its planning, the block, fails."""
+        try:
+            yield
+        except BaseException as error:
+            # Whatever goes wrong here, the error itself is what the caller must see.
+            with suppress(Exception):
+                self._tell(specfile.read(source).data, error)
+            raise
+
+    def _tell(self, asked: Mapping[str, Any], error: BaseException) -> None:
+        manager = _Manager(GROUP)
+        manager.add_hookspecs(hookspecs)
+        for info in self.plugins:
+            if info.status == "active" and info.name in asked:
+                manager.register(info.plugin, name=info.name)
+        for _, plugin in manager.list_name_plugin():
+            with suppress(Exception):
+                manager.call_one(plugin, "stopped", asked=asked, error=error)
 
     def _refuse_unusable(self, keys: Iterable[str]) -> None:
         """Raise for plugins that this load names and that cannot be had."""

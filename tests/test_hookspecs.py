@@ -14,7 +14,7 @@ from tiny import tiny_checkpoint
 
 import llmload
 from llmload import hookspecs
-from llmload.errors import PlanError
+from llmload.errors import PlanError, SpecError
 
 HOOKS = (*hookspecs.HELPERS, *hookspecs.SPINE)
 
@@ -133,3 +133,20 @@ def test_example_of_audit_refuses_weights_that_are_not_finite(folder: Path) -> N
         "lm_head.weight: the parameter holds NaN or infinity. Check the checkpoint, or load in a"
         " wider dtype."
     )
+
+
+def test_example_of_stopped_writes_down_why_a_load_was_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    refusals = {"file": str(tmp_path / "refusals.txt")}
+    assert load_with_example("stopped", folder, refusals=refusals)
+    with pytest.raises(llmload.RequestError):
+        load_with_example("stopped", folder / "missing", refusals=refusals)
+    with pytest.raises(SpecError):
+        load_with_example("stopped", folder, refusals=refusals, dropout={"q": 1})
+    with pytest.raises(PlanError):
+        load_with_example("stopped", folder, refusals=refusals, lora={"target_modules": ["none"]})
+    said = (tmp_path / "refusals.txt").read_text().splitlines()
+    assert [line.split()[0] for line in said] == ["RequestError", "SpecError", "PlanError"]
+    with pytest.raises(SpecError):  # the error of the plugin itself is not in the way
+        load_with_example("stopped", folder, refusals={}, dropout={"q": 1})

@@ -218,6 +218,45 @@ def test_contexts_are_entered_in_order_and_left_in_reverse_after_wrap_adapter(fo
     assert log == ["rehearse", "enter a", "enter b", "wrap", "leave b", "leave a"]
 
 
+@pytest.mark.parametrize("failing", ["post_load", "audit", None])
+def test_contexts_until_the_end_outlast_the_audit_and_see_every_error(
+    folder: Path, failing: str | None
+) -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def outlasting() -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            seen.append(type(error).__name__)
+            raise
+        seen.append("end")
+
+    def init_context(ctx: Any) -> None:
+        ctx.until_end.enter_context(outlasting())
+
+    def post_load(ctx: Any, model: Any) -> Any:
+        if failing == "post_load" and not ctx.rehearsing:
+            raise RuntimeError("too late")
+        return model
+
+    def audit(ctx: Any, model: Any) -> None:
+        seen.append("audit")
+        if failing == "audit":
+            raise RuntimeError("too late")
+
+    hooks = {"post_load": hookimpl(post_load), "audit": hookimpl(audit)}
+    watcher = plugin("watcher", "init_context", init_context, **hooks)
+    if failing is None:
+        load_with(folder, watcher)
+        assert seen == ["audit", "end"]
+        return
+    with pytest.raises(LoadFailedError, match="too late"):
+        load_with(folder, watcher)
+    assert seen == (["audit"] if failing == "audit" else []) + ["LoadFailedError"]
+
+
 def test_what_a_plugin_keeps_alive_lives_as_long_as_the_result(folder: Path) -> None:
     token = object()
     result = load_with(folder, plugin("k", "init_context", lambda ctx: ctx.keep_alive(token)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import time
 import warnings
 from typing import Any
 
@@ -16,31 +18,45 @@ import llmload
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
-def deepspeed_config(dtype: str, threshold: int | None = None) -> dict[str, Any]:
+def deepspeed_config(
+    dtype: str, threshold: int | None = None, offload: str | None = None
+) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": 3}
+    if offload is not None:
+        zero["offload_param"] = {"device": offload, "pin_memory": False}
     if threshold is not None:
         zero["stage3_param_persistence_threshold"] = threshold
     return {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
     }
 
 
-def theirs(kind: str, folder: str, config: dict[str, Any]) -> torch.nn.Module:
+def theirs(
+    kind: str, folder: str, config: dict[str, Any], key_map: dict[str, str] | None = None
+) -> torch.nn.Module:
     alive = HfDeepSpeedConfig(config)
     try:
-        return architectures.AUTO_CLASSES[kind].from_pretrained(folder)
+        return architectures.AUTO_CLASSES[kind].from_pretrained(folder, key_mapping=key_map)
     finally:
         del alive
 
 
-def ours(kind: str, folder: str, config: dict[str, Any], dtype: str) -> torch.nn.Module:
+def ours(
+    kind: str,
+    folder: str,
+    config: dict[str, Any],
+    dtype: str,
+    key_map: dict[str, str] | None = None,
+) -> torch.nn.Module:
     result = llmload.load(
         {
             "model": folder,
             "auto_class": kind,
             "dtype": dtype,
+            "key_map": key_map or {},
             "strict": False,
             "zero3": {"config": config},
         }
@@ -110,7 +126,7 @@ def _ties(tensors: dict[str, torch.Tensor]) -> list[list[str]]:
 
 def losses(
     model: torch.nn.Module, kind: str, config: dict[str, Any], steps: int = 3
-) -> list[float] | str:
+) -> list[float]:
     """Train a few steps with DeepSpeed on a batch that differs between ranks."""
     torch.manual_seed(0)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
@@ -133,18 +149,35 @@ def losses(
     return found
 
 
+def _losses_or_why_not(
+    model: torch.nn.Module, kind: str, config: dict[str, Any]
+) -> list[float] | str:
+    try:
+        return losses(model, kind, config)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:300]
+
+
 def compare(
-    kind: str, folder: str, dtype: str, threshold: int | None, train: bool = True
+    kind: str,
+    folder: str,
+    dtype: str,
+    threshold: int | None,
+    train: bool = True,
+    offload: str | None = None,
+    key_map: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Load one folder both ways and return what differs; empty lists if nothing does."""
-    config = deepspeed_config(dtype, threshold)
+    config = deepspeed_config(dtype, threshold, offload)
     torch.manual_seed(1)
-    mine = ours(kind, folder, config, dtype)
+    mine = ours(kind, folder, config, dtype, key_map)
     torch.manual_seed(1)
-    other = theirs(kind, folder, config)
+    other = theirs(kind, folder, config, key_map)
     answer: dict[str, Any] = {"differences": differences(mine, other)}
+    answer["persistent"] = sum(p.ds_persist for p in mine.parameters())
+    answer["parameters"] = len(list(mine.parameters()))
     if train:
-        answer["losses"] = [losses(model, kind, config) for model in (mine, other)]
+        answer["losses"] = [_losses_or_why_not(model, kind, config) for model in (mine, other)]
     del mine, other
     gc.collect()
     return answer
@@ -152,7 +185,7 @@ def compare(
 
 def many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare many folders in one process group."""
-    from llmload.builtin.zero3._ranks import connect
+    from llmload.builtin.zero3._launch import connect
 
     connect()
     answers = []
@@ -161,6 +194,36 @@ def many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
             answers.append(compare(**case))
         except Exception as error:
             answers.append({"error": f"{type(error).__name__}: {error}"[:500]})
+    return answers
+
+
+def architecture(kind: str, model_type: str, folder: str, **case: Any) -> dict[str, Any]:
+    """Build a type tiny on rank 0, save it to ``folder`` and compare; the folder is deleted."""
+    if torch.distributed.get_rank() == 0:
+        architectures.build(kind, model_type).save_pretrained(folder)
+    torch.distributed.barrier()
+    try:
+        return compare(kind, folder, **case)
+    finally:
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(folder)
+
+
+def every(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare many types in one process group; an error stands in its case's place."""
+    from llmload.builtin.zero3._launch import connect
+
+    connect()
+    answers = []
+    for case in cases:
+        started = time.monotonic()
+        try:
+            answer = architecture(**case)
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+        answers.append(answer | {"seconds": round(time.monotonic() - started, 2)})
+        print(case["kind"], case["model_type"], answer, flush=True)  # noqa: T201
     return answers
 
 
@@ -181,7 +244,7 @@ def unlike_the_whole(kind: str, folder: str, dtype: str) -> list[str]:
 
 def many_unlike_the_whole(cases: list[dict[str, Any]]) -> list[Any]:
     """Compare many folders in one process group; an error stands in its case's place."""
-    from llmload.builtin.zero3._ranks import connect
+    from llmload.builtin.zero3._launch import connect
 
     connect()
     answers: list[Any] = []

@@ -52,12 +52,12 @@ class Outcome:
     """stdout and stderr together."""
 
 
-def launch(jobs: Sequence[Job], *, timeout: float) -> list[list[Outcome]]:
-    """Run jobs one after the other; returns the outcomes of each job, by rank."""
+def launch(jobs: Sequence[Job], *, timeout: float, at_once: int = 1) -> list[list[Outcome]]:
+    """Run jobs, so many at once; returns the outcomes of each job, by rank."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "outcomes.json")
         farm = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", __file__, str(answer)],
+            [sys.executable, "-X", "faulthandler", __file__, str(answer), str(at_once)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -81,33 +81,58 @@ def main() -> None:
         importlib.import_module(name)
     for job in jobs:
         importlib.import_module(job.call.partition(":")[0])
-    outcomes = [[asdict(outcome) for outcome in run(job)] for job in jobs]
+    outcomes = [[asdict(outcome) for outcome in job] for job in _all(jobs, int(sys.argv[2]))]
     Path(sys.argv[1]).write_text(json.dumps(outcomes))
 
 
-def run(job: Job) -> list[Outcome]:
-    """Fork the ranks of one job and wait for them."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        started = time.monotonic()
-        files = [Path(folder, f"{rank}") for rank in range(job.ranks)]
-        running = {_fork(job, rank, port, files[rank]): rank for rank in range(job.ranks)}
-        ended: dict[int, tuple[int, float]] = {}
-        while running:
-            for pid in list(running):
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    code = os.waitstatus_to_exitcode(status)
-                    ended[running.pop(pid)] = (code, time.monotonic() - started)
-                elif time.monotonic() - started > job.timeout or all(map(_is_stopped, running)):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
-        return [
-            Outcome(*ended[rank], _result(files[rank]), files[rank].with_suffix(".out").read_text())
-            for rank in range(job.ranks)
-        ]
+def _all(jobs: Sequence[Job], at_once: int) -> list[list[Outcome]]:
+    """Run the jobs in order; a new one starts when one of ``at_once`` has ended."""
+    running: dict[int, Running] = {}
+    outcomes: dict[int, list[Outcome]] = {}
+    waiting = list(enumerate(jobs))
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            number, job = waiting.pop(0)
+            running[number] = Running(job)
+        for number, job in list(running.items()):
+            if job.ended():
+                outcomes[number] = running.pop(number).outcomes()
+        time.sleep(0.01)
+    return [outcomes[number] for number in range(len(jobs))]
+
+
+class Running:
+    """The forked ranks of one job."""
+
+    def __init__(self, job: Job) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._job = job
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [Path(self._folder.name, f"{rank}") for rank in range(job.ranks)]
+        self._started = time.monotonic()
+        self._ranks = {_fork(job, r, port, self._files[r]): r for r in range(job.ranks)}
+        self._ends: dict[int, tuple[int, float]] = {}
+
+    def ended(self) -> bool:
+        """Look after the ranks; whether all of them have ended."""
+        for pid in list(self._ranks):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            seconds = time.monotonic() - self._started
+            if done:
+                self._ends[self._ranks.pop(pid)] = (os.waitstatus_to_exitcode(status), seconds)
+            elif seconds > self._job.timeout or all(map(_is_stopped, self._ranks)):
+                os.kill(pid, signal.SIGKILL)
+        return not self._ranks
+
+    def outcomes(self) -> list[Outcome]:
+        """Return how each rank ended."""
+        with self._folder:
+            return [
+                Outcome(*self._ends[rank], _result(file), file.with_suffix(".out").read_text())
+                for rank, file in enumerate(self._files)
+            ]
 
 
 def _is_stopped(pid: int) -> bool:

@@ -28,7 +28,7 @@ class Faulty:
     """Goes wrong on one rank in one hook."""
 
     name = "faulty"
-    after = ("zero3",)
+    after = ("*",)
 
     def __init__(self, phase: str, kind: str) -> None:
         self._phase = phase
@@ -37,6 +37,10 @@ class Faulty:
     def _come(self, phase: str) -> None:
         if phase == self._phase:
             fault(self._kind)
+
+    @llmload.hookimpl
+    def check(self, ctx: Any) -> None:
+        self._come("plan")
 
     @llmload.hookimpl
     def init_context(self, ctx: Any) -> AbstractContextManager[None]:
@@ -59,6 +63,16 @@ class Faulty:
         if not ctx.rehearsing:
             self._come("post_load")
         return model
+
+    @llmload.hookimpl
+    def wrap_adapter(self, ctx: Any, model: Any) -> Any:
+        if not ctx.rehearsing:
+            self._come("wrap_adapter")
+        return llmload.Decline("it only goes wrong")
+
+    @llmload.hookimpl
+    def audit(self, ctx: Any, model: Any) -> None:
+        self._come("audit")
 
 
 def load(folder: str, phase: str, kind: str, culprit: int, deadline: float) -> str:
@@ -107,10 +121,11 @@ def after_a_failure(folder: str) -> list[str]:
 
     linear = torch.nn.functional.linear
     said = []
-    try:
-        load(folder, "post_load", "exception", 1, 10.0)
-    except llmload.LoadFailedError as error:
-        said.append(str(error))
+    for phase in ("plan", "post_load", "audit"):
+        try:
+            load(folder, phase, "exception", 1, 10.0)
+        except llmload.LoadFailedError as error:
+            said.append(str(error))
     assert torch.nn.functional.linear is linear
     assert not is_deepspeed_zero3_enabled()
     whole = llmload.load({"model": folder}).model
@@ -122,13 +137,45 @@ def after_a_failure(folder: str) -> list[str]:
     return said
 
 
+def early(folder: str, culprit: int, deadline: float) -> str:
+    """One rank's plan fails before there is a process group: the others wait for it there."""
+    spec: dict[str, Any] = {"model": folder, "dtype": "float32", "zero3": {"deadline": deadline}}
+    if _rank() == culprit:
+        spec["model"] += "-missing"
+    llmload.load(spec)
+    return "loaded"
+
+
+def alternating(folder: str) -> list[str]:
+    """Partitioned, whole by either loader, partitioned: each as if it were the only one."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+    from zero3.comparing import deepspeed_config, losses
+
+    spec = {"model": folder, "dtype": "float32"}
+    section = {"config": deepspeed_config("float32", 0)}
+    found = []
+    for options in ({"zero3": section}, {}, {"block": True}, {"zero3": section}):
+        block = {"streaming"} if options.pop("block", None) else set()
+        result = llmload.load(spec | options, registry=create_registry(block=block))
+        assert not is_deepspeed_zero3_enabled()
+        partitioned = [hasattr(p, "ds_id") for p in result.model.parameters()]
+        assert set(partitioned) == {"zero3" in options}
+        if "zero3" in options:
+            found.append(repr(losses(result.model, "causal_lm", section["config"])))
+        else:
+            for name, parameter in result.model.named_parameters():
+                assert parameter.numel(), name
+            found.append(f"whole, by {result.report.loader}")
+    return found
+
+
 def _rank() -> int:
     return int(os.environ["RANK"])
 
 
 def _together() -> None:
     """Start the clock on all ranks at once: imports and compilation are behind them."""
-    from llmload.builtin.zero3._ranks import connect
+    from llmload.builtin.zero3._launch import connect
 
     connect()
     torch.distributed.barrier()

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero import GatheredParameters
+from torch import nn
 from zero3.comparing import deepspeed_config, losses
 
 import llmload
+from llmload import partitions
+from llmload.registry import create_registry
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
@@ -60,3 +63,128 @@ def lora(folder: str, dtype: str, adapter_dtype: str) -> dict[str, Any]:
         "line": report.trainable_line(),
         "losses": losses(result.model, "causal_lm", deepspeed_config(dtype)),
     }
+
+
+class ValueHead:
+    """Adds a fresh head, and a buffer, in which every rank has drawn other values."""
+
+    name = "value_head"
+    after = ("zero3",)
+
+    @llmload.hookimpl
+    def post_load(self, ctx: Any, model: Any) -> Any:
+        hidden = partitions.shape(model.get_input_embeddings().weight)[1]
+        head = nn.Linear(hidden, 1, dtype=ctx.dtype)
+        head.register_buffer("scale", torch.rand(3))
+        partitions.split(head, like=model)
+        model.v_head = head
+        for name in ("weight", "bias"):
+            ctx.newly_initialised[f"v_head.{name}"] = "a fresh head"
+        return model
+
+
+class Scored(nn.Module):
+    """A model with its head, as reward models are trained."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        hidden = self.model.model(input_ids=inputs["input_ids"]).last_hidden_state
+        return (self.model.v_head(hidden).float().square().mean(),)
+
+
+def value_head(folder: str, dtype: str) -> dict[str, Any]:
+    """A head that a plugin adds comes out in parts of rank 0's values, and trains."""
+    rank = int(torch.distributed.get_rank()) if torch.distributed.is_initialized() else 0
+    torch.manual_seed(rank)
+    spec = {"model": folder, "dtype": dtype, "zero3": {"config": deepspeed_config(dtype, 0)}}
+    result = llmload.load(spec, registry=create_registry(plugins=[ValueHead()]))
+    model, head = result.model, result.model.v_head
+    answer: dict[str, Any] = {
+        "partitioned": [partitions.is_partitioned(p) for p in head.parameters()],
+        "empty": [p.numel() for p in head.parameters()],
+        "shapes": [partitions.shape(p) for p in head.parameters()],
+        "new": result.report.newly_initialised,
+        "scale": head.scale.tolist(),
+    }
+    with GatheredParameters(list(head.parameters())):
+        answer["values"] = [p.flatten().tolist() for p in head.parameters()]
+    answer["losses"] = losses(Scored(model), "base", deepspeed_config(dtype, 0))
+    return answer
+
+
+def state_dict(folder: str, other: str, dtype: str) -> dict[str, Any]:
+    """Load a file into a partitioned model; every parameter, part and buffer is the file's."""
+    from safetensors.torch import load_file
+
+    config = deepspeed_config(dtype)
+    model = llmload.load({"model": folder, "dtype": dtype, "zero3": {"config": config}}).model
+    model.register_buffer("seen", torch.zeros(3))
+    state = load_file(f"{other}/model.safetensors") | {"seen": torch.arange(3.0)}
+    refused = []
+    for bad in (
+        {"model.norm.weight": torch.ones(5)},
+        {"model.norm.weights": torch.ones(16)},
+    ):
+        try:
+            partitions.load_state_dict(model, state | bad)
+        except llmload.CheckpointError as error:
+            refused.append(str(error))
+    lacking = {name: value for name, value in state.items() if name != "model.norm.weight"}
+    told = partitions.load_state_dict(model, lacking | {"x": torch.ones(1)}, strict=False)
+    partitions.load_state_dict(model, state)
+    expected = llmload.load({"model": other, "dtype": dtype}).model
+    different = []
+    with GatheredParameters(list(model.parameters())):
+        for name, parameter in expected.named_parameters():
+            if not torch.equal(parameter, model.get_parameter(name)):
+                different.append(name)
+    empty = [p.numel() for p in model.parameters()]
+    return {
+        "different": different,
+        "empty": sum(empty),
+        "seen": model.seen.tolist(),
+        "refused": refused,
+        "told": told,
+        "padding": [
+            name for name, p in model.named_parameters() if partitions_padding(p).any().item()
+        ],
+    }
+
+
+def partitions_padding(parameter: Any) -> torch.Tensor:
+    """What fills up this rank's part."""
+    found = partitions.held(parameter)
+    assert found is not None
+    return parameter.ds_tensor[found[0].numel() :]
+
+
+def modules_to_save(folder: str, dtype: str) -> dict[str, Any]:
+    """PEFT's copy of a partitioned module holds its values, and trains."""
+    spec = {
+        "model": folder,
+        "dtype": dtype,
+        "lora": {
+            "r": 4,
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["lm_head", "norm"],
+            "adapter_dtype": "base",
+        },
+    }
+    config = deepspeed_config(dtype)
+    model = llmload.load(spec | {"zero3": {"config": config}}).model
+    whole = llmload.load(spec).model
+    copies, different = [], []
+    for (name, mine), (_, other) in zip(
+        model.named_parameters(), whole.named_parameters(), strict=True
+    ):
+        if "modules_to_save" not in name:
+            continue
+        copies.append((name, str(mine.dtype), mine.requires_grad))
+        with GatheredParameters(mine) if partitions.is_partitioned(mine) else torch.no_grad():
+            if not torch.equal(mine, other):
+                different.append(name)
+    found = losses(model, "causal_lm", config)
+    return {"copies": copies, "different": different, "losses": found}

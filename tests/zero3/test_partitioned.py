@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import architectures
 import pytest
 import tiny
+import torch
+from safetensors.torch import load_file, save_file
 from zero3.farm import Job, Outcome, launch
 
 ARCHITECTURES = {
@@ -19,6 +23,38 @@ ARCHITECTURES = {
 BEYOND_TRANSFORMERS = {"marian": "causal_lm", "funnel": "base", "rwkv": "causal_lm"}
 """Architectures that ``from_pretrained`` of 5.23 fails to load under ZeRO-3."""
 PRECISIONS = [("bfloat16", None), ("float32", 0)]
+HUGE = 10**9
+
+pytestmark = pytest.mark.slow
+
+
+VARIANTS = {
+    "every parameter persists": {"threshold": HUGE, "train": True},
+    "none persists": {"threshold": 0},
+    "partitions in host memory": {"offload": "cpu", "train": True},
+    "narrowed": {"folder": "float32", "dtype": "bfloat16"},
+    "widened": {"folder": "bfloat16", "dtype": "float32"},
+    "half": {"dtype": "float16"},
+    "a missing head": {"kind": "sequence_classification"},
+    "other keys": {"folder": "renamed", "key_map": {"^transformer": "model"}},
+}
+"""Compared with transformers' own beside the architectures."""
+
+
+def _variants(tmp: Path) -> dict[str, dict[str, Any]]:
+    """Return the cases of ``VARIANTS``, their folders made in ``tmp``."""
+    odd = {"hidden_size": 12, "intermediate_size": 21}  # parts with padding
+    folders = {
+        "float32": tiny.tiny_llama(tmp, name="float32", **odd),
+        "bfloat16": tiny.tiny_llama(tmp, name="bfloat16", dtype=torch.bfloat16, **odd),
+        "renamed": tiny.tiny_llama(tmp, name="renamed", **odd),
+    }
+    file = folders["renamed"] / "model.safetensors"
+    state = {re.sub("^model", "transformer", k): v for k, v in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    usual = {"kind": "causal_lm", "folder": "float32", "dtype": "bfloat16", "threshold": None}
+    cases = {name: usual | {"train": False} | case for name, case in VARIANTS.items()}
+    return {name: case | {"folder": str(folders[case["folder"]])} for name, case in cases.items()}
 
 
 def flat(outcomes: list[Outcome]) -> list[Any]:
@@ -37,6 +73,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome
             case = {"kind": kind, "folder": str(folder), "dtype": dtype, "threshold": threshold}
             cases.append(case | {"train": kind == "causal_lm"})
     tmp = tmp_path_factory.mktemp("models")
+    variants = _variants(tmp_path_factory.mktemp("variants"))
     tied, untied = (
         str(tiny.tiny_llama(tmp, name=str(tied), tied=tied, pad=True)) for tied in (True, False)
     )
@@ -47,7 +84,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome
         folder = tmp_path_factory.mktemp(model_type)
         architectures.build(kind, model_type).save_pretrained(folder)
         beyond.append({"kind": kind, "folder": str(folder), "dtype": "bfloat16"})
+    other = str(tiny.tiny_llama(tmp, name="other", seed=5, pad=True))
     jobs = {
+        "variants": Job("zero3.comparing:many", {"cases": list(variants.values())}, timeout=200),
+        "head": Job("zero3.finishing:value_head", adapter),
+        "state": Job("zero3.finishing:state_dict", adapter | {"other": other}),
+        "saved": Job("zero3.finishing:modules_to_save", adapter),
         "beyond": Job("zero3.comparing:many_unlike_the_whole", {"cases": beyond}),
         "two": Job("zero3.comparing:many", {"cases": cases}, timeout=250),
         "four": Job("zero3.comparing:many", {"cases": cases[:1]}, ranks=4, timeout=100),
@@ -59,7 +101,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome
     return dict(zip(jobs, launch(list(jobs.values()), timeout=280), strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["two", "four"])
 def test_partitions_buffers_and_losses_are_those_of_transformers(
     outcomes: dict[str, list[Outcome]], ranks: str
@@ -72,7 +113,69 @@ def test_partitions_buffers_and_losses_are_those_of_transformers(
             assert mine == other
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_those_of_transformers(
+    outcomes: dict[str, list[Outcome]], variant: str
+) -> None:
+    for answers in flat(outcomes["variants"]):
+        answer = answers[list(VARIANTS).index(variant)]
+        assert answer.get("differences") == [], answer
+        mine, other = answer.get("losses", ([], []))
+        assert mine == other
+        assert not isinstance(mine, str), mine
+        persist = answer["persistent"] == answer["parameters"]
+        assert persist == (variant != "none persists")
+
+
+def test_head_that_a_plugin_adds_is_partitioned_and_equal_on_all_ranks(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    zero, one = flat(outcomes["head"])
+    for answer in (zero, one):
+        assert answer["partitioned"] == [True, True]
+        assert answer["empty"] == [0, 0]
+        assert answer["shapes"] == [[1, 16], [1]]
+        assert answer["new"] == {
+            "v_head.weight": "a fresh head",
+            "v_head.bias": "a fresh head",
+        }
+        assert len(set(answer["values"][0])) > 1
+    assert zero["values"] == one["values"]
+    assert zero["scale"] == one["scale"]
+    assert zero["losses"] == sorted(zero["losses"], reverse=True)
+
+
+def test_state_dict_fills_a_partitioned_model(outcomes: dict[str, list[Outcome]]) -> None:
+    for answer in flat(outcomes["state"]):
+        assert answer["different"] == []
+        assert answer["padding"] == []
+        assert answer["empty"] == 0
+        assert answer["seen"] == [0.0, 1.0, 2.0]
+        assert answer["told"] == [["model.norm.weight"], ["x"]]
+        assert answer["refused"] == [
+            "model.norm.weight: the state dict has (5,), the model takes (16,). Resize the"
+            " embeddings first, or check that weights and model belong together.",
+            "model.norm.weights: the model has no place for it. Rename keys, or pass"
+            " `strict=False`.",
+        ]
+
+
+def test_modules_to_save_are_copies_of_the_whole_module(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    for answer in flat(outcomes["saved"]):
+        names = [name for name, _, _ in answer["copies"]]
+        assert [name.split(".modules_to_save.")[0].rpartition(".")[2] for name in names] == [
+            "norm",
+            "lm_head",
+        ]
+        assert {(dtype, trained) for _, dtype, trained in answer["copies"]} == {
+            ("torch.bfloat16", True)
+        }
+        assert answer["different"] == []
+        assert answer["losses"] == sorted(answer["losses"], reverse=True)
+
+
 def test_architectures_that_transformers_cannot_partition_equal_the_whole_model(
     outcomes: dict[str, list[Outcome]],
 ) -> None:
@@ -80,7 +183,6 @@ def test_architectures_that_transformers_cannot_partition_equal_the_whole_model(
         assert answers == [[]] * len(BEYOND_TRANSFORMERS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", ["tied", "untied"])
 def test_embeddings_resized_under_zero3_are_those_of_the_whole_model(
     outcomes: dict[str, list[Outcome]], model: str
@@ -90,7 +192,6 @@ def test_embeddings_resized_under_zero3_are_those_of_the_whole_model(
         assert answer["losses"] == sorted(answer["losses"], reverse=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("adapter", "dtype"), [("auto", "float32"), ("base", "bfloat16")])
 def test_adapter_trains_under_zero3_in_either_dtype(
     outcomes: dict[str, list[Outcome]], adapter: str, dtype: str

@@ -8,7 +8,7 @@ the streaming loader declines, ``from_pretrained`` does it under the same plan a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -57,7 +57,7 @@ class Zero3Plugin:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note | Decline]:
         """Resolve the DeepSpeed config, and say what each rank will read and keep."""
-        from llmload.builtin.zero3 import _ranks
+        from llmload.builtin.zero3 import _launch
 
         resolved = _resolve(ctx)
         ctx.handed_on[self.name] = resolved
@@ -74,7 +74,7 @@ class Zero3Plugin:
         if reason:
             yield Note(text=f"rank 0 reads and from_pretrained partitions: {reason}")
         elif ctx.checkpoint is not None:
-            yield Note(text=_share(ctx, _ranks.world_size()))
+            yield Note(text=_share(ctx, _launch.world_size()))
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> AbstractContextManager[Session]:
@@ -96,8 +96,21 @@ class Zero3Plugin:
 
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
-        """Check every partition, and that all ranks have come so far."""
+        """Check every partition."""
         yield from self._sessions.pop(ctx).audit(model)
+
+    @hookimpl
+    def stopped(self, asked: Mapping[str, Any], error: BaseException) -> None:
+        """Tell the other ranks, which may have planned well and wait for this one."""
+        from llmload.builtin.zero3 import _launch
+
+        try:
+            section = Zero3Section.model_validate(asked[self.name])
+            stage = config.stage_of(section)
+        except Exception:  # it may be what is wrong; the others have another
+            section, stage = Zero3Section(), 3
+        if stage == 3 and _launch.world_size() is not None:
+            _launch.tell(error, section.deadline)
 
 
 def _resolve(ctx: LoadContext) -> DeepSpeedConfig:

@@ -19,54 +19,21 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
-from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from llmload.builtin.zero3._launch import reason
+from llmload.builtin.zero3._notices import POLL, Notices
 from llmload.errors import LoadFailedError, RequestError
 
 # Shares of the deadline: until silence counts as failure, and from a failure until the process is
 # ended that has not stopped by itself. What is left over is for the polling in between.
 _SILENCE, _GRACE = 0.7, 0.2
-_POLL = 0.1
 
 _T = TypeVar("_T")
-_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def world_size() -> int | None:
-    """Return the number of ranks, or None where no launcher has started any."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ["WORLD_SIZE"]) if _launched() else None
-
-
-def _launched() -> bool:
-    return all(name in os.environ for name in _LAUNCHER)
-
-
-def connect() -> None:
-    """Initialise torch.distributed as DeepSpeed does, unless the caller has.
-
-    :raises RequestError: the process was not started by a launcher.
-    """
-    import deepspeed
-
-    if not dist.is_initialized() and not _launched():
-        missing = ", ".join(name for name in _LAUNCHER if name not in os.environ)
-        raise RequestError(
-            f"ZeRO-3 partitions over the ranks of a launcher, and {missing} are not set",
-            fix="Start the script with `torchrun --nproc_per_node N` or `deepspeed`.",
-        )
-    if "LOCAL_RANK" not in os.environ:
-        raise RequestError(
-            "DeepSpeed needs LOCAL_RANK to choose its device, and it is not set",
-            fix="Start the script with `torchrun` or `deepspeed`, or set LOCAL_RANK.",
-        )
-    deepspeed.init_distributed(verbose=False)
 
 
 class Ranks(AbstractContextManager["Ranks"]):
@@ -81,10 +48,9 @@ class Ranks(AbstractContextManager["Ranks"]):
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self._deadline = deadline
-        self._store: Any = _own_client(distributed_c10d._get_default_store(), deadline)
-        # Every rank counts its own loads, in the store: the same load has the same number.
-        load = self._store.add(f"llmload/loads/{self.rank}", 1)
-        self._store = distributed_c10d.PrefixStore(f"llmload/{load}", self._store)
+        store = distributed_c10d._get_default_store()
+        self._notices = Notices(store, self.rank, self.size, deadline)
+        self._store = self._notices.store
         self._failure: str | None = None
         self._noticed = threading.Event()
         self._stopped = threading.Event()
@@ -153,7 +119,7 @@ class Ranks(AbstractContextManager["Ranks"]):
                 self._noticed.wait(self._deadline)
             if self._failure is not None:
                 raise LoadFailedError(self._failure) from error
-            self._announce(self.rank, f"{type(error).__name__}: {error}")
+            self._notices.announce(self.rank, reason(error))
             self._failure = "this rank failed"
         finally:
             self._stopped.set()
@@ -161,7 +127,8 @@ class Ranks(AbstractContextManager["Ranks"]):
                 for thread in self._threads:
                     thread.join()
                 if self._failure is not None:
-                    self._linger()
+                    with suppress(dist.DistError):
+                        self._notices.linger(self._deadline * _GRACE)
 
     def _leave(self) -> None:
         """Meet for the last time, rank 0 last of all: the store may end with its process."""
@@ -172,15 +139,8 @@ class Ranks(AbstractContextManager["Ranks"]):
         while self._asked(lambda: self._store.add("gone", 0)) < self.size - 1:
             self._wait()
 
-    def _linger(self) -> None:
-        """Stay until the others know of a failure, for the same reason."""
-        until = time.monotonic() + self._deadline * _GRACE
-        with suppress(dist.DistError):
-            while self._store.add("told", 0) < self.size - 1 and time.monotonic() < until:
-                time.sleep(_POLL / 10)
-
     def _wait(self) -> None:
-        time.sleep(_POLL / 10)
+        time.sleep(POLL / 10)
         self.look()
 
     def _asked(self, question: Callable[[], _T]) -> _T:
@@ -190,10 +150,6 @@ class Ranks(AbstractContextManager["Ranks"]):
         except dist.DistError as error:
             self._failure = self._failure or _store_is_gone(error)
             raise LoadFailedError(self._failure) from error
-
-    def _announce(self, rank: int, reason: str) -> None:
-        number = self._store.add("failures", 1)
-        self._store.set(f"failure/{number}", json.dumps({"rank": rank, "reason": reason}))
 
     # --- two threads --------------------------------------------------------------------------
 
@@ -214,19 +170,17 @@ class Ranks(AbstractContextManager["Ranks"]):
         """Return the failure that was found; None when the load has ended."""
         beside = (self.rank + 1) % self.size
         beats, since = 0, time.monotonic()
-        while not self._stopped.wait(_POLL):
+        while not self._stopped.wait(POLL):
             self._store.add(f"alive/{self.rank}", 1)
-            if self._store.add("failures", 0):
-                report = json.loads(self._store.get("failure/1"))
-                if report["rank"] != self.rank:
-                    self._store.add("told", 1)
-                return f"rank {report['rank']} failed: {report['reason']}"
+            failure = self._notices.failure()
+            if failure is not None:
+                return failure
             now = self._store.add(f"alive/{beside}", 0)
             self._pulse = time.monotonic()
             if now != beats:
                 beats, since = now, self._pulse
             elif self._pulse - since > self._deadline * _SILENCE:
-                self._announce(beside, self._silence(beats))
+                self._notices.announce(beside, self._silence(beats))
         return None
 
     def _guard(self) -> None:
@@ -234,7 +188,7 @@ class Ranks(AbstractContextManager["Ranks"]):
 
         Where the process that keeps the store is stopped, questions to it block for good too.
         """
-        while not self._noticed.wait(_POLL):
+        while not self._noticed.wait(POLL):
             if self._stopped.is_set():
                 return
             if time.monotonic() - self._pulse > self._deadline * _SILENCE:
@@ -252,14 +206,6 @@ class Ranks(AbstractContextManager["Ranks"]):
             f"it did not come to this load within {seconds}: it ended, hangs, failed earlier or"
             " was given a spec without `zero3`"
         )
-
-
-def _own_client(store: Any, deadline: float) -> Any:
-    """Return a connection to the store that no other thread's waiting can block."""
-    if hasattr(store, "clone"):  # torch 2.7 and newer
-        store = store.clone()
-        store.set_timeout(timedelta(seconds=deadline))
-    return store
 
 
 def _store_is_gone(error: BaseException) -> str:

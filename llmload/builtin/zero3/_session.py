@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.integrations import deepspeed as integration
 
+from llmload.builtin.zero3._launch import connect
 from llmload.builtin.zero3._leaves import mark_leaf_modules
 from llmload.builtin.zero3._placement import Partitioned
-from llmload.builtin.zero3._ranks import Ranks, connect
+from llmload.builtin.zero3._ranks import Ranks
 from llmload.builtin.zero3.request import request_of
 from llmload.builtin.zero3.section import Zero3Section
 from llmload.errors import LoadFailedError, Problem
@@ -43,9 +44,10 @@ class Session(AbstractContextManager["Session"]):
         with ExitStack() as stack:
             stack.enter_context(self._global)
             if self._config.stage == 3:
-                connect()
+                connect(self._section.deadline)
                 stack.enter_context(LinearKept())
-                ranks = stack.enter_context(Ranks(self._section.deadline))
+                # Until the last plugin's audit: a rank that fails there stops the others too.
+                ranks = self._ctx.until_end.enter_context(Ranks(self._section.deadline))
                 ranks.agree(request_of(self._ctx, self._config))
                 if self._config.beyond_us() is None:
                     self._ctx.placement = Partitioned(
@@ -84,7 +86,7 @@ class Session(AbstractContextManager["Session"]):
         self._stack.__exit__(kind, error, traceback)
 
     def audit(self, model: nn.Module) -> Iterator[Problem]:
-        """Check the size of every partition, then wait for the ranks whose audit takes longer."""
+        """Check the size of every partition."""
         if self._config.stage < 3:
             return
         for name, parameter in model.named_parameters():
@@ -101,8 +103,6 @@ class Session(AbstractContextManager["Session"]):
                     f" ranks is {size}",
                     fix="A plugin after `zero3` changed it; report this to its makers.",
                 )
-        with Ranks(self._section.deadline):
-            pass
 
 
 class GlobalConfig(AbstractContextManager["GlobalConfig"]):

@@ -1,0 +1,61 @@
+"""What the ranks of one load tell each other, in the store that no collective can block.
+
+Imported lazily, by functions: this module needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import distributed_c10d
+
+POLL = 0.1
+"""Seconds between two looks at the store, or at the other thread."""
+
+
+class Notices:
+    """The part of the ranks' common store that belongs to one load.
+
+    Every rank counts its own loads, in the store: the same load has the same number.
+
+    :param store: a store of the process group, or of the launcher.
+    :param deadline: seconds that a question to the store may take.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, deadline: float) -> None:
+        self.rank = rank
+        self.size = size
+        store = _own_client(store, deadline)
+        load = store.add(f"llmload/loads/{rank}", 1)
+        self.store: Any = distributed_c10d.PrefixStore(f"llmload/{load}", store)
+
+    def announce(self, rank: int, reason: str) -> None:
+        """Tell all that a rank has failed."""
+        number = self.store.add("failures", 1)
+        self.store.set(f"failure/{number}", json.dumps({"rank": rank, "reason": reason}))
+
+    def failure(self) -> str | None:
+        """Return the first failure that was announced, and let its rank know that we know."""
+        if not self.store.add("failures", 0):
+            return None
+        report = json.loads(self.store.get("failure/1"))
+        if report["rank"] != self.rank:
+            self.store.add("told", 1)
+        return f"rank {report['rank']} failed: {report['reason']}"
+
+    def linger(self, seconds: float) -> None:
+        """Stay until all others know of the failure: the store may end with this process."""
+        until = time.monotonic() + seconds
+        while self.store.add("told", 0) < self.size - 1 and time.monotonic() < until:
+            time.sleep(POLL / 10)
+
+
+def _own_client(store: Any, deadline: float) -> Any:
+    """Return a connection to the store that no other thread's waiting can block."""
+    if hasattr(store, "clone"):  # torch 2.7 and newer
+        store = store.clone()
+        store.set_timeout(timedelta(seconds=deadline))
+    return store
