@@ -1,6 +1,7 @@
 """Everything that is checked, each in an environment of its own.
 
-``nox`` runs what CI runs; ``nox -s colossalai`` and ``nox -s benchmarks`` are run by hand.
+``nox`` runs what CI runs; ``colossalai``, ``zero3_architectures`` and ``benchmarks`` are run by
+hand with ``nox -s``.
 """
 
 import nox
@@ -55,6 +56,14 @@ def colossalai(session: nox.Session) -> None:
     session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,deepspeed,bitsandbytes]")
     environment = {"OMP_NUM_THREADS": "1"}
     session.run("pytest", "-n", "2", *session.posargs, env=environment)
+
+
+@nox.session(default=False)
+def zero3_architectures(session: nox.Session) -> None:
+    """Our ZeRO-3 load against transformers' own for every architecture: half an hour, by hand."""
+    session.install("-c", MODERN, *GROUPS["test"], ".[all]")
+    environment = {"OMP_NUM_THREADS": "1"}
+    session.run("pytest", "tests/zero3/sweep_architectures.py", *session.posargs, env=environment)
 
 
 @nox.session(default=False)

@@ -140,13 +140,13 @@ def test_example_of_stopped_writes_down_why_a_load_was_refused(
 ) -> None:
     refusals = {"file": str(tmp_path / "refusals.txt")}
     assert load_with_example("stopped", folder, refusals=refusals)
-    with pytest.raises(llmload.RequestError):
+    with pytest.raises(llmload.CheckpointError):
         load_with_example("stopped", folder / "missing", refusals=refusals)
     with pytest.raises(SpecError):
         load_with_example("stopped", folder, refusals=refusals, dropout={"q": 1})
     with pytest.raises(PlanError):
         load_with_example("stopped", folder, refusals=refusals, lora={"target_modules": ["none"]})
     said = (tmp_path / "refusals.txt").read_text().splitlines()
-    assert [line.split()[0] for line in said] == ["RequestError", "SpecError", "PlanError"]
+    assert [line.split()[0] for line in said] == ["CheckpointError", "SpecError", "PlanError"]
     with pytest.raises(SpecError):  # the error of the plugin itself is not in the way
         load_with_example("stopped", folder, refusals={}, dropout={"q": 1})

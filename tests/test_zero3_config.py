@@ -216,6 +216,52 @@ def test_lower_stages_leave_the_model_whole(tmp_path: Path) -> None:
     assert not any(hasattr(p, "ds_id") for p in result.model.parameters())
 
 
+def test_disk_is_refused_where_deepspeed_could_not_write_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    folder = str(tiny.tiny_llama(tmp_path))
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
+    disk = {"device": "nvme", "nvme_path": str(tmp_path)}
+    found = llmload.plan({"model": folder, "zero3": {"offload_param": disk}}).errors
+    assert [str(problem) for problem in found] == [
+        "zero3.config.zero_optimization.offload_param: `device: nvme` needs DeepSpeed's operator"
+        " async_io, which cannot be built here: libaio or its header libaio.h is missing. Install"
+        " libaio (`apt-get install libaio-dev`, `dnf install libaio-devel`), or write"
+        " `device: cpu`."
+    ]
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: True)
+    config = with_zero(offload_param={"device": "nvme"}) | {"fp16": {"enabled": False}}
+    found = llmload.plan({"model": folder, "zero3": {"config": config}}).errors
+    assert [str(problem) for problem in found] == [
+        "zero3.config.zero_optimization.offload_param: `device: nvme` needs `nvme_path`."
+        " Name a folder on a local fast disk in `nvme_path`."
+    ]
+
+
+def test_transformers_must_see_the_config_before_it_partitions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers.integrations import deepspeed as integration
+
+    from llmload.builtin.zero3._session import GlobalConfig
+
+    before = integration._hf_deepspeed_config_weak_ref
+    with GlobalConfig() as owned:
+        owned.activate(with_zero() | {"train_micro_batch_size_per_gpu": 1})
+        assert integration.is_deepspeed_zero3_enabled()
+    assert not integration.is_deepspeed_zero3_enabled()
+    monkeypatch.setattr(integration, "is_deepspeed_zero3_enabled", lambda: False)
+    with pytest.raises(llmload.LoadFailedError) as caught, GlobalConfig() as owned:
+        owned.activate(with_zero() | {"train_micro_batch_size_per_gpu": 1})
+    assert str(caught.value) == (
+        "transformers does not see the DeepSpeed config, and would load the whole model on every"
+        " rank. Report this with the versions of transformers, accelerate and deepspeed."
+    )
+    assert integration._hf_deepspeed_config_weak_ref is before
+
+
 def test_device_map_is_refused(tmp_path: Path) -> None:
     folder = str(tiny.tiny_llama(tmp_path))
     with pytest.raises(llmload.PlanError) as caught:
@@ -239,3 +285,30 @@ def test_process_without_a_launcher_is_refused(
         " MASTER_ADDR, MASTER_PORT are not set."
         " Start the script with `torchrun --nproc_per_node N` or `deepspeed`."
     )
+
+
+def test_mixtures_of_experts_are_gathered_as_one() -> None:
+    from deepspeed.utils.z3_leaf_module import get_z3_leaf_modules
+    from torch import nn
+
+    from llmload.builtin.zero3._leaves import mark_leaf_modules
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.Linear(2, 4)
+
+    class LongcatFlashMoE(Stacked):
+        pass
+
+    class Mine(Stacked):
+        pass
+
+    model = nn.ModuleList([Mixture(), Stacked(), LongcatFlashMoE(), Mine()])
+    assert mark_leaf_modules(model, ("Mine",)) == ["LongcatFlashMoE", "Mine", "Mixture"]
+    assert get_z3_leaf_modules(model) == [model[0], model[2], model[3]]

@@ -14,6 +14,7 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 import llmload
+from llmload.builtin.zero3._leaves import mark_leaf_modules
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
@@ -129,6 +130,7 @@ def losses(
 ) -> list[float]:
     """Train a few steps with DeepSpeed on a batch that differs between ranks."""
     torch.manual_seed(0)
+    mark_leaf_modules(model, ())  # nobody else does; ranks that use different experts would hang
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config | {"zero_allow_untested_optimizer": True}
@@ -174,10 +176,10 @@ def compare(
     torch.manual_seed(1)
     other = theirs(kind, folder, config, key_map)
     answer: dict[str, Any] = {"differences": differences(mine, other)}
-    answer["persistent"] = sum(p.ds_persist for p in mine.parameters())
-    answer["parameters"] = len(list(mine.parameters()))
     if train:
         answer["losses"] = [_losses_or_why_not(model, kind, config) for model in (mine, other)]
+        # DeepSpeed marks them in `initialize`.
+        answer["persist"] = [[p.ds_persist for p in m.parameters()] for m in (mine, other)]
     del mine, other
     gc.collect()
     return answer
@@ -203,7 +205,15 @@ def architecture(kind: str, model_type: str, folder: str, **case: Any) -> dict[s
         architectures.build(kind, model_type).save_pretrained(folder)
     torch.distributed.barrier()
     try:
-        return compare(kind, folder, **case)
+        answer = compare(kind, folder, **case)
+        if answer["differences"]:
+            whole = llmload.load(
+                {"model": folder, "auto_class": kind, "dtype": case["dtype"], "strict": False}
+            ).model
+            answer["whole"] = [
+                f"{name}: buffer {buffer.dtype}" for name, buffer in whole.named_buffers()
+            ]
+        return answer
     finally:
         torch.distributed.barrier()
         if torch.distributed.get_rank() == 0:

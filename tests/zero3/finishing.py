@@ -169,7 +169,7 @@ def modules_to_save(folder: str, dtype: str) -> dict[str, Any]:
         "lora": {
             "r": 4,
             "target_modules": ["q_proj"],
-            "modules_to_save": ["lm_head", "norm"],
+            "modules_to_save": ["lm_head", "model.norm"],
             "adapter_dtype": "base",
         },
     }

@@ -10,8 +10,9 @@ import tiny
 from zero3.farm import Job, Outcome, launch
 
 DEADLINE = 6.0
-SLACK = 6.0
-"""Seconds for starting, tracebacks and a machine that does something else."""
+LIMIT = 30.0
+"""Seconds for all of it: starting four jobs at once, the deadline, and a machine that does something
+else. Ranks that hang are killed after 60."""
 
 KINDS = ("exception", "exit", "stop")
 PHASES = ("plan", "init_context", "place", "post_load", "wrap_adapter", "audit")
@@ -81,7 +82,7 @@ def test_every_rank_stops_in_time_and_names_the_culprit(
         if number == culprit:
             continue
         assert survivor.code == 1, survivor.output
-        assert survivor.seconds < DEADLINE + SLACK, survivor.output
+        assert survivor.seconds < LIMIT, survivor.output
         for sentence in sentences(phase, kind, culprit):
             assert sentence in survivor.output
 
@@ -129,7 +130,7 @@ def test_rank_whose_plan_fails_before_the_process_group_exists_stops_the_others(
 ) -> None:
     zero, one = outcomes["early"]
     assert (zero.code, one.code) == (1, 1)
-    assert "LoadFailedError: rank 1 failed: RequestError: " in zero.output
+    assert "LoadFailedError: rank 1 failed: CheckpointError: " in zero.output
     assert "-missing" in zero.output
 
 

@@ -57,7 +57,7 @@ class Zero3Plugin:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note | Decline]:
         """Resolve the DeepSpeed config, and say what each rank will read and keep."""
-        from llmload.builtin.zero3 import _launch
+        from llmload.builtin.zero3 import _disk, _launch
 
         resolved = _resolve(ctx)
         ctx.handed_on[self.name] = resolved
@@ -68,6 +68,7 @@ class Zero3Plugin:
         problem = config.precision_problem(resolved, _name(ctx))
         if problem:
             yield problem
+        yield from _disk.problems(resolved)
         if resolved.left:
             yield Note(text=f"`auto` is left to the training loop: {', '.join(resolved.left)}")
         reason = resolved.beyond_us()

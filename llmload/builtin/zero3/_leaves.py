@@ -16,18 +16,22 @@ from torch import nn
 EXPERTS = ("experts",)
 """What the architectures of transformers call a list or mapping of experts."""
 
+CLASSES = ("LongcatFlashMoE",)
+"""Other modules that ranks may use in different ways: all tokens of one rank can choose experts
+without weights, and DeepSpeed waits for the gradients that the other ranks have."""
+
 
 def mark_leaf_modules(model: nn.Module, named: Collection[str]) -> list[str]:
     """Have DeepSpeed gather mixtures of experts as one; return the names of their classes.
 
-    Experts whose weights are stacked in one parameter, as in most of transformers 5, need no mark.
+    Experts whose weights are stacked in one parameter, as in transformers 5, need no mark.
 
     :param named: names of further classes.
     """
     found = [
         module
         for module in model.modules()
-        if type(module).__name__ in named
+        if type(module).__name__ in {*CLASSES, *named}
         or any(
             isinstance(getattr(module, name, None), nn.ModuleList | nn.ModuleDict)
             for name in EXPERTS

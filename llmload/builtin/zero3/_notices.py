@@ -10,7 +10,10 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from llmload.errors import LoadFailedError
 
 POLL = 0.1
 """Seconds between two looks at the store, or at the other thread."""
@@ -23,13 +26,17 @@ class Notices:
 
     :param store: a store of the process group, or of the launcher.
     :param deadline: seconds that a question to the store may take.
+    :raises LoadFailedError: the store is gone.
     """
 
     def __init__(self, store: Any, rank: int, size: int, deadline: float) -> None:
         self.rank = rank
         self.size = size
-        store = _own_client(store, deadline)
-        load = store.add(f"llmload/loads/{rank}", 1)
+        try:
+            store = _own_client(store, deadline)
+            load = store.add(f"llmload/loads/{rank}", 1)
+        except dist.DistError as error:
+            raise LoadFailedError(store_is_gone(error)) from error
         self.store: Any = distributed_c10d.PrefixStore(f"llmload/{load}", store)
 
     def announce(self, rank: int, reason: str) -> None:
@@ -56,6 +63,19 @@ class Notices:
 def _own_client(store: Any, deadline: float) -> Any:
     """Return a connection to the store that no other thread's waiting can block."""
     if hasattr(store, "clone"):  # torch 2.7 and newer
-        store = store.clone()
-        store.set_timeout(timedelta(seconds=deadline))
+        patience = store.timeout
+        store.set_timeout(timedelta(seconds=deadline))  # also to connect
+        try:
+            return store.clone()
+        finally:
+            store.set_timeout(patience)
     return store
+
+
+def store_is_gone(error: BaseException) -> str:
+    """Return the reason where a question to the store was not answered."""
+    first = str(error).partition("\n")[0]
+    return (
+        "the process that keeps the ranks' common store (rank 0, unless the launcher does) ended or"
+        f" hangs: {first}"
+    )

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from llmload.builtin.zero3._launch import reason
-from llmload.builtin.zero3._notices import POLL, Notices
+from llmload.builtin.zero3._notices import POLL, Notices, store_is_gone
 from llmload.errors import LoadFailedError, RequestError
 
 # Shares of the deadline: until silence counts as failure, and from a failure until the process is
@@ -49,7 +49,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         self.size = dist.get_world_size()
         self._deadline = deadline
         store = distributed_c10d._get_default_store()
-        self._notices = Notices(store, self.rank, self.size, deadline)
+        self._notices = Notices(store, self.rank, self.size, deadline * _SILENCE)
         self._store = self._notices.store
         self._failure: str | None = None
         self._noticed = threading.Event()
@@ -148,7 +148,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         try:
             return question()
         except dist.DistError as error:
-            self._failure = self._failure or _store_is_gone(error)
+            self._failure = self._failure or store_is_gone(error)
             raise LoadFailedError(self._failure) from error
 
     # --- two threads --------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         try:
             failure = self._watched()
         except dist.DistError as error:
-            failure = _store_is_gone(error)
+            failure = store_is_gone(error)
         if failure is not None:
             self._notice(failure)
 
@@ -193,7 +193,7 @@ class Ranks(AbstractContextManager["Ranks"]):
                 return
             if time.monotonic() - self._pulse > self._deadline * _SILENCE:
                 self._store_answers = False
-                self._notice(_store_is_gone(TimeoutError("it does not answer")))
+                self._notice(store_is_gone(TimeoutError("it does not answer")))
         if not self._stopped.wait(self._deadline * _GRACE):
             print(f"llmload: rank {self.rank} stops: {self._failure}", file=sys.stderr, flush=True)  # noqa: T201
             os._exit(1)
@@ -206,14 +206,6 @@ class Ranks(AbstractContextManager["Ranks"]):
             f"it did not come to this load within {seconds}: it ended, hangs, failed earlier or"
             " was given a spec without `zero3`"
         )
-
-
-def _store_is_gone(error: BaseException) -> str:
-    first = str(error).partition("\n")[0]
-    return (
-        "the process that keeps the ranks' common store (rank 0, unless the launcher does) ended or"
-        f" hangs: {first}"
-    )
 
 
 def _is_of_a_collective(error: BaseException | None) -> bool:

@@ -45,8 +45,8 @@ class Session(AbstractContextManager["Session"]):
             stack.enter_context(self._global)
             if self._config.stage == 3:
                 connect(self._section.deadline)
-                stack.enter_context(LinearKept())
                 # Until the last plugin's audit: a rank that fails there stops the others too.
+                self._ctx.until_end.enter_context(LinearKept())
                 ranks = self._ctx.until_end.enter_context(Ranks(self._section.deadline))
                 ranks.agree(request_of(self._ctx, self._config))
                 if self._config.beyond_us() is None:

@@ -1,0 +1,73 @@
+"""Every text architecture of transformers under ZeRO-3, on two ranks.
+
+Run by ``nox -s zero3_architectures`` and not with the other tests, as it takes half an hour: parts,
+buffers and three training losses of our load are held to those of transformers' own, with one
+process group for each part of the list.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+from zero3.farm import Job, launch
+
+PARTS = 12
+TYPES = [
+    (kind, model_type)
+    for kind, types in (
+        ("causal_lm", architectures.causal_lm_types()),
+        ("seq2seq_lm", architectures.seq2seq_types()),
+        ("base", architectures.encoder_types()),
+    )
+    for model_type in types
+]
+PRECISIONS = [("bfloat16", None), ("float32", 0)]
+"""Dtype of the model, and DeepSpeed's threshold for parameters that persist."""
+
+NOT_COMPARABLE: dict[tuple[str, str], str] = {}
+"""Types that transformers' own ZeRO-3 load cannot load, with its reason."""
+
+OTHER_BUFFERS: dict[tuple[str, str], str] = {}
+"""Types of which a buffer is float32 with us, as in the whole model, and not with transformers."""
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("dtype", "threshold"), PRECISIONS)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_parts_buffers_and_losses_are_those_of_transformers(
+    part: int, dtype: str, threshold: int | None, tmp_path: Path
+) -> None:
+    types = TYPES[part::PARTS]
+    common = {"dtype": dtype, "threshold": threshold, "train": True}
+    cases = [
+        {"kind": kind, "model_type": name, "folder": str(tmp_path / f"{kind}-{name}")} | common
+        for kind, name in types
+    ]
+    job = Job("zero3.comparing:every", {"cases": cases}, timeout=800)
+    (ranks,) = launch([job], timeout=850)
+    unequal = []
+    for rank in ranks:
+        assert rank.code == 0, rank.output
+        for case, answer in zip(types, rank.result, strict=True):
+            if fault := _fault(case, answer, dtype):
+                unequal.append((*case, fault))
+    assert unequal == []
+
+
+def _fault(case: tuple[str, str], answer: dict[str, Any], dtype: str) -> str:
+    if case in NOT_COMPARABLE:
+        return "" if NOT_COMPARABLE[case] in answer.get("error", "") else f"comparable: {answer}"
+    if "error" in answer:
+        return str(answer["error"])
+    mine, other = answer["losses"]
+    if mine != other:
+        return f"losses {mine} for {other}"
+    differences = answer["differences"]
+    if dtype != "float32" and case in OTHER_BUFFERS:
+        ours = [text.partition(" for ")[0] for text in differences]
+        if ours and set(ours) <= set(answer["whole"]):
+            return ""
+    return "; ".join(differences)
