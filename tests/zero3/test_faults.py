@@ -11,7 +11,7 @@ from zero3.farm import Job, Outcome, launch
 
 DEADLINE = 6.0
 LIMIT = 30.0
-"""Seconds for all of it: starting four jobs at once, the deadline, and a machine that does something
+"""Seconds for all of it: start, four jobs at once, the deadline, and a machine that does something
 else. Ranks that hang are killed after 60."""
 
 KINDS = ("exception", "exit", "stop")
