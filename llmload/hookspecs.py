@@ -189,6 +189,10 @@ def post_load(ctx: LoadContext, model: nn.Module) -> nn.Module:
     Called for each plugin in order, each seeing the model as the previous one left it; rehearsed on
     the meta device for the plan. New parameters are listed in ``ctx.newly_initialised``.
 
+    Under ZeRO-3 a parameter is empty here and its values lie in parts on all ranks. What works for
+    whole and partitioned models alike is in :mod:`llmload.partitions`: sizes, a new module's
+    parameters (``split``), values from a state dict, and all values for a block (``whole``).
+
     :param ctx: the load; ``ctx.tokenizer`` is set if the ``tokenizer`` plugin takes part.
     :param model: what the loader or the previous plugin returned.
     :returns: the same or a replacement module. ``None`` is a forgotten ``return`` and an error that

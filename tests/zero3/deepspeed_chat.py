@@ -49,7 +49,11 @@ def ours(folder: str, ds_config: dict[str, Any], rlhf_training: bool, dropout: f
             "model": folder,
             "dtype": "float32",
             "weights": "random" if rlhf_training else "pretrained",
-            "tokenizer": {"pad_token": "eos", "padding_side": "right"},
+            "tokenizer": {
+                "pad_token": "eos",
+                "padding_side": "right",
+                "eos_config_fields": ["end_token_id"],
+            },
             "embeddings": {"pad_to_multiple_of": 8, "allow_shrink": True},
             "dropout": {"p": dropout},
             "zero3": {"config": ds_config},
@@ -87,7 +91,7 @@ def compare(folder: str, saved: str, rlhf_training: bool, dropout: float) -> dic
                 different.append(name)
     answer |= {"different": [*different, *names], "rows": rows, "known": known}
     answer["padded"] = [m.config.pad_token_id for m in (mine, other)]
-    answer["ends"] = [mine.config.eos_token_id, other.config.end_token_id]
+    answer["ends"] = [m.config.end_token_id for m in (mine, other)]
     answer["vocabulary"] = [m.config.vocab_size for m in (mine, other)]
     answer["dropout"] = [_dropout(model) for model in (mine, other)]
     if rlhf_training and not dropout:

@@ -1,8 +1,8 @@
 """Parity with DeepSpeed-Chat's ``create_hf_model`` at stage 3, on two ranks.
 
 Named differences: new embedding rows are the mean of the known ones where transformers draws about
-it; ``config.end_token_id``, which nothing reads, is ``eos_token_id`` here; the random weights that
-``rlhf_training`` starts from are initialised, and not whatever was in memory.
+it; the random weights that ``rlhf_training`` starts from are initialised, and not whatever was in
+memory.
 """
 
 from __future__ import annotations
