@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .planning import Plan
     from .registry import Host
 
+MISSING = "missing from the checkpoint"
+"""Why a parameter or buffer is newly initialised that ``strict`` must excuse."""
 EXCUSED = "missing from the checkpoint, as the model's class allows"
 """Why a parameter or buffer is newly initialised though ``strict`` does not mind."""
 
@@ -38,7 +40,7 @@ def hold_to_strict(ctx: LoadContext) -> None:
     missing = [
         name
         for name, why in ctx.newly_initialised.items()
-        if why != EXCUSED and not exceptions.allows_missing(name)
+        if why != EXCUSED and name not in ctx.to_initialise and not exceptions.allows_missing(name)
     ]
     unexpected = [name for name in ctx.unexpected if not exceptions.allows_unexpected(name)]
     problems = []
@@ -62,6 +64,41 @@ def hold_to_strict(ctx: LoadContext) -> None:
         )
     if problems:
         raise CheckpointError(problems)
+
+
+def excused(ctx: LoadContext) -> Iterable[Problem]:
+    """Name, as warnings, what ``strict: false`` let pass; exceptions by name were asked for."""
+    if ctx.spec.strict is not False:
+        return
+    missing = [
+        name
+        for name, why in ctx.newly_initialised.items()
+        if why != EXCUSED and name not in ctx.to_initialise and ctx.checkpoint is not None
+    ]
+    for names, what in (
+        (missing, "the checkpoint has no values for {}, which are newly initialised"),
+        (ctx.unexpected, "the model has no place for {} of the checkpoint, which are left out"),
+    ):
+        if names:
+            yield Problem(
+                where="strict",
+                severity="warning",
+                message=what.format(some(names)),
+                fix="Name them in `strict` if this is meant.",
+            )
+
+
+def hold_to_claims(ctx: LoadContext) -> None:
+    """Refuse tensors that a plugin took out of the checkpoint and then did nothing with.
+
+    :raises AuditError: it neither read one nor said why it is left out.
+    """
+    if ctx.unused:
+        raise AuditError(
+            f"{some(ctx.unused)} of the checkpoint were claimed by a plugin in map_keys, which"
+            " neither read them nor said why they are left out",
+            fix="The plugin is at fault; report this to its makers.",
+        )
 
 
 def compare_with_checkpoint(ctx: LoadContext, model: nn.Module) -> int:

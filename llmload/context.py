@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from .checkpoint import Checkpoint
+    from .checkpoint import Checkpoint, TensorInfo
     from .probe import ProbeResult
     from .spec import LoadSpec
 
@@ -63,9 +63,12 @@ class LoadContext:
         self.dtype = dtype
         """The floating-point dtype of the model; ``dtype: auto`` is resolved."""
         self.checkpoint = checkpoint
-        """Names, shapes, dtypes and places of all tensors; None with ``weights: random``."""
+        """Names, shapes, dtypes and places of the loader's tensors, with keys mapped; None with
+        ``weights: random``. While ``map_keys`` is called, all tensors as they are stored."""
         self.wraps_adapter = wraps_adapter
         """Whether an active plugin will wrap the model in an adapter."""
+        self.claimed: dict[str, TensorInfo] = {}
+        """Tensors that a plugin took for itself in ``map_keys``, by their key there."""
         self.rehearsing = True
         """True while the plan is made: the model is on the meta device and has no values."""
 
@@ -76,8 +79,13 @@ class LoadContext:
         their embedding rows are untrained, even where the checkpoint has rows to spare."""
         self.newly_initialised: dict[str, str] = {}
         """Name of each parameter or buffer that is not from the checkpoint -> why."""
+        self.to_initialise: dict[str, str] = {}
+        """Parameter of the base model that needs no value in the checkpoint -> why. Set in
+        ``check`` by the plugin that answers for its value; ``strict`` then does not ask for it."""
         self.unexpected: list[str] = []
         """Checkpoint keys for which the loader found no place in the model."""
+        self.left_out: dict[str, str] = {}
+        """Key of a claimed tensor that nobody needs -> why, set by the plugin that claimed it."""
         self.load_options: dict[str, Any] = {}
         """Keyword arguments for ``from_pretrained``, set in ``init_context`` (``device_map``,
         ``quantization_config``). A loader that cannot honour one declines."""
@@ -98,6 +106,8 @@ class LoadContext:
         """Contexts that outlast those of ``init_context``: left when the audit is over, or with the
         error that ended the load. What they raise then fails the load."""
         self.kept_alive: list[object] = []
+        self._stored = checkpoint
+        self._read: set[str] = set()
         self._probed: ProbeResult | None = None
         self._pristine = copy.deepcopy(config)
         self._blank: PreTrainedModel | None = None
@@ -144,6 +154,25 @@ class LoadContext:
             self._probed = probe(model)
         return self._probed
 
+    def read(self, key: str) -> torch.Tensor:
+        """Return the values of a claimed tensor: on the CPU, as stored, the caller's own copy.
+
+        :raises LookupError: the key was not claimed in ``map_keys``.
+        """
+        from .checkpoint.mapped import MappedCheckpoint  # needs torch
+
+        info = self.claimed[key]
+        assert self._stored is not None
+        with MappedCheckpoint(self._stored) as files:
+            value = files.tensor(info).clone()
+        self._read.add(key)
+        return value
+
+    @property
+    def unused(self) -> list[str]:
+        """Claimed keys that were neither read nor left out with a reason."""
+        return [key for key in self.claimed if key not in self._read | self.left_out.keys()]
+
     def keep_alive(self, thing: object) -> None:
         """Hold ``thing`` as long as the result of the load lives."""
         self.kept_alive.append(thing)
@@ -163,6 +192,8 @@ class LoadContext:
         loading.rehearsing = False
         loading.newly_initialised = {}
         loading.unexpected = []
+        loading.left_out = {}
+        loading._read = set()
         loading.load_options = {}
         loading.placement = None
         loading.without_memory = None

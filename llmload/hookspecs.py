@@ -22,7 +22,8 @@ order. Third parties register under the entry-point group ``llmload``::
 
 The way of one load::
 
-    plan      check         each plugin, in order         Problems, Notes and Declines
+    plan      map_keys      each plugin, in order         new names, claimed tensors
+              check         each plugin, in order         Problems, Notes and Declines
               post_load     rehearsed on the meta device  (ctx.rehearsing is true)
               wrap_adapter  rehearsed on the meta device
     load      init_context  each plugin, in order         contexts entered on one ExitStack
@@ -103,6 +104,48 @@ def check(ctx: LoadContext) -> Iterable[Problem | Note | Decline]:
                         message=f"the checkpoint has {found:,} parameters, {limit:,} are allowed",
                         fix="Choose a smaller model or raise the budget.",
                     )
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def map_keys(ctx: LoadContext, keys: tuple[str, ...]) -> Mapping[str, str | None]:
+    """Say under which names the loader finds tensors, and take those that are for this plugin.
+
+    Called while planning, before ``check``, with ``weights: pretrained`` only. The spec's
+    ``key_map`` and ``key_rules`` have been applied; each plugin sees the keys that the one before
+    it left. What is claimed is read with ``ctx.read(key)`` in ``post_load``, or left out with
+    ``ctx.left_out[key] = "why"``; a claimed tensor with which nothing happens is an error.
+
+    :param ctx: the load; ``ctx.blank`` has the names of the base model.
+    :param keys: the checkpoint's keys, as the loader would see them.
+    :returns: key -> its new name, or None to claim the tensor. Keys that are not mentioned stay.
+    :raises RequestError: stops the load. So do two keys that would get the same name.
+
+    Example: a linear head of the plugin's own, stored beside the model's weights::
+
+        import llmload
+
+        class Scorer:
+            name = "scorer"
+
+            class Section(llmload.Section):
+                pass
+
+            @llmload.hookimpl
+            def map_keys(self, ctx, keys):
+                return {"scorer.weight": None}
+
+            @llmload.hookimpl
+            def post_load(self, ctx, model):
+                from torch import nn
+
+                shape = ctx.claimed["scorer.weight"].shape
+                device = "meta" if ctx.rehearsing else "cpu"
+                model.scorer = nn.Linear(*reversed(shape), bias=False, device=device)
+                if not ctx.rehearsing:
+                    model.scorer.weight = nn.Parameter(ctx.read("scorer.weight").to(ctx.dtype))
+                return model
     """
     raise NotImplementedError
 
@@ -331,4 +374,4 @@ def stopped(asked: Mapping[str, Any], error: BaseException) -> None:
 
 
 SPINE = ("init_context", "load", "post_load", "wrap_adapter")
-HELPERS = ("check", "audit", "stopped")
+HELPERS = ("map_keys", "check", "audit", "stopped")

@@ -97,6 +97,7 @@ def execute(prepared: Prepared, report: Report, *, prove: bool) -> LoadResult:
                 host, ctx, model, report.phase, ledger.take_stock
             )
 
+        audit.hold_to_claims(ctx)
         _fill(report, prepared, ctx, model, ledger)
         if prove:
             with report.phase("audit"):
@@ -141,7 +142,8 @@ def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger
     report.checkpoint_bytes = prepared.plan.checkpoint_bytes
     made = {name: maker for name, maker in makers.items() if maker != report.loader}
     report.newly_initialised = made | ctx.newly_initialised
-    report.warnings = [str(problem) for problem in prepared.plan.warnings]
+    report.left_out = dict.fromkeys(ctx.unexpected, "no place in the model") | ctx.left_out
+    report.warnings = [str(problem) for problem in [*prepared.plan.warnings, *audit.excused(ctx)]]
     report.facts = ctx.facts
 
 

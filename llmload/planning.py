@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from . import compat, modeling, partitions, source, steps
+from . import compat, keys, modeling, partitions, source, steps
 from .checkpoint import Checkpoint
 from .context import LoadContext
 from .errors import LoadFailedError, PlanError, PluginError, Problem, RequestError
@@ -63,6 +64,8 @@ class Plan(BaseModel):
     """Tensors in the checkpoint."""
     checkpoint_bytes: int = 0
     """Bytes of all tensors in the checkpoint."""
+    keys: list[str] = Field(default_factory=list)
+    """How many of the checkpoint's keys each rule renames, a line each."""
     parameters: int = 0
     """Elements in all parameters of the finished model, tied ones once."""
     parameter_bytes: int = 0
@@ -117,12 +120,13 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
     """
     require_stack()
     host = registry.activate(spec)
-    folder = source.resolve(spec, weights=weights)
+    folder = source.resolve(spec, weights=weights and spec.weights_from is None)
     config = modeling.load_config(folder, spec)
     model_class, config = modeling.resolve_class(spec, config)
     checkpoint = None
     if spec.weights == "pretrained":
-        checkpoint = Checkpoint.open(folder, allow_pickle=spec.allow_pickle)
+        place = folder if spec.weights_from is None else Path(spec.weights_from).expanduser()
+        checkpoint = Checkpoint.open(place, allow_pickle=spec.allow_pickle)
     ctx = LoadContext(
         spec=spec,
         sections=host.sections,
@@ -146,6 +150,11 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
     if checkpoint is not None:
         plan.checkpoint_tensors = len(checkpoint.tensors)
         plan.checkpoint_bytes = checkpoint.total_bytes
+    if not plan.errors:
+        try:
+            plan.keys = keys.assign(host, ctx)
+        except RequestError as error:
+            plan.problems += error.problems
     if not plan.errors:
         _check(host, ctx, plan)
         _rehearse(host, ctx, plan)

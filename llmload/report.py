@@ -54,6 +54,8 @@ class Report(BaseModel):
     """Bytes of all tensors in the checkpoint."""
     newly_initialised: dict[str, str] = Field(default_factory=dict)
     """Parameters and buffers whose values are not from the checkpoint -> why or by whom."""
+    left_out: dict[str, str] = Field(default_factory=dict)
+    """Keys of the checkpoint whose tensors the model does not get -> why."""
     compared: int = 0
     """Parameters whose first and last values the audit held against the checkpoint, after the
     declared cast."""

@@ -30,6 +30,8 @@ def plan(plan: Plan) -> RenderableType:
     if plan.checkpoint_tensors:
         size = f"{plan.checkpoint_tensors} tensors, {_size(plan.checkpoint_bytes)}"
         facts.add_row("checkpoint", size)
+    for line in plan.keys:
+        facts.add_row("keys", line)
     if plan.loader:
         facts.add_row("loader", plan.loader)
     for name, reason in plan.declined.items():
@@ -68,6 +70,8 @@ def report(report: Report) -> RenderableType:
     facts.add_row("parameters", f"{report.parameters:,}, {_size(report.parameter_bytes)}")
     for name in _made_by(report.newly_initialised):
         facts.add_row("new", name)
+    for name in _made_by(report.left_out):
+        facts.add_row("left out", name)
     if report.compared:
         facts.add_row("proved", f"{report.compared} parameters hold what the checkpoint says")
     for line in report.audit:

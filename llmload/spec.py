@@ -194,6 +194,10 @@ class LoadSpec(Section):
     """Floating-point dtype of the parameters; ``auto`` keeps the checkpoint's."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """``random``: build the model from its config alone and initialise it."""
+    weights_from: Annotated[str | None, BeforeValidator(_as_text)] = None
+    """File or folder of weights to fill the model with, instead of those in ``model``, which then
+    gives config and tokenizer. Also the archive of the DPO reference code, behind
+    ``allow_pickle``."""
     device_map: (
         Annotated[int | str, AfterValidator(_device_map)]
         | Mapping[str, Annotated[int | str, AfterValidator(_device)]]
@@ -215,10 +219,25 @@ class LoadSpec(Section):
     hub's own cache."""
     key_map: Annotated[Mapping[Regex, str], AfterValidator(_key_map)] = {}
     """Renames checkpoint keys: regular expression to replacement, as in ``re.sub``, applied one
-    after the other in this order."""
+    after the other in this order. One that matches no key is an error."""
+    key_rules: tuple[Literal["deepspeed_chat", "ddp", "compiled", "peft", "coati"], ...] = ()
+    """Undoes, after ``key_map`` and in this order, what systems do to keys, where they did it:
+    ``deepspeed_chat`` the misspelt ``rwtranrsformer.``; ``ddp`` a leading ``module.``;
+    ``compiled`` every ``_orig_mod.``; ``peft`` the prefixes of a wrapped model; ``coati`` the
+    removal of the first ``model.`` from each key, held against the model's own names."""
     strict: bool | KeyExceptions = True
     """``true``: a missing or unexpected checkpoint key is an error; ``false``: it is reported, and
     the load goes on; or the exceptions by name."""
+
+    @model_validator(mode="after")
+    def _random_weights_have_no_keys(self) -> LoadSpec:
+        given = [key for key in ("weights_from", "key_map", "key_rules") if getattr(self, key)]
+        if self.weights == "random" and given:
+            raise InvalidValueError(
+                f"`weights: random` reads no checkpoint, and `{given[0]}` is set",
+                fix="Remove one or the other.",
+            )
+        return self
 
     @model_validator(mode="wrap")
     @classmethod

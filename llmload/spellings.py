@@ -141,6 +141,7 @@ _CORE: Final = {
     "reinit_weights": Spelling("axolotl", "weights", _switch("random")),
     "local_dirs": Spelling("the DPO reference code", "cache_dir"),
     "key_mapping": Spelling("transformers", "key_map"),
+    "archive": Spelling("the DPO reference code", "weights_from"),
     "flash_attn": Spelling("LLaMA-Factory", "attn_implementation", _words(_ATTENTION)),
     "attn_impl": Spelling("ms-swift", "attn_implementation"),
     "flash_attention": Spelling("axolotl", "attn_implementation", _switch("flash_attention_2")),

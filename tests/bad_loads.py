@@ -446,14 +446,11 @@ BAD_LOADS = [
     ),
     BadLoad(
         "keys mapped onto others",
-        "key_map: {layers.0: layers.1}",
+        "key_map: {layers.0.mlp.down_proj: embed_tokens}",
         (
-            "strict: the checkpoint has no values for 'model.layers.0.input_layernorm.weight',"
-            " 'model.layers.0.mlp.down_proj.weight', 'model.layers.0.mlp.gate_proj.weight',"
-            " 'model.layers.0.mlp.up_proj.weight',"
-            " 'model.layers.0.post_attention_layernorm.weight' and 4 more. Map the keys with"
-            " `key_map`, or list what may be newly initialised in `strict: {allow_missing:"
-            " [...]}`."
+            "key_map: the keys 'model.embed_tokens.weight',"
+            " 'model.layers.0.mlp.down_proj.weight' of the checkpoint would all be called"
+            " 'model.embed_tokens.weight'. Make the rules map each key to a name of its own."
         ),
     ),
     # --- tokenizer and embeddings ---

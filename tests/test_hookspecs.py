@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint
 
 import llmload
@@ -58,6 +60,17 @@ def test_every_argument_and_the_result_of_a_hook_are_described(hook: str) -> Non
     for argument in inspect.signature(function).parameters:
         assert f":param {argument}:" in text
     assert ":returns:" in text
+
+
+def test_example_of_map_keys_reads_a_head_of_its_own(folder: Path, tmp_path: Path) -> None:
+    headed = tmp_path / "headed"
+    shutil.copytree(folder, headed)
+    weights = load_file(headed / "model.safetensors")
+    weights["scorer.weight"] = torch.arange(16.0)[None]
+    save_file(weights, headed / "model.safetensors", metadata={"format": "pt"})
+    result = load_with_example("map_keys", headed, scorer={})
+    assert torch.equal(result.model.scorer.weight, torch.arange(16.0)[None])
+    assert result.report.warnings == []
 
 
 def test_example_of_check_stops_a_load_over_the_budget(folder: Path) -> None:

@@ -72,7 +72,7 @@ class StreamingLoader:
         )
         if device_map and "disk" in device_map.values():
             return Decline("the device map keeps weights on disk, which accelerate does")
-        accounting = seam.rehearse(model, ctx.checkpoint, ctx.spec.key_map)
+        accounting = seam.rehearse(model, ctx.checkpoint)
         if accounting.failed:
             name, trace = next(iter(accounting.failed.items()))
             reason = trace.splitlines()[-1].removeprefix("Error: ")
@@ -87,13 +87,12 @@ class StreamingLoader:
                 placement,
                 proof,
                 dtype=ctx.dtype,
-                key_map=ctx.spec.key_map,
                 device_map=device_map,
                 name_or_path=str(ctx.folder),
             )
             ctx.record(self.name, proof.facts(files))
         for name in missing:
-            ctx.newly_initialised.setdefault(name, "missing from the checkpoint")
+            ctx.newly_initialised.setdefault(name, audit.MISSING)
         return seam.finish(
             model, ctx.folder, device_map, trust_remote_code=ctx.spec.trust_remote_code
         )
@@ -135,7 +134,9 @@ def account(ctx: LoadContext, accounting: Accounting) -> None:
             )
             for name, found, expected in accounting.mismatched
         )
-    ctx.newly_initialised |= dict.fromkeys(accounting.missing, "missing from the checkpoint")
+    ctx.newly_initialised |= {
+        name: ctx.to_initialise.get(name, audit.MISSING) for name in accounting.missing
+    }
     ctx.newly_initialised |= dict.fromkeys(accounting.excused, audit.EXCUSED)
     ctx.unexpected += accounting.unexpected
     audit.hold_to_strict(ctx)

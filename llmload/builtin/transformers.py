@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from llmload import compat
+from llmload import audit, compat
 from llmload.errors import CheckpointError, Problem
 from llmload.findings import Note
 from llmload.hookspecs import hookimpl
@@ -13,6 +13,7 @@ from llmload.hookspecs import hookimpl
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from llmload.checkpoint import Checkpoint
     from llmload.context import LoadContext
 
 
@@ -47,20 +48,23 @@ class TransformersLoader:
         return model.eval()
 
     def _pretrained(self, ctx: LoadContext) -> PreTrainedModel:
+        checkpoint = ctx.checkpoint
         options: dict[str, Any] = {
             "config": ctx.config,
             "device_map": ctx.spec.device_map,
-            "key_mapping": dict(ctx.spec.key_map) or None,
-            "use_safetensors": ctx.checkpoint is not None
-            and ctx.checkpoint.format == "safetensors",
             "trust_remote_code": ctx.spec.trust_remote_code,
             "local_files_only": True,
             "output_loading_info": True,
             **compat.dtype_option(ctx.dtype),
             **ctx.load_options,
         }
+        assert checkpoint is not None
         try:
-            model, info = ctx.model_class.from_pretrained(ctx.folder, **options)
+            if checkpoint.as_stored and ctx.spec.weights_from is None:
+                options["use_safetensors"] = checkpoint.format == "safetensors"
+                model, info = ctx.model_class.from_pretrained(ctx.folder, **options)
+            else:
+                model, info = self._from_tensors(ctx, checkpoint, options)
         except RuntimeError as error:
             if "size" not in str(error) and "shape" not in str(error):
                 raise
@@ -72,6 +76,25 @@ class TransformersLoader:
                 )
             ) from error
         for name in info["missing_keys"]:
-            ctx.newly_initialised[name] = "missing from the checkpoint"
+            ctx.newly_initialised[name] = ctx.to_initialise.get(name, audit.MISSING)
         ctx.unexpected += sorted(info["unexpected_keys"])
         return model
+
+    def _from_tensors(
+        self, ctx: LoadContext, checkpoint: Checkpoint, options: dict[str, Any]
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """Give ``from_pretrained`` the tensors under their new names, which it cannot find itself.
+
+        It maps keys in a way of its own: 5.x replaces the first match only, 4.51.3 stops at the
+        first rule that matches.
+        """
+        from llmload.checkpoint.mapped import MappedCheckpoint
+
+        with MappedCheckpoint(checkpoint) as files:
+            state = {name: files.tensor(info) for name, info in checkpoint.tensors.items()}
+            model, info = ctx.model_class.from_pretrained(None, state_dict=state, **options)
+            files.check()
+        # Without a path it does not look for the folder's generation config.
+        model.config.name_or_path = model.name_or_path = str(ctx.folder)
+        compat.seam().finish(model, ctx.folder, None, trust_remote_code=ctx.spec.trust_remote_code)
+        return model, info

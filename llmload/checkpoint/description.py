@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -52,14 +52,18 @@ class Checkpoint:
     files: tuple[CheckpointFile, ...]
     tensors: Mapping[str, TensorInfo]
     """By name, file by file, each file in the order of its bytes."""
+    as_stored: bool = True
+    """Whether the names are those in the files, and all of them."""
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
         """Describe the checkpoint at ``path``: a folder, an index file or a file of weights.
 
-        Takes ``model.safetensors`` before ``model.safetensors.index.json`` before
-        ``pytorch_model.bin``, as transformers does. ``.bin`` files are opened only where
-        ``allow_pickle`` is set and torch is at least 2.10; nothing else imports torch.
+        A pickle may be the archive of the DPO reference code (``step_idx``, ``state`` and
+        ``metrics``), whose ``state`` is then read. Takes ``model.safetensors`` before
+        ``model.safetensors.index.json`` before ``pytorch_model.bin``, as transformers does. Pickles
+        are opened only where ``allow_pickle`` is set and torch is at least 2.10; nothing else
+        imports torch.
 
         Raises ``CheckpointError`` where anything is missing, damaged, unsafe or contradictory; the
         error lists every faulty shard with the bytes expected and found.
@@ -123,6 +127,18 @@ class Checkpoint:
             tuple(files),
             MappingProxyType(tensors),
         )
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """Return the same files with other names; a tensor that ``names`` lacks is left out.
+
+        :param names: name here -> new name, all different.
+        """
+        tensors = {
+            names[name]: replace(tensor, name=names[name])
+            for name, tensor in self.tensors.items()
+            if name in names
+        }
+        return replace(self, tensors=MappingProxyType(tensors), as_stored=False)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -59,12 +59,19 @@ def read_pickle(path: Path, file: IO[bytes], size: int) -> list[TensorInfo]:
     except Exception as error:  # the restricted unpickler raises many kinds
         reason = str(error).partition("\n")[0]
         raise refuse(path, f"the pickle cannot be read safely: {reason}", _CONVERT) from error
+    if _is_dpo_archive(content):
+        content = content["state"]
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and type(value) in (torch.Tensor, torch.nn.Parameter)
         for name, value in content.items()
     ):
         raise refuse(path, "the pickle is no mapping of names to plain tensors", _CONVERT)
     return [_locate(path, name, value, size) for name, value in content.items()]
+
+
+def _is_dpo_archive(content: Any) -> bool:
+    """Whether this is what the DPO reference code writes as ``policy.pt``."""
+    return isinstance(content, dict) and content.keys() == {"step_idx", "state", "metrics"}
 
 
 def _check_archive(path: Path, file: IO[bytes]) -> None:

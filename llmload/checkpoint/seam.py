@@ -106,9 +106,7 @@ def resolve_device_map(
     return None if checked is None else _get_device_map(model, checked, None, None)
 
 
-def rehearse(
-    model: PreTrainedModel, checkpoint: Checkpoint, key_map: Mapping[str, str]
-) -> Accounting:
+def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
     """Run transformers' mapping and conversion over the checkpoint's shapes. Changes nothing."""
     from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -125,7 +123,7 @@ def rehearse(
         return value.shape == state[name].shape and (is_float or name not in parameters)
 
     outlines = {info.name: Outline(info) for info in checkpoint.tensors.values()}
-    if not key_map and all(
+    if all(
         name in state and state[name].shape == info.shape
         for name, info in checkpoint.tensors.items()
     ):
@@ -134,7 +132,7 @@ def rehearse(
         info = LoadStateDictInfo(set(), set(), set(), [], {}, set())
     else:
         with _no_progress_bar():
-            info = _convert(model, outlines, key_map, receive, "meta")
+            info = _convert(model, outlines, receive, "meta")
     absent = state.keys() - found.keys() - info.conversion_errors.keys()
     for tied in _ties(model):
         if not tied <= absent:
@@ -184,7 +182,6 @@ def fill(
     proof: Proof,
     *,
     dtype: torch.dtype,
-    key_map: Mapping[str, str],
     device_map: dict[str, Any] | None,
     name_or_path: str,
 ) -> list[str]:
@@ -204,7 +201,7 @@ def fill(
     receiver = Receiver(placer, model._get_dtype_plan(dtype), taken)
     views = {info.name: View(info, files, taken) for info in files.checkpoint.tensors.values()}
     try:
-        info = _convert(model, views, key_map, receiver, "cpu")
+        info = _convert(model, views, receiver, "cpu")
     except AbortError as abort:
         raise abort.cause from None
     files.check()
@@ -249,11 +246,7 @@ def finish(
 
 
 def _convert(
-    model: PreTrainedModel,
-    values: Mapping[str, Any],
-    key_map: Mapping[str, str],
-    receive: Receive,
-    device: str,
+    model: PreTrainedModel, values: Mapping[str, Any], receive: Receive, device: str
 ) -> Any:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -264,7 +257,7 @@ def _convert(
         dtype=None,  # nothing is cast before the placement has it
         hf_quantizer=Handover(receive),
         # New for each run: rules remember what they matched.
-        weight_mapping=get_model_conversion_mapping(model, dict(key_map) or None, None),
+        weight_mapping=get_model_conversion_mapping(model, None, None),
     )
     info, _ = convert_and_load_state_dict_in_model(model, values, config)
     return info

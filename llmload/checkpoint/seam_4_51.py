@@ -128,32 +128,28 @@ def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[s
 class _Keys:
     """Which name in the model each checkpoint key has, and what is left over on either side."""
 
-    def __init__(
-        self, model: PreTrainedModel, checkpoint: Checkpoint, key_map: Mapping[str, str]
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         from transformers.modeling_utils import _find_missing_and_unexpected_keys
 
-        stored, rules = list(checkpoint.names), dict(key_map) or None
-        # from_pretrained looks for the prefix before it renames, and then renames to no avail.
-        renamed = list(model._get_key_renaming_mapping(stored, rules, False, False).values())
+        stored = list(checkpoint.names)
+        # from_pretrained looks for the prefix in what the class's own old spellings become.
+        renamed = list(model._get_key_renaming_mapping(stored, None, False, False).values())
         prefix = model.base_model_prefix
         has_prefix = bool(prefix) and any(key.startswith(prefix) for key in renamed)
         expects_prefix = bool(prefix) and hasattr(model, prefix)
         from_task = has_prefix and not expects_prefix
         from_base = expects_prefix and not has_prefix
         self.names: dict[str, str] = model._get_key_renaming_mapping(
-            stored, rules, from_task, from_base
+            stored, None, from_task, from_base
         )
         self.missing, self.unexpected = _find_missing_and_unexpected_keys(
             type(model), model, renamed, list(self.names.values()), from_task, None, None
         )
 
 
-def rehearse(
-    model: PreTrainedModel, checkpoint: Checkpoint, key_map: Mapping[str, str]
-) -> Accounting:
+def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
     """Hold the checkpoint's names, dtypes and shapes against the model's. Changes nothing."""
-    keys = _Keys(model, checkpoint, key_map)
+    keys = _Keys(model, checkpoint)
     state = model.state_dict()
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     mismatched = []
@@ -199,7 +195,6 @@ def fill(
     proof: Proof,
     *,
     dtype: torch.dtype,
-    key_map: Mapping[str, str],
     device_map: dict[str, Any] | None,
     name_or_path: str,
 ) -> list[str]:
@@ -211,7 +206,7 @@ def fill(
     from torch import nn
     from transformers.modeling_utils import _infer_parameter_dtype
 
-    keys = _Keys(model, files.checkpoint, key_map)
+    keys = _Keys(model, files.checkpoint)
     stored = {
         keys.names[key]: info for key, info in files.checkpoint.tensors.items() if key in keys.names
     }

@@ -65,11 +65,14 @@ class ColossalaiPlugin:
             reason="the Booster chooses the devices",
             fix="Remove `device_map`.",
         ),
-        Conflict(
-            key="key_map",
-            when=_stays_lazy,
-            reason="the Booster finds weights by their names in the checkpoint",
-            fix=_MATERIALISE,
+        *(
+            Conflict(
+                key=key,
+                when=_stays_lazy,
+                reason="the Booster finds weights by their names in the checkpoint",
+                fix=_MATERIALISE,
+            )
+            for key in ("key_map", "key_rules", "weights_from")
         ),
         Conflict(
             key="embeddings",

@@ -136,7 +136,7 @@ def hand_over(ctx: LoadContext, model: PreTrainedModel) -> PreTrainedModel:
 
     assert ctx.checkpoint is not None
     seam = compat.seam()
-    account(ctx, seam.rehearse(model, ctx.checkpoint, {}))
+    account(ctx, seam.rehearse(model, ctx.checkpoint))
     loaded = [name for name in model.state_dict() if name not in ctx.newly_initialised]
     with compat.default_dtype(ctx.dtype):
         for name, lazy in list(lazy_tensors(model)):
