@@ -256,7 +256,7 @@ def test_the_silent_loss_of_old_coatis_reward_models_cannot_happen(tmp_path: Pat
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     message = refusal(folder)
     assert "strict: the checkpoint has no values for 'lm_head.weight', 'model." in message
-    assert "strict: the model has no place for 'net." in message
+    assert "strict: the model has no place for '" in message
     # Even where strictness is given up, everything that was lost is named.
     warnings = load(folder, strict=False).report.warnings
     assert [warning.partition("'")[0] for warning in warnings] == [
