@@ -134,24 +134,25 @@ def test_skipped_modules_are_left_beside_those_that_transformers_leaves(folder: 
     assert type(result.model.lm_head) is torch.nn.Linear
 
 
-def test_the_kernel_on_loan_is_used_and_given_back(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from llmload.builtin.kbit import _kernel
-
-    seen: list[int] = []
-    call = _kernel._ByIntegers.__call__
-    monkeypatch.setattr(
-        _kernel._ByIntegers,
-        "__call__",
-        lambda self, blocks, *others: seen.append(blocks.numel()) or call(self, blocks, *others),
-    )
-    load(folder, {})
-    assert sum(seen[1:]) == sum(
-        tensor.numel() for name, tensor in load_folder(folder).items() if "proj" in name
-    )
+def test_the_kernel_on_loan_is_used_and_given_back(folder: Path) -> None:
+    facts = load(folder, {}).report.facts["kbit"]
+    assert facts["quantised_by"] == {
+        "compiled": sum(t.numel() for name, t in load_folder(folder).items() if "proj" in name)
+    }
     op = "bitsandbytes::quantize_4bit"
     assert not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CPU")
+
+
+def test_without_a_compiler_the_report_says_so_and_nothing_else_differs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = load(folder, {}).model
+    monkeypatch.setenv("CC", "no-such-compiler")
+    result = load(folder, {})
+    facts = result.report.facts["kbit"]
+    assert list(facts["quantised_by"]) == ["torch"]
+    assert facts["not_compiled"] == "no C compiler 'no-such-compiler' is found"
+    assert unlike(result.model, compiled) == []
 
 
 def test_a_model_to_be_spread_over_devices_is_left_to_from_pretrained(folder: Path) -> None:
@@ -438,6 +439,8 @@ def test_the_plan_knows_the_sizes_before_a_weight_is_read(
     result = load(folder, section, lora=LORA)
     facts = dict(result.report.facts["kbit"])
     assert facts.pop("proven_layers") == facts["layers"] == 14
+    quantised_by = facts.pop("quantised_by", None)
+    assert quantised_by == (None if section.get("bits") == 8 else {"compiled": facts["parameters"]})
     assert facts == result.plan.facts["kbit"]
     assert result.plan.parameter_bytes == result.report.parameter_bytes
     layers = [module for _, module in quantised_layers(result.model)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -19,6 +20,15 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 QUANTISE = torch.ops.bitsandbytes.quantize_4bit.default
 
 
+@pytest.fixture(scope="module", params=["compiled", "torch"], autouse=True)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each test runs on both paths; module-wide, as hypothesis wants it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "torch":
+            patch.setenv("CC", "no-such-compiler")
+        yield request.param
+
+
 @pytest.fixture
 def fast_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of elements of each chunk that our kernel quantised."""
@@ -32,7 +42,7 @@ def fast_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return counted
 
-    for method in (_kernel._ByFloats, _kernel._ByIntegers):
+    for method in (_kernel._Compiled, _kernel._ByFloats, _kernel._ByIntegers):
         monkeypatch.setattr(method, "__call__", counting(method.__call__))
     return calls
 
@@ -64,8 +74,13 @@ def assert_same(values: torch.Tensor, block_size: int, quant_type: str, **option
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_weights_of_more_than_one_chunk_and_a_ragged_end(
-    block_size: int, dtype: torch.dtype, quant_type: str, fast_calls: list[int]
+    block_size: int,
+    dtype: torch.dtype,
+    quant_type: str,
+    fast_calls: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(_kernel._Compiled, "chunk", _kernel.CHUNK)
     count = _kernel.CHUNK + 3 * block_size + 17
     values = (torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     assert_same(values, block_size, quant_type)
@@ -154,8 +169,9 @@ def test_a_transposed_weight_that_requires_gradients() -> None:
 
 
 def test_only_the_chunk_with_an_infinity_or_nan_is_left_to_bitsandbytes(
-    fast_calls: list[int],
+    fast_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_kernel._Compiled, "chunk", _kernel.CHUNK)
     values = torch.randn(_kernel.CHUNK + 256).bfloat16()
     values[3], values[5] = torch.inf, torch.nan
     assert_same(values, 64, "nf4")
@@ -211,16 +227,18 @@ def test_what_bitsandbytes_would_round_otherwise_is_left_to_it(
     """As a later bitsandbytes might: then sample and default differ."""
     values = torch.randn(64, 64)
     expected = QUANTISE(values, 64, "nf4", torch.uint8)
-    monkeypatch.setattr(_kernel._ByFloats, "__init__", other_bounds(_kernel._ByFloats.__init__))
-    with fast_quantisation():
+    monkeypatch.setattr(_kernel._Method, "__init__", other_bounds(_kernel._Method.__init__))
+    with fast_quantisation() as kernel:
         ours = QUANTISE(values, 64, "nf4", torch.uint8)
     assert torch.equal(ours[0], expected[0])
     assert 4096 not in fast_calls
+    assert kernel is not None
+    assert kernel.values == {"bitsandbytes": 4096}
 
 
 def other_bounds(init: Any) -> Any:
-    def changed(self: Any, quant_type: str, dtype: torch.dtype) -> None:
-        init(self, quant_type, dtype)
+    def changed(self: Any, quant_type: str) -> None:
+        init(self, quant_type)
         self._bounds = self._bounds + 1e-4
 
     return changed
@@ -230,3 +248,24 @@ def test_block_sizes_that_bitsandbytes_refuses_are_left_to_it(fast_calls: list[i
     with fast_quantisation():
         QUANTISE(torch.randn(96), 48, "nf4", torch.uint8)
     assert fast_calls == []
+
+
+# --- which path ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_what_quantised_how_much_is_counted(path: str, threads: int) -> None:
+    values = torch.randn(2**20 + 65, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with fast_quantisation() as kernel:
+            QUANTISE(values, 64, "nf4", torch.uint8)
+        assert kernel is not None
+        assert kernel.values == {path: 2**20 + 64, "bitsandbytes": 1}
+        assert kernel.not_compiled == (
+            None if path == "compiled" else "no C compiler 'no-such-compiler' is found"
+        )
+        assert_same(values, 64, "nf4")
+    finally:
+        torch.set_num_threads(before)

@@ -8,7 +8,7 @@ model is then frozen and prepared for training as the section says, and no furth
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llmload.builtin.kbit import _check
@@ -23,6 +23,19 @@ if TYPE_CHECKING:
     from llmload.context import LoadContext
     from llmload.errors import Problem
     from llmload.findings import Note
+
+
+@contextmanager
+def _quantising(ctx: LoadContext) -> Iterator[None]:
+    """Quantise fast on the CPU, and report what did it."""
+    from llmload.builtin.kbit._kernel import fast_quantisation
+
+    with fast_quantisation() as kernel:
+        yield
+    if kernel is not None and kernel.values:
+        ctx.record("kbit", {"quantised_by": dict(kernel.values)})
+        if kernel.not_compiled is not None:
+            ctx.record("kbit", {"not_compiled": kernel.not_compiled})
 
 
 def _partitions(_section: Any, zero3: Any) -> bool:
@@ -65,7 +78,6 @@ class KbitPlugin:
 
         A checkpoint that is quantised already is left to ``from_pretrained``.
         """
-        from llmload.builtin.kbit._kernel import fast_quantisation
         from llmload.builtin.kbit._quantise import KbitPlacement, configuration
 
         if _check.stored_quantisation(ctx) is not None:
@@ -76,7 +88,7 @@ class KbitPlugin:
         ctx.placement = KbitPlacement(ctx, section, config)
         if ctx.spec.device_map is None:
             ctx.load_options["device_map"] = ctx.placement.default_device_map()
-        return fast_quantisation()
+        return _quantising(ctx)
 
     @hookimpl
     def post_load(self, ctx: LoadContext, model: PreTrainedModel) -> PreTrainedModel:

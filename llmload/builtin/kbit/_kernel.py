@@ -1,23 +1,29 @@
 """Exact 4-bit quantisation on the CPU, many times faster than bitsandbytes' own.
 
 bitsandbytes 0.50.2 has no CPU kernel for ``quantize_4bit``: its default makes about ten passes over
-a whole tensor in float32 and searches the code of each value by itself. Here a chunk that fits into
-the cache is compared with each of the 15 bounds between codes, and the outcomes are added up.
-16-bit values are compared as integers: what a value of a block is compared with depends on the
-block's largest magnitude alone, so the largest value below each bound is looked up in a table.
+a whole tensor in float32 and searches the code of each value by itself. Here each value is compared
+with each of the 15 bounds between codes, and the outcomes are added up: in C where that can be
+compiled, else with torch, in chunks that fit into the cache. There, 16-bit values are compared as
+integers: what a value of a block is compared with depends on the block's largest magnitude alone,
+so the largest value below each bound is looked up in a table.
 
 The results are bitsandbytes' own, bit by bit. Imported lazily, by functions: it needs torch.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+
+from llmload.builtin.kbit import _compiled
 
 CHUNK = 2**20
 """Elements per chunk: a multiple of every block size, small enough for a cache, and large enough
@@ -30,7 +36,7 @@ _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}
 
 
 @contextmanager
-def fast_quantisation() -> Iterator[None]:
+def fast_quantisation() -> Iterator[Kernel | None]:
     """Let bitsandbytes quantise to 4 bits with :class:`Kernel` wherever it does so on the CPU.
 
     Registered as torch provides for, and taken back at the end. Nothing is done where there is a
@@ -44,7 +50,7 @@ def fast_quantisation() -> Iterator[None]:
         or not hasattr(torch.library, "get_kernel")
         or torch._C._dispatch_has_kernel_for_dispatch_key(_OP, "CPU")
     ):
-        yield
+        yield None
         return
     kernel = Kernel(torch.library.get_kernel(_OP, "CPU"))
     registration = torch.library.Library("bitsandbytes", "IMPL")  # type: ignore[no-untyped-call]
@@ -52,7 +58,7 @@ def fast_quantisation() -> Iterator[None]:
         registration.impl(  # type: ignore[no-untyped-call]
             "quantize_4bit", kernel, "CPU", with_keyset=True
         )
-        yield
+        yield kernel
     finally:
         # A registration lives as long as its library.
         del registration
@@ -68,6 +74,10 @@ class Kernel:
     """
 
     def __init__(self, default: Any) -> None:
+        self.values: Counter[str] = Counter()
+        """Values that were quantised by each: ``compiled``, ``torch``, ``bitsandbytes``."""
+        self.not_compiled: str | None = None
+        """Why there is no compiled kernel, once that is known."""
         self._default = default
         self._methods: dict[tuple[str, torch.dtype], _Method | None] = {}
 
@@ -87,6 +97,7 @@ class Kernel:
         """
         method = self._method(keys, values.dtype, blocksize, quant_type)
         if method is None:
+            self.values["bitsandbytes"] += values.numel()
             return self._default.call_boxed(  # type: ignore[no-any-return]
                 keys, values, blocksize, quant_type, quant_storage
             )
@@ -104,12 +115,24 @@ class Kernel:
             return None
         key = quant_type, dtype
         if key not in self._methods:
-            method = (_ByFloats if dtype == torch.float32 else _ByIntegers)(quant_type, dtype)
-            ours = self._quantise(keys, sample := _sample(dtype), 64, method)
+            before = self.values.copy()
+            sample = _sample(dtype)
             theirs = self._default.call_boxed(keys, sample, 64, quant_type, torch.uint8)
-            same = torch.equal(ours[0], theirs[0][:, 0]) and torch.equal(ours[1], theirs[1])
-            self._methods[key] = method if same else None
+            self._methods[key] = None
+            for method in self._candidates(quant_type, dtype):
+                ours = self._quantise(keys, sample, 64, method)
+                if torch.equal(ours[0], theirs[0][:, 0]) and torch.equal(ours[1], theirs[1]):
+                    self._methods[key] = method
+                    break
+            self.values = before
         return self._methods[key]
+
+    def _candidates(self, quant_type: str, dtype: torch.dtype) -> Iterator[_Method]:
+        try:
+            yield _Compiled(quant_type, dtype, _compiled.library())
+        except _compiled.NotCompiledError as error:
+            self.not_compiled = str(error)
+        yield (_ByFloats if dtype == torch.float32 else _ByIntegers)(quant_type, dtype)
 
     def _quantise(
         self, keys: torch.DispatchKeySet, flat: torch.Tensor, blocksize: int, method: _Method
@@ -118,16 +141,19 @@ class Kernel:
         full = count - count % blocksize
         packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
         absmax = torch.empty(-(count // -blocksize), dtype=torch.float32)
-        for start, stop in pairwise(sorted({*range(0, full, CHUNK), full, count})):
+        for start, stop in pairwise(sorted({*range(0, full, method.chunk), full, count})):
             part = flat[start:stop]
             codes = packed[start // 2 : (stop + 1) // 2]
             largest = absmax[start // blocksize : -(stop // -blocksize)]
+            done_by = method.name
             if stop > full or not method(part.view(-1, blocksize), codes, largest):
                 theirs = self._default.call_boxed(
                     keys, part, blocksize, method.quant_type, torch.uint8
                 )
                 codes.copy_(theirs[0][:, 0])
                 largest.copy_(theirs[1])
+                done_by = "bitsandbytes"
+            self.values[done_by] += part.numel()
         return packed, absmax
 
 
@@ -138,7 +164,10 @@ class _Method:
     need not be in the order of their values: those of fp4 are not.
     """
 
-    def __init__(self, quant_type: str, buffers: torch.dtype) -> None:
+    name: ClassVar[str] = "torch"
+    chunk: ClassVar[int] = CHUNK
+
+    def __init__(self, quant_type: str) -> None:
         from bitsandbytes.functional import get_4bit_type
 
         values = get_4bit_type(quant_type, device="cpu")
@@ -148,16 +177,65 @@ class _Method:
         self._bounds = (values[order[:-1]] + values[order[1:]]) / 2
         self._top = int(order[-1])
         self._steps: list[int] = order.diff().tolist()
-        self._buffers = torch.empty((3, CHUNK), dtype=buffers)
 
     def __call__(self, blocks: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> bool:
         """Fill ``packed`` and ``absmax``; returns False instead if a value is not finite.
 
-        :param blocks: at most ``CHUNK`` values, shape ``(blocks, blocksize)``.
+        :param blocks: at most ``chunk`` values, shape ``(blocks, blocksize)``, contiguous.
         :param packed: uint8, half as many as there are values.
         :param absmax: float32, one for each block.
         """
         raise NotImplementedError
+
+
+class _Compiled(_Method):
+    """Does all in one pass, in C, in as many threads as torch would take."""
+
+    name = "compiled"
+    chunk = 2**24
+    # Values that are worth a thread of their own.
+    _PER_THREAD = 2**18
+
+    def __init__(self, quant_type: str, dtype: torch.dtype, library: ctypes.CDLL) -> None:
+        super().__init__(quant_type)
+        self._bounds = self._bounds.contiguous()
+        self._steps_in_c = torch.tensor(self._steps, dtype=torch.int32)
+        self._function = library[f"quantise_{str(dtype).removeprefix('torch.')}"]
+        pointer, count = ctypes.c_void_p, ctypes.c_int64
+        self._function.argtypes = [pointer, count, count, pointer, pointer, ctypes.c_int32]
+        self._function.argtypes += [pointer, pointer]
+
+    def __call__(self, blocks: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> bool:
+        threads = max(1, min(torch.get_num_threads(), blocks.numel() // self._PER_THREAD))
+        parts = [len(blocks) * part // threads for part in range(threads + 1)]
+
+        def work(part: tuple[int, int]) -> int:
+            start, stop = part
+            half = blocks.shape[1] // 2
+            done: int = self._function(
+                blocks[start:].data_ptr(),
+                stop - start,
+                blocks.shape[1],
+                self._bounds.data_ptr(),
+                self._steps_in_c.data_ptr(),
+                self._top,
+                packed[start * half :].data_ptr(),
+                absmax[start:].data_ptr(),
+            )
+            return done
+
+        if threads == 1:
+            return bool(work((0, len(blocks))))
+        with ThreadPoolExecutor(threads, "llmload-kbit") as pool:
+            return all(list(pool.map(work, pairwise(parts))))
+
+
+class _ByTorch(_Method):
+    """Works on whole chunks with buffers of its own, one at a time."""
+
+    def __init__(self, quant_type: str, buffers: torch.dtype) -> None:
+        super().__init__(quant_type)
+        self._buffers = torch.empty((3, CHUNK), dtype=buffers)
 
     @staticmethod
     def _pack(codes: torch.Tensor, spare: torch.Tensor, packed: torch.Tensor) -> None:
@@ -167,7 +245,7 @@ class _Method:
         packed.copy_(pairs.bitwise_left_shift_(4).bitwise_or_(second))
 
 
-class _ByFloats(_Method):
+class _ByFloats(_ByTorch):
     """Compares as bitsandbytes does: values divided by the block's largest magnitude."""
 
     def __init__(self, quant_type: str, dtype: torch.dtype) -> None:
@@ -187,7 +265,7 @@ class _ByFloats(_Method):
         return True
 
 
-class _ByIntegers(_Method):
+class _ByIntegers(_ByTorch):
     """Compares 16-bit values in place with the largest one that is not above each bound.
 
     The bits of a float, read as an integer with those of negative ones turned, are in its order. A

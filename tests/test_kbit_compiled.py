@@ -1,0 +1,79 @@
+"""The C kernel for 4-bit quantisation: compiled once, kept, and done without where it cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmload.builtin.kbit import _compiled
+from llmload.builtin.kbit._kernel import fast_quantisation
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "llmload"
+
+
+def quantised_by(values: torch.Tensor) -> tuple[dict[str, int], str | None]:
+    with fast_quantisation() as kernel:
+        torch.ops.bitsandbytes.quantize_4bit.default(values, 64, "nf4", torch.uint8)
+    assert kernel is not None
+    return dict(kernel.values), kernel.not_compiled
+
+
+def test_the_kernel_is_compiled_once_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quantised_by(torch.randn(640)) == ({"compiled": 640}, None)
+    (made,) = cache.iterdir()
+    assert made.suffix == ".so"
+    assert cache.stat().st_mode & 0o777 == 0o700
+    monkeypatch.delattr(_compiled, "_compile")
+    assert quantised_by(torch.randn(640)) == ({"compiled": 640}, None)
+
+
+def test_a_compiler_that_fails_leaves_nothing_behind(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "cc -no-such-option")
+    counted, reason = quantised_by(torch.randn(640))
+    assert counted == {"torch": 640}
+    assert reason is not None
+    assert "cc failed: " in reason
+    assert "no-such-option" in reason
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cache_folder_that_others_can_write_to_is_not_run_from(cache: Path) -> None:
+    cache.mkdir()
+    cache.chmod(0o777)
+    assert quantised_by(torch.randn(640)) == (
+        {"torch": 640},
+        f"others than this user can write to {str(cache)!r}",
+    )
+
+
+def test_what_cannot_be_loaded_is_done_without(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(compiler: list[str], file: Path) -> None:
+        file.write_bytes(b"no library")
+
+    monkeypatch.setattr(_compiled, "_compile", spoil)
+    counted, reason = quantised_by(torch.randn(640))
+    assert counted == {"torch": 640}
+    assert reason is not None
+    assert reason.startswith(f"{cache}/kernel-")
+
+
+def test_a_cache_folder_that_cannot_be_made_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    counted, reason = quantised_by(torch.randn(640))
+    assert counted == {"torch": 640}
+    assert reason is not None
+    assert "Not a directory" in reason
