@@ -154,6 +154,27 @@ def plugins(*, plugin: Plugins = None, json: Json = False) -> Answer:
 
 
 @_command
+def doctor(
+    *,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Plugins; by default all.")
+    ] = None,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> Answer:
+    """Try out the plugins: what works here, what does not, and how to get the rest.
+
+    Exit code 1 where a plugin that is named does not work, or where any is broken.
+    """
+    from . import doctor as examination
+    from . import show
+
+    found = examination.examine(_registry(plugin), names or ())
+    exit_code = 0 if found.healthy(names or ()) else LlmloadError.exit_code
+    return Answer(found, lambda: show.diagnoses(found), exit_code)
+
+
+@_command
 def env(*, plugin: Plugins = None, json: Json = False) -> Answer:
     """Describe versions, machine and plugins, to paste into a bug report."""
     from . import environment, show

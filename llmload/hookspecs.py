@@ -20,7 +20,8 @@ order. Third parties register under the entry-point group ``llmload``::
     [project.entry-points.llmload]
     my_plugin = "my_package.plugin:MyPlugin"
 
-The way of one load::
+``llmload doctor`` asks each plugin, apart from any load, what of it works here: ``diagnose``. The
+way of one load::
 
     plan      map_keys      each plugin, in order         new names, claimed tensors
               check         each plugin, in order         Problems, Notes and Declines
@@ -66,6 +67,40 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 # --- while planning ---------------------------------------------------------------------------
+
+
+@hookspec
+def diagnose() -> Iterable[Problem | Note]:
+    """Say what of this plugin works here, apart from any load.
+
+    Called by ``llmload doctor`` and by nothing else, once the distributions in ``requires`` are
+    known to be there. It tries what can be tried without a model: imports, private names of
+    another library, a compiler, a device.
+
+    :returns: any number of :class:`~llmload.Note` (what works) and :class:`~llmload.Problem`, whose
+        ``fix`` is the way to the rest. Severity ``warning`` takes away a part of the plugin,
+        ``error`` all of it.
+
+    Example: a plugin that calls a program::
+
+        import llmload
+
+        class Notify:
+            name = "notify"
+
+            @llmload.hookimpl
+            def diagnose(self):
+                import shutil
+
+                if shutil.which("notify-send"):
+                    yield llmload.Note(text="tells the desktop when a load has ended")
+                else:
+                    yield llmload.Problem(
+                        message="there is no program notify-send",
+                        fix="Install libnotify.",
+                    )
+    """
+    raise NotImplementedError
 
 
 @hookspec
@@ -374,4 +409,4 @@ def stopped(asked: Mapping[str, Any], error: BaseException) -> None:
 
 
 SPINE = ("init_context", "load", "post_load", "wrap_adapter")
-HELPERS = ("map_keys", "check", "audit", "stopped")
+HELPERS = ("diagnose", "map_keys", "check", "audit", "stopped")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from .ledger import Ledger
 from .versions import version_of
 
 if TYPE_CHECKING:
+    from .discovery import PluginInfo
     from .registry import Host, Registry
     from .spec import LoadSpec
 
@@ -145,7 +146,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
         model_class=model_class.__name__,
         dtype=str(ctx.dtype).removeprefix("torch."),
         plugins={info.name: info.distribution for info in host.infos},
-        problems=[*_missing_requirements(host), *_conflicts(host), *_broken(registry)],
+        problems=[*missing_requirements(host.infos), *_conflicts(host), *_broken(registry)],
     )
     if checkpoint is not None:
         plan.checkpoint_tensors = len(checkpoint.tensors)
@@ -171,10 +172,11 @@ def require_stack() -> None:
             )
 
 
-def _missing_requirements(host: Host) -> Iterable[Problem]:
+def missing_requirements(infos: Iterable[PluginInfo]) -> Iterator[Problem]:
+    """Yield what plugins declare in ``requires`` and is not installed, or not in that version."""
     from packaging.requirements import Requirement
 
-    for info in host.infos:
+    for info in infos:
         for text in getattr(info.plugin, "requires", ()):
             requirement = Requirement(text)
             found = version_of(requirement.name)

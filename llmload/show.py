@@ -14,12 +14,17 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .demo import Demonstration
+    from .doctor import Diagnoses
     from .environment import Environment, PluginList
     from .errors import Problem
     from .planning import Plan
     from .report import Report
 
-_COLOURS = {"error": "red", "warning": "yellow", "broken": "red", "active": "green"}
+_COLOURS = {
+    **dict.fromkeys(("error", "broken", "does not work"), "red"),
+    **dict.fromkeys(("warning", "works in part"), "yellow"),
+    **dict.fromkeys(("active", "works"), "green"),
+}
 
 
 def plan(plan: Plan) -> RenderableType:
@@ -92,6 +97,19 @@ def plugins(listed: PluginList) -> RenderableType:
             Text(entry.reason or ", ".join(entry.hooks)),
         )
     return Group(table, *_problems(listed.problems))
+
+
+def diagnoses(found: Diagnoses) -> RenderableType:
+    """Render what works here, and the way to what does not."""
+    versions = _pairs()
+    for name, version in found.versions.items():
+        versions.add_row(name, version)
+    table = _table("plugin", "here", last="what works, and how to get the rest")
+    for diagnosis in found.plugins:
+        lines = [*diagnosis.works, *map(str, diagnosis.problems)]
+        health = Text(diagnosis.health, _COLOURS.get(diagnosis.health, ""))
+        table.add_row(diagnosis.plugin, health, Text("\n".join(lines)))
+    return Group(versions, table, *_problems(found.problems))
 
 
 def environment(environment: Environment) -> str:

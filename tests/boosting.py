@@ -1,4 +1,4 @@
-"""One load that stays lazy, boosted on every rank and held against an eager load.
+"""One load, boosted on every rank and held against an ordinary one.
 
 Run by ``torchrun`` from :mod:`test_colossalai_booster`; prints one JSON object a rank.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 warnings.simplefilter("ignore")  # colossalai names what else could be installed
@@ -16,33 +18,41 @@ import colossalai  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from colossalai.booster import Booster  # noqa: E402
-from colossalai.booster.plugin import HybridParallelPlugin  # noqa: E402
+from colossalai.booster import plugin as plugins  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 import llmload  # noqa: E402
 
 LEARNING_RATE = 0.1
+ON_GPU = torch.cuda.is_available()
 
 
-def main(spec: dict[str, Any], options: dict[str, Any], step: bool) -> dict[str, Any]:
-    colossalai.launch_from_torch(backend="gloo", seed=1, verbose=False)
+def main(
+    spec: dict[str, Any], plugin: str, options: dict[str, Any], materialize: bool, step: bool
+) -> dict[str, Any]:
+    colossalai.launch_from_torch(backend="nccl" if ON_GPU else "gloo", seed=1, verbose=False)
     torch.manual_seed(0)
-    lazy = llmload.load({**spec, "colossalai": {"materialize": False}}).model
+    section = {"materialize": materialize, "plugin": plugin, "tp_size": options.get("tp_size", 1)}
+    model = llmload.load({**spec, "colossalai": section}).model
     torch.manual_seed(0)
     eager = llmload.load(spec).model
-    was_lazy = sum(type(p).__name__ == "LazyTensor" for p in lazy.parameters())
-    plugin = HybridParallelPlugin(tp_size=1, **options)
-    booster = Booster(plugin=plugin)
-    optimiser = torch.optim.SGD(trainable(lazy), lr=LEARNING_RATE) if step else None
-    boosted, optimiser, *_ = booster.boost(lazy, optimiser)
-    held = boosted.unwrap(False)
+    was_lazy = sum(type(p).__name__ == "LazyTensor" for p in model.parameters())
+    booster = Booster(plugin=getattr(plugins, plugin)(**options))
+    optimiser = torch.optim.SGD(trainable(model), lr=LEARNING_RATE) if step else None
+    boosted, optimiser, *_ = booster.boost(model, optimiser)
+    held = boosted.unwrap(False) if plugin == "HybridParallelPlugin" else boosted.unwrap()
     found = {
         "rank": dist.get_rank(),
         "lazy": was_lazy,
         "tensors": len(tensors(held)),
-        "different": different(held, eager),
     }
+    if ON_GPU:  # where it may be cut up, so that only what is saved can be compared
+        found["different when saved"] = different_when_saved(booster, boosted, eager)
+        eager.cuda()
+    else:
+        found["different"] = different(held, eager)
     if step:
-        ids = torch.arange(4, 20).reshape(2, 8)
+        ids = torch.arange(4, 20, device=next(eager.parameters()).device).reshape(2, 8)
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         theirs = torch.optim.SGD(trainable(eager), lr=LEARNING_RATE)
         loss = boosted.train()(**batch).loss
@@ -52,7 +62,8 @@ def main(spec: dict[str, Any], options: dict[str, Any], step: bool) -> dict[str,
         expected.backward()
         theirs.step()
         found["losses"] = [loss.item(), expected.item()]
-        found["different after a step"] = different(held, eager)
+        if not ON_GPU:
+            found["different after a step"] = different(held, eager)
     dist.barrier()
     dist.destroy_process_group()
     return found
@@ -69,10 +80,25 @@ def tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def different(model: torch.nn.Module, reference: torch.nn.Module) -> list[str]:
-    expected = tensors(reference)
+    return _different(tensors(model), tensors(reference))
+
+
+def different_when_saved(booster: Booster, boosted: Any, reference: Any) -> list[str]:
+    """Save through the Booster, which gathers what was cut up, and compare what was written."""
+    place = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(place)
+    folder = Path(str(place[0]))
+    booster.save_model(boosted, folder, shard=True, use_safetensors=True)
+    dist.barrier()
+    saved = {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+    assert saved
+    return _different(saved, dict(reference.state_dict()))
+
+
+def _different(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
     return [
         name
-        for name, tensor in tensors(model).items()
+        for name, tensor in found.items()
         if tensor.dtype != expected[name].dtype or not torch.equal(tensor, expected[name])
     ]
 

@@ -89,6 +89,7 @@ OPTIONS = {
     "plan": ["--json", "--plugin", "-p", "SPEC"],
     "validate": ["--json", "--plugin", "-p", "SPEC"],
     "plugins": ["--json", "--plugin", "-p"],
+    "doctor": ["--json", "--plugin", "-p", "names"],
     "env": ["--json", "--plugin", "-p"],
     "schema": ["--json", "--plugin", "-p"],
     "demo": ["--dir", "--json", "--plugin", "--steps", "-p"],

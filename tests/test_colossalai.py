@@ -323,6 +323,18 @@ def test_what_cannot_be_combined_is_refused(
     assert message in errors_of(folder, **keys)
 
 
+def test_a_pipeline_without_an_accelerator_is_a_warning(folder: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has an accelerator")
+    plan = llmload.plan({"model": str(folder), "colossalai": {"pp_size": 2}})
+    assert plan.errors == []
+    assert [str(problem) for problem in plan.warnings] == [
+        "colossalai.pp_size: each stage gets its weights here, and cannot be trained: stages talk"
+        " over groups that colossalai takes for an accelerator's. Use `pp_size: 1`, or train where"
+        " there is an accelerator."
+    ]
+
+
 def test_a_stack_without_colossalai_says_how_to_install_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,14 +31,25 @@ LAZY = {"colossalai": {"materialize": False}}
 
 
 def boost(
-    folder: Path, *, ranks: int = 1, step: bool = True, dtype: str = "float32", **keys: Any
+    folder: Path,
+    *,
+    ranks: int = 1,
+    step: bool = True,
+    dtype: str = "float32",
+    plugin: str = "HybridParallelPlugin",
+    options: dict[str, Any] | None = None,
+    materialize: bool = False,
+    **keys: Any,
 ) -> list[dict[str, Any]]:
     """Boost on so many ranks; returns what each found, in the order of ranks."""
-    # Any other precision has the Booster cast everything, buffers too.
-    options = {"pp_size": 1, "precision": "fp32", **keys.pop("options", {})}
+    if plugin == "HybridParallelPlugin":
+        # Any other precision has the Booster cast everything, buffers too.
+        options = {"tp_size": 1, "pp_size": 1, "precision": "fp32", **(options or {})}
     job = {
         "spec": {"model": str(folder), "dtype": dtype, **keys},
-        "options": options,
+        "plugin": plugin,
+        "options": options or {},
+        "materialize": materialize,
         "step": step,
     }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -95,6 +106,52 @@ def test_each_stage_of_a_pipeline_gets_its_weights(tmp_path: Path) -> None:
     assert first["different"] == second["different"] == []
     assert 0 < first["tensors"] < first["lazy"]
     assert 0 < second["tensors"] < second["lazy"]
+
+
+@pytest.mark.slow
+def test_pytorch_ddp_takes_a_model_that_was_filled_while_loading(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    for found in boost(folder, ranks=2, plugin="TorchDDPPlugin", materialize=True):
+        assert found["lazy"] == 0
+        assert found["different"] == found["different after a step"] == []
+        assert found["losses"][0] == found["losses"][1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("plugin", "options", "materialize"),
+    [
+        ("HybridParallelPlugin", {}, False),
+        ("GeminiPlugin", {"precision": "bf16"}, False),
+        ("LowLevelZeroPlugin", {"stage": 2, "precision": "bf16"}, True),
+        ("TorchDDPPlugin", {}, True),
+    ],
+)
+def test_booster_plugins_hold_the_checkpoint_on_a_gpu(
+    tmp_path: Path, plugin: str, options: dict[str, Any], materialize: bool
+) -> None:
+    folder = tiny_llama(tmp_path, dtype=torch.bfloat16)
+    (found,) = boost(
+        folder,
+        dtype="bfloat16",
+        plugin=plugin,
+        options=options | ({"precision": "bf16"} if plugin == "HybridParallelPlugin" else {}),
+        materialize=materialize,
+    )
+    assert found["different when saved"] == []
+    assert found["losses"][0] == pytest.approx(found["losses"][1], rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("options", [{"tp_size": 2}, {"pp_size": 2, "num_microbatches": 2}])
+def test_a_lazy_model_is_cut_over_two_gpus(tmp_path: Path, options: dict[str, int]) -> None:
+    found = boost(tiny_llama(tmp_path), ranks=2, step="tp_size" in options, options=options)
+    assert all(rank["different when saved"] == [] for rank in found)
+    if "tp_size" in options:
+        losses = found[0]["losses"]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 # --- handed over --------------------------------------------------------------------------------
@@ -205,12 +262,20 @@ def test_an_adapter_of_another_name_is_refused(tmp_path: Path) -> None:
     ]
 
 
-def test_pytorch_ddp_is_refused_a_lazy_model(tmp_path: Path) -> None:
-    section = {"materialize": False, "plugin": "TorchDDPPlugin"}
-    assert errors_of(tiny_llama(tmp_path), colossalai=section) == [
-        "colossalai.plugin: TorchDDPPlugin ends the process on a lazy model, with a segmentation"
-        " fault. Use `materialize: true`."
-    ]
+@pytest.mark.parametrize(
+    ("plugin", "what"),
+    [
+        ("TorchDDPPlugin", "ends the process on a lazy model, with a segmentation fault"),
+        ("LowLevelZeroPlugin", "leaves a lazy model lazy, without weights"),
+    ],
+)
+def test_booster_plugins_that_know_no_lazy_tensors_are_refused_a_lazy_model(
+    tmp_path: Path, plugin: str, what: str
+) -> None:
+    section = {"materialize": False, "plugin": plugin}
+    assert errors_of(tiny_llama(tmp_path), colossalai=section)[0] == (
+        f"colossalai.plugin: {plugin} {what}. Use `materialize: true`."
+    )
 
 
 def test_modules_that_stay_float32_are_refused_a_lazy_model(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint
 
 import llmload
-from llmload import hookspecs
+from llmload import doctor, hookspecs
 from llmload.errors import PlanError, SpecError
 
 HOOKS = (*hookspecs.HELPERS, *hookspecs.SPINE)
@@ -71,6 +71,18 @@ def test_example_of_map_keys_reads_a_head_of_its_own(folder: Path, tmp_path: Pat
     result = load_with_example("map_keys", headed, scorer={})
     assert torch.equal(result.model.scorer.weight, torch.arange(16.0)[None])
     assert result.report.warnings == []
+
+
+def test_example_of_diagnose_looks_for_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = llmload.create_registry([example_of("diagnose")], environ={})
+    found = {}
+    for place in (None, "/usr/bin/notify-send"):
+        monkeypatch.setattr("shutil.which", lambda name, place=place: place)
+        (found[place],) = doctor.examine(registry, ["notify"]).plugins
+    assert [str(problem) for problem in found[None].problems] == [
+        "there is no program notify-send. Install libnotify."
+    ]
+    assert found["/usr/bin/notify-send"].works == ["tells the desktop when a load has ended"]
 
 
 def test_example_of_check_stops_a_load_over_the_budget(folder: Path) -> None:

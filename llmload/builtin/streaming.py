@@ -37,6 +37,18 @@ class StreamingLoader:
     always_active = True
 
     @hookimpl
+    def diagnose(self) -> Iterator[Problem | Note]:
+        """Hold transformers' private functions to what is needed of them."""
+        reason = compat.seam().unsuited()
+        if reason is None:
+            yield Note(text="reads each tensor once, through transformers' own mapping")
+        else:
+            yield Problem(
+                message=f"it leaves every load to from_pretrained: {reason}",
+                fix="Install a transformers that constraints/ names.",
+            )
+
+    @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note | Decline]:
         """Decline what cannot be loaded exactly as ``from_pretrained`` would."""
         reason = _unfit(ctx)

@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
     from llmload.context import LoadContext
 
+_LAZY_ONLY = (
+    "Install it with `pip install --no-deps colossalai==0.5.0`: what it asks for would replace"
+    " torch and transformers."
+)
+_WHOLE_STACK = (
+    "Install the colossalai stack with `pip install 'llmload[colossalai]' -c"
+    " constraints/colossalai.txt`, or use `materialize: true`."
+)
 _MATERIALISE = "Use `materialize: true`."
 
 
@@ -83,10 +91,25 @@ class ColossalaiPlugin:
     )
 
     @hookimpl
+    def diagnose(self) -> Iterator[Problem | Note]:
+        """Try out lazy initialisation and the import of a Booster."""
+        problem = _unusable(materialize=True)
+        if problem:
+            yield problem
+            return
+        yield Note(text=f"lazy initialisation with colossalai {version_of('colossalai')}")
+        problem = _unusable(materialize=False)
+        yield (
+            problem.model_copy(update={"severity": "warning"})
+            if problem
+            else Note(text="models that stay lazy for Booster.boost")
+        )
+
+    @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note | Decline]:
         """Try out what the installed colossalai can do, and say how the model will be filled."""
         section = ctx.section(ColossalaiSection)
-        problem = _installed(section)
+        problem = _unusable(materialize=section.materialize)
         if problem:
             yield problem
             return
@@ -125,38 +148,24 @@ class ColossalaiPlugin:
             yield from _booster.audit_lazy(ctx, model)
 
 
-def _installed(section: ColossalaiSection) -> Problem | None:
+def _unusable(*, materialize: bool) -> Problem | None:
     """Return what keeps the installed colossalai from doing what is asked, with the way out."""
-    if version_of("colossalai") is None:
-        return Problem(
-            where="colossalai",
-            message="colossalai is not installed",
-            fix=_how_to_install(section),
-        )
+    fix = _LAZY_ONLY if materialize else _WHOLE_STACK
+    version = version_of("colossalai")
+    if version is None:
+        return Problem(where="colossalai", message="colossalai is not installed", fix=fix)
     from llmload.builtin.colossalai import _lazy
 
     reason = _lazy.why_not()
-    if reason is None and not section.materialize:
+    if reason is None and not materialize:
         from llmload.builtin.colossalai import _booster
 
         reason = _booster.why_not()
     if reason is None:
         return None
-    what = "lazy initialisation" if section.materialize else "a Booster"
+    what = "lazy initialisation" if materialize else "a Booster"
     return Problem(
         where="colossalai",
-        message=f"colossalai {version_of('colossalai')} does not give {what} here: {reason}",
-        fix=_how_to_install(section),
-    )
-
-
-def _how_to_install(section: ColossalaiSection) -> str:
-    if section.materialize:
-        return (
-            "Install it with `pip install --no-deps colossalai==0.5.0`: what it asks for would"
-            " replace torch and transformers."
-        )
-    return (
-        "Install the colossalai stack with `pip install 'llmload[colossalai]' -c"
-        " constraints/colossalai.txt`, or use `materialize: true`."
+        message=f"colossalai {version} does not give {what} here: {reason}",
+        fix=fix,
     )

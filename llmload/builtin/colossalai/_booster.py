@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 
 FIX = "Use `materialize: true`."
 
+_NEVER_MATERIALISES = {
+    "TorchDDPPlugin": "ends the process on a lazy model, with a segmentation fault",
+    "LowLevelZeroPlugin": "leaves a lazy model lazy, without weights",
+}
+"""What the Booster plugins of colossalai 0.5.0 that know nothing of lazy tensors do with them."""
+
 # Who calls one of these on a weight leaves its values alone.
 _HARMLESS = (torch.Tensor.requires_grad_, vars(torch._C.TensorBase)["requires_grad"].__set__)
 
@@ -104,10 +110,10 @@ def plugin_problems(section: ColossalaiSection) -> Iterator[Problem]:
     from colossalai.accelerator import get_accelerator
 
     where = "colossalai.plugin"
-    if section.plugin == "TorchDDPPlugin" and not section.materialize:
+    if section.plugin in _NEVER_MATERIALISES and not section.materialize:
         yield Problem(
             where=where,
-            message="TorchDDPPlugin ends the process on a lazy model, with a segmentation fault",
+            message=f"{section.plugin} {_NEVER_MATERIALISES[section.plugin]}",
             fix=FIX,
         )
     if get_accelerator().name != "cpu":
@@ -117,6 +123,14 @@ def plugin_problems(section: ColossalaiSection) -> Iterator[Problem]:
             where=where,
             message=f"{section.plugin} needs an accelerator, and this machine has none",
             fix="Use HybridParallelPlugin with tp_size 1, or load where there is one.",
+        )
+    if section.pp_size > 1:
+        yield Problem(
+            where="colossalai.pp_size",
+            severity="warning",
+            message="each stage gets its weights here, and cannot be trained: stages talk over"
+            " groups that colossalai takes for an accelerator's",
+            fix="Use `pp_size: 1`, or train where there is an accelerator.",
         )
     if section.tp_size > 1:
         yield Problem(

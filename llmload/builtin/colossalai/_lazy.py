@@ -184,7 +184,17 @@ class LazyPlacement(Plain):
         with compat.default_dtype(self._dtype):
             for name, lazy in list(lazy_tensors(model)):
                 if name not in placed:
-                    materialise(lazy)
+                    self._replay(name, lazy)
+
+    def _replay(self, name: str, lazy: Any) -> None:
+        try:
+            materialise(lazy)
+        except RecursionError as error:  # each write to it that was recorded is one level deep
+            raise RequestError(
+                f"{name!r} cannot be built under LazyInitContext: its constructor writes it entry"
+                " by entry, too often to be replayed",
+                fix="Remove the section `colossalai`.",
+            ) from error
 
     def place(self, target: Target, source: Source) -> torch.Tensor:
         """Return the lazy tensor, which is one no longer."""

@@ -23,3 +23,5 @@ class ColossalaiSection(Section):
     work. Nothing of it is set up."""
     tp_size: int = Field(default=1, ge=1)
     """Tensor-parallel size that the Booster plugin will be given."""
+    pp_size: int = Field(default=1, ge=1)
+    """Pipeline-parallel size that it will be given."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmload.builtin.kbit import _check
 from llmload.builtin.kbit.section import KbitSection
-from llmload.findings import Conflict
+from llmload.findings import Conflict, Note
 from llmload.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from llmload.context import LoadContext
     from llmload.errors import Problem
-    from llmload.findings import Note
 
 
 @contextmanager
@@ -66,6 +65,14 @@ class KbitPlugin:
             fix="Use a ZeRO stage below 3, where each rank keeps the quantised model.",
         ),
     )
+
+    @hookimpl
+    def diagnose(self) -> Iterator[Problem | Note]:
+        """Ask transformers whether it takes bitsandbytes on this machine's devices."""
+        problems = list(_check.backend())
+        yield from problems
+        if not problems:
+            yield Note(text="8 and 4 bits by bitsandbytes")
 
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note]:

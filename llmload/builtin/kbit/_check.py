@@ -64,7 +64,7 @@ def _zero3_announced() -> bool:
 
 def check(ctx: LoadContext, section: KbitSection) -> Iterator[Problem | Note]:
     """Yield what stands in the way, and what will be done."""
-    yield from _backend()
+    yield from backend()
     yield from _devices(ctx, section)
     yield from _adapter(ctx, section)
     stored = stored_quantisation(ctx)
@@ -91,7 +91,8 @@ def _described(ctx: LoadContext, section: KbitSection) -> str:
     )
 
 
-def _backend() -> Iterator[Problem]:
+def backend() -> Iterator[Problem]:
+    """Yield why transformers takes no bitsandbytes here."""
     from transformers.integrations import validate_bnb_backend_availability
 
     try:

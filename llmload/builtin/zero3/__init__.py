@@ -55,6 +55,13 @@ class Zero3Plugin:
         self._sessions: WeakKeyDictionary[LoadContext, Session] = WeakKeyDictionary()
 
     @hookimpl
+    def diagnose(self) -> Iterator[Problem | Note]:
+        """Import DeepSpeed, and what of it each rank places its partitions with."""
+        from llmload.builtin.zero3 import _session  # noqa: F401 - imports what it needs
+
+        yield Note(text="ZeRO stage 3, each rank reading its own part")
+
+    @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note | Decline]:
         """Resolve the DeepSpeed config, and say what each rank will read and keep."""
         from llmload.builtin.zero3 import _disk, _launch

@@ -1,0 +1,20 @@
+"""Which of the two stacks is installed, and marks for tests that need something of one of them.
+
+A test may be skipped on one stack, never on both: ``tests/skipped_everywhere.py`` sees to that.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llmload import compat
+
+IS_MODERN = compat.major("transformers") >= 5
+
+needs_transformers_5 = pytest.mark.skipif(not IS_MODERN, reason="came with transformers 5")
+
+needs_bitsandbytes = pytest.mark.skipif(
+    not IS_MODERN and not torch.cuda.is_available(),
+    reason="transformers 4.51 refuses bitsandbytes on CPU",
+)
