@@ -15,7 +15,8 @@ from .versions import version_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .context import LoadContext
 
@@ -174,6 +175,54 @@ def enable_checkpointing(
         model.gradient_checkpointing_enable(options)
 
 
+def checkpoints_gradients(model_class: type[PreTrainedModel]) -> bool:
+    """Say whether a class can checkpoint gradients. In 4.51.3 Starcoder2 says so and never does."""
+    if major("transformers") < 5 and model_class.__name__.startswith("Starcoder2"):
+        return False
+    return bool(model_class.supports_gradient_checkpointing)
+
+
+def require_input_gradients(model: PreTrainedModel) -> None:
+    """Make the embedded tokens require gradients though nothing in the embedding does.
+
+    4.51.3 forgets where encoder and decoder have embeddings beside the model's, tied to it or not
+    (BART, LongT5). ``disable_input_require_grads`` undoes it all.
+    """
+    model.enable_input_require_grads()
+    if major("transformers") >= 5 or not hasattr(model, "get_encoder"):
+        return
+    halves = (model.get_encoder(), model.get_decoder())
+    found = {id(m): m for half in halves if (m := getattr(half, "embed_tokens", None)) is not None}
+    found.pop(id(model.get_input_embeddings()), None)
+
+    def require(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        output.requires_grad_(True)
+
+    hooks = [module.register_forward_hook(require) for module in found.values()]
+    model._require_grads_hook = _Hooks([model._require_grads_hook, *hooks])
+
+
+class _Hooks:
+    """Several hooks, removed as one."""
+
+    def __init__(self, hooks: list[Any]) -> None:
+        self._hooks = hooks
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def saves_biases_of_adapted_layers() -> bool:
+    """Say whether PEFT saves what `bias: lora_only` trains.
+
+    0.13.2 looks for the biases beside the adapter's factors; they are in the base layer.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
+    return hasattr(BaseTuner, "_get_adapter_state_dict")
+
+
 def has_accelerator() -> bool:
     """Say whether torch has an accelerator here. ``torch.accelerator`` came with torch 2.6."""
     import torch
@@ -217,6 +266,37 @@ def leaves_unquantised(pattern: str, module: str) -> bool:
 
         return not should_convert_module(module, [pattern])
     return f"{pattern}." in module or pattern in (module, module.rpartition(".")[2])
+
+
+def frame_texts(tokenizer: PreTrainedTokenizerBase, *, bos: bool, eos: bool) -> None:
+    """Have a tokenizer begin every text with bos and end it with eos, or not; in place.
+
+    Since 5.0 two attributes say so. Most fast tokenizers of 4.51.3 lack them and have a
+    post-processor of their file's: it is replaced by the one that 5.0 would make, unless it adds
+    other tokens too.
+    """
+    asked = {"bos": bos, "eos": eos}
+    known = [kind for kind in asked if hasattr(tokenizer, f"add_{kind}_token")]
+    for kind in known:
+        setattr(tokenizer, f"add_{kind}_token", asked[kind])
+    if known or not tokenizer.is_fast:
+        return
+    ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in asked}
+    added = {*tokenizer.encode("a")} - {*tokenizer.encode("a", add_special_tokens=False)}
+    if not added <= set(ids.values()):
+        return
+    from tokenizers.processors import TemplateProcessing
+
+    start = [f"{tokenizer.bos_token}"] if bos else []
+    end = [f"{tokenizer.eos_token}"] if eos else []
+    texts = {"A": [*start, "$A", *end], "B": [*start, "$B", *end]}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[f"{piece}:0" for piece in texts["A"]],
+        pair=[f"{piece}:0" for piece in texts["A"]] + [f"{piece}:1" for piece in texts["B"]],
+        special_tokens=[
+            (getattr(tokenizer, f"{kind}_token"), ids[kind]) for kind in asked if asked[kind]
+        ],
+    )
 
 
 class default_dtype(AbstractContextManager[None]):  # noqa: N801 - reads as a function

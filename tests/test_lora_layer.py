@@ -100,8 +100,8 @@ def test_without_the_plugin_the_adapter_is_refused_and_the_plugin_named(
     )
     assert str(plan.errors[0]) == (
         f"lora.adapter: the adapter in {str(adapter)!r} has layers made by the plugin 'adapts',"
-        " which takes no part in this load. Install the distribution that provides it, or select it"
-        " with `-p adapts`."
+        " which takes no part in this load. Install the distribution that provides it and select it"
+        " with `-p adapts`; if it has a section, add `adapts: {}` to the spec."
     )
 
 

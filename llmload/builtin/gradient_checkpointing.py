@@ -67,10 +67,20 @@ class GradientCheckpointingPlugin:
     before = ("lora",)
 
     @hookimpl
+    def diagnose(self) -> Iterator[Problem]:
+        """Say where transformers is too old for a part of the section."""
+        if not compat.checkpoints_selectively():
+            yield Problem(
+                severity="warning",
+                message="the installed transformers does not know `every_n_layers` and `offload`",
+                fix="For these, install transformers 5.23 or newer.",
+            )
+
+    @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note | Problem]:
         """Say whether the architecture and transformers can do what is asked."""
         section = ctx.section(GradientCheckpointingSection)
-        if not ctx.model_class.supports_gradient_checkpointing:
+        if not compat.checkpoints_gradients(ctx.model_class):
             yield _unsupported(ctx.model_class)
         for key in ("every_n_layers", "offload"):
             if key in section.model_fields_set and not compat.checkpoints_selectively():
@@ -110,7 +120,7 @@ class GradientCheckpointingPlugin:
                 config.use_cache = False
         # transformers 5 does so itself for text models; a second hook could not be removed.
         if _needs_input_gradients(ctx) and not _has_input_hook(model):
-            model.enable_input_require_grads()
+            compat.require_input_gradients(model)
         ctx.record(
             self.name,
             {"modules": len(_checkpointed(model)), "input_gradients": _has_input_hook(model)},

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
+from llmload import compat
 from llmload.errors import Problem
 from llmload.findings import Conflict, Note
 from llmload.hookspecs import hookimpl
+from llmload.versions import version_of
 
 from .hooks import Hooks
 from .section import LoraSection
@@ -64,6 +66,7 @@ class LoraPlugin:
         yield from _resume_problems(request)
         yield from _missing_dispatchers(ctx, request)
         yield from _merge_problems(ctx, request)
+        yield from _bias_problems(request)
         for text in _notes(request):
             yield Note(text=text)
 
@@ -163,7 +166,8 @@ def _missing_dispatchers(ctx: LoadContext, request: Request) -> Iterator[Problem
                 where="lora.adapter",
                 message=f"the adapter in {request.section.adapter!r} has layers made by the plugin"
                 f" {name!r}, which takes no part in this load",
-                fix=f"Install the distribution that provides it, or select it with `-p {name}`.",
+                fix="Install the distribution that provides it and select it with"
+                f" `-p {name}`; if it has a section, add `{name}: {{}}` to the spec.",
             )
 
 
@@ -177,6 +181,18 @@ def _merge_problems(ctx: LoadContext, request: Request) -> Iterator[Problem]:
             fix="Load the checkpoint from before it was quantised."
             if stored
             else "Remove `kbit`: the base is then read in full precision, and merged there.",
+        )
+
+
+def _bias_problems(request: Request) -> Iterator[Problem]:
+    """Warn where what is trained would be lost when the adapter is saved."""
+    if request.fields.get("bias") == "lora_only" and not compat.saves_biases_of_adapted_layers():
+        yield Problem(
+            where="lora.bias",
+            severity="warning",
+            message=f"peft {version_of('peft')} leaves the biases of adapted layers out of a saved"
+            " adapter",
+            fix="Use `bias: all`, or a newer peft.",
         )
 
 

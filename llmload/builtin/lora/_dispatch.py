@@ -29,6 +29,7 @@ class Dispatcher:
     """Stands among PEFT's custom modules for the hook ``lora_layer``."""
 
     def __init__(self, ctx: LoadContext, config: peft.LoraConfig) -> None:
+        self._ctx = ctx
         self._config = config
         # pluggy keeps them in the opposite of the order in which it calls them.
         self._plugins: list[pluggy.HookImpl] = ctx.hook.lora_layer.get_hookimpls()[::-1]
@@ -43,7 +44,12 @@ class Dispatcher:
         """
         config = copy.copy(self._config)
         config.r, config.lora_alpha = options["r"], options["lora_alpha"]
-        given = {"target": target, "adapter_name": adapter_name, "config": config}
+        given = {
+            "ctx": self._ctx,
+            "target": target,
+            "adapter_name": adapter_name,
+            "config": config,
+        }
         for plugin in self._plugins:
             layer = _call(plugin, given)
             if layer is None:

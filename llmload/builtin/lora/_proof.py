@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from llmload.audit import some
 from llmload.errors import Problem
@@ -18,8 +19,6 @@ from ._names import translate_weights
 from .request import Request, resolve
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from llmload.context import LoadContext
 
 _REPORT = "Report this with the plan and the versions of `llmload env`."
@@ -97,7 +96,9 @@ def _start_values(
             if kind.startswith(("lora_A", "lora_B", "lora_embedding_")) and "bias" not in kind
         }
         zero = [kind for kind, factor in factors.items() if not factor.any()]
-        if len(zero) == len(factors) or (both and zero):
+        # An embedding starts with a factor at zero however linear layers do.
+        strict = both and not isinstance(layer.get_base_layer(), nn.Embedding)
+        if len(zero) == len(factors) or (strict and zero):
             dead.append(name)
     if dead:
         yield Problem(

@@ -11,13 +11,17 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from torch import nn
 
+    from llmload.context import LoadContext
+
 
 class Hooks:
     """Declared for every plugin; called while the adapter is put around the model."""
 
     @staticmethod
     @hookspec(firstresult=True)
-    def lora_layer(target: nn.Module, adapter_name: str, config: LoraConfig) -> LoraLayer | None:
+    def lora_layer(
+        ctx: LoadContext, target: nn.Module, adapter_name: str, config: LoraConfig
+    ) -> LoraLayer | None:
         """Return the adapter layer for a module, or None to leave it to the next plugin.
 
         Asked for every module that the adapter targets, in plan order, before PEFT's own choice;
@@ -25,6 +29,7 @@ class Hooks:
         names of the plugins that made layers are saved with the adapter, which can be resumed only
         where they take part again.
 
+        :param ctx: the load, with the plugin's own section.
         :param target: the module to adapt. The layer takes its place and keeps it as its
             ``base_layer``.
         :param adapter_name: the adapter's name in the model.
