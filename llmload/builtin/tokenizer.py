@@ -252,6 +252,8 @@ def _load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTrain
             local_files_only=True,
         )
     except Exception as error:  # transformers raises many kinds for a bad file
+        if _files(folder) == {_CONFIG}:
+            raise _no_vocabulary(folder, []) from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _refusal(
             "name_or_path",
@@ -266,13 +268,17 @@ def _load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTrain
         )
     expected = list(tokenizer.vocab_files_names.values())
     if expected and _files(folder) == {_CONFIG}:
-        raise _refusal(
-            "name_or_path",
-            f"the folder {str(folder)!r} holds a {_CONFIG}, but no vocabulary: none of"
-            f" {', '.join(dict.fromkeys([*expected, 'tokenizer.json']))}",
-            "Save or download it again, or name another in `tokenizer.name_or_path`.",
-        )
+        raise _no_vocabulary(folder, [*dict.fromkeys([*expected, "tokenizer.json"])])
     return tokenizer
+
+
+def _no_vocabulary(folder: Path, expected: list[str]) -> RequestError:
+    none_of = f": none of {', '.join(expected)}" if expected else ""
+    return _refusal(
+        "name_or_path",
+        f"the folder {str(folder)!r} holds a {_CONFIG}, but no vocabulary{none_of}",
+        "Save or download it again, or name another in `tokenizer.name_or_path`.",
+    )
 
 
 def _compare(vocabulary: Mapping[str, int], trained: Mapping[str, int]) -> Iterator[Problem]:

@@ -168,7 +168,7 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
         missing=tuple(keys.missing),
         excused=tuple(_excused(model, state.keys() - keys.names.values() - {*keys.missing})),
         unexpected=tuple(keys.unexpected),
-        mismatched=tuple(mismatched),
+        mismatched=tuple(sorted(mismatched)),
         failed={},
     )
 
