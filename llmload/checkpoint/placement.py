@@ -56,10 +56,12 @@ class Source:
         tensor: torch.Tensor,
         asked: Callable[[torch.Tensor], None],
         release: Callable[[], None],
+        fill: Callable[[torch.Tensor, torch.Tensor], None],
     ) -> None:
         self._tensor = tensor
         self._asked = asked
         self._release = release
+        self._fill = fill
 
     @property
     def shape(self) -> torch.Size:
@@ -71,6 +73,12 @@ class Source:
         """As stored in the checkpoint."""
         return self._tensor.dtype
 
+    def empty(self, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor on the CPU like the value, for :meth:`fill`."""
+        import torch
+
+        return torch.empty_like(self._tensor, dtype=dtype)
+
     def whole(self) -> torch.Tensor:
         """The value, on the CPU; over the file's own pages unless it was converted."""
         self._asked(self._tensor)
@@ -81,6 +89,17 @@ class Source:
         part = self._tensor.reshape(-1)[start:stop]
         self._asked(part)
         return part
+
+    def fill(self, out: torch.Tensor, start: int = 0, stop: int | None = None) -> None:
+        """Copy the value, or elements ``start`` to ``stop`` of it laid out flat, into ``out``.
+
+        The fast way to cast: another thread may do it, while the next targets are placed, and
+        releases the pages. ``out`` is a tensor on the CPU of any dtype; nobody looks at what is in
+        it before ``finish``.
+        """
+        part = self._tensor if (start, stop) == (0, None) else self._tensor.reshape(-1)[start:stop]
+        self._asked(part)
+        self._fill(out, part)
 
     def release(self) -> None:
         """Say that what was asked for has been copied: the pages behind it leave the process."""
@@ -116,7 +135,14 @@ class Plain:
         """Leave the model as it is."""
 
     def place(self, target: Target, source: Source) -> torch.Tensor:
-        """Return the value in the target's dtype on its device, copied only where it must be."""
+        """Return the value in the target's dtype on its device, copied only where it must be.
+
+        What is cast on the CPU has its values by ``finish``, not before: see :meth:`Source.fill`.
+        """
+        if target.device.type == "cpu" and source.dtype != target.dtype:
+            cast = source.empty(target.dtype)
+            source.fill(cast)
+            return cast
         value = source.whole()
         placed = value.to(target.device, target.dtype)
         if placed is not value:

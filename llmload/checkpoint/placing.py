@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
+from llmload.checkpoint.copying import Copies
 from llmload.checkpoint.placement import Part, Source, Target
 
 if TYPE_CHECKING:
@@ -17,8 +19,11 @@ if TYPE_CHECKING:
     from llmload.checkpoint.proof import Proof
 
 
-class Placer:
+class Placer(AbstractContextManager["Placer"]):
     """Hands finished tensors to the placement, each with what it is for and where it came from.
+
+    Copies that the placement leaves to other threads are made by :meth:`finish`; at the end of the
+    ``with`` block no thread is left.
 
     :param model: prepared by the placement, its weights on the meta device.
     :param devices: by the names of ``model.state_dict()``.
@@ -39,6 +44,14 @@ class Placer:
         self._placement = placement
         self._proof = proof
         self._devices = devices
+        self._copies = Copies()
+
+    def __exit__(self, *exc: object) -> None:
+        self._copies.__exit__(*exc)
+
+    def finish(self) -> None:
+        """Wait until every weight that was placed has its values; raises what went wrong."""
+        self._copies.finish()
 
     def place(
         self,
@@ -76,10 +89,24 @@ class Placer:
             reading.wait()
             self.drop(behind if info is None else [info])
 
-        placed = self._placement.place(target, Source(value, asked, release))
+        copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+        source = Source(value, asked, release, lambda *copy: copies.append(copy))
+        placed = self._placement.place(target, source)
         stored = placed.stored if isinstance(placed, Part) else placed
-        address = None if info is None else self._files.address(info)
-        self._proof.end(name, stored, address, reading)
+        self._proof.count(name, stored, None if info is None else self._files.address(info))
+
+        def copy() -> None:
+            for out, part in copies:
+                out.copy_(part)
+            release()
+            self._proof.compare(name, stored, reading)
+
+        if copies:
+            # A converted value takes memory until it is copied: the next one is made after that.
+            nbytes = 0 if info is None else sum(out.nbytes for out, _ in copies)
+            self._copies.add(_in_this_mode(copy), nbytes)
+        else:
+            self._proof.compare(name, stored, reading)
         return placed.parameter if isinstance(placed, Part) else placed
 
     def read_for_conversion(self, infos: Iterable[TensorInfo]) -> None:
@@ -91,3 +118,16 @@ class Placer:
         """Take the pages of tensors of the file out of this process."""
         for info in infos:
             self._files.drop(info)
+
+
+def _in_this_mode(job: Callable[[], None]) -> Callable[[], None]:
+    """Return ``job`` as this thread would do it, without gradients: each thread has its modes."""
+    import torch
+
+    inference = torch.is_inference_mode_enabled()
+
+    def run() -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            job()
+
+    return run

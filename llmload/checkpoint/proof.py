@@ -42,24 +42,32 @@ class Proof(AbstractContextManager["Proof"]):
         """All others: cast, moved, converted, quantised or partitioned."""
         self.converted = 0
         """Those merged, split or permuted by transformers on the way; among the copied."""
-        self.digests: dict[str, Digest] = {}
-        """By name in the model; empty unless asked for."""
+        self.digests: dict[str, Digest | None] = {}
+        """By name in the model; empty unless asked for. None for what is not compared yet."""
         self._pool = ThreadPoolExecutor(1, "llmload-digest") if digests else None
 
     def reading(self) -> Reading:
         """Return what is to be told of each part of one value that is read."""
         return Reading(self._pool)
 
-    def end(self, name: str, placed: torch.Tensor, address: int | None, reading: Reading) -> None:
+    def count(self, name: str, placed: torch.Tensor, address: int | None) -> None:
         """Enter one placed weight; ``address`` is its place in the mapped file, None if converted.
 
-        Raises ``LoadFailedError`` where it was placed as it was read and differs from it.
+        It need not have its values yet.
         """
         self.converted += address is None
         if placed.data_ptr() == address:
             self.mapped += 1
         else:
             self.copied += 1
+        if self._pool is not None:
+            self.digests[name] = None  # compared in the order of completion, told in this one
+
+    def compare(self, name: str, placed: torch.Tensor, reading: Reading) -> None:
+        """Hash a weight that has its values now; any thread may.
+
+        Raises ``LoadFailedError`` where it was placed as it was read and differs from it.
+        """
         if self._pool is None:
             return
         digest = Digest(reading.digest(), sha256(placed))
@@ -96,6 +104,7 @@ class Proof(AbstractContextManager["Proof"]):
             facts["sha256"] = {
                 name: {"read": digest.read, "placed": digest.placed}
                 for name, digest in self.digests.items()
+                if digest is not None
             }
         return facts
 

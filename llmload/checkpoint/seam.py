@@ -197,13 +197,14 @@ def fill(
     if isinstance(placement, Plain):  # another may need far less
         caching_allocator_warmup(model, devices, None)
     taken: list[tuple[TensorInfo, torch.Tensor]] = []
-    placer = Placer(model, files, placement, proof, devices)
-    receiver = Receiver(placer, model._get_dtype_plan(dtype), taken)
     views = {info.name: View(info, files, taken) for info in files.checkpoint.tensors.values()}
-    try:
-        info = _convert(model, views, receiver, "cpu")
-    except AbortError as abort:
-        raise abort.cause from None
+    with Placer(model, files, placement, proof, devices) as placer:
+        receiver = Receiver(placer, model._get_dtype_plan(dtype), taken)
+        try:
+            info = _convert(model, views, receiver, "cpu")
+        except AbortError as abort:
+            raise abort.cause from None
+        placer.finish()
     files.check()
     finishing = LoadStateDictConfig(
         pretrained_model_name_or_path=name_or_path, device_map=device_map

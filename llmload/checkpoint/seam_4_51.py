@@ -218,18 +218,19 @@ def fill(
     for name, parameter in model.named_parameters():
         if kept is not None and kept.search(name):
             parameter.data = parameter.data.to(torch.float32)
-    placer = Placer(model, files, placement, proof, _devices(model, device_map))
-    for name in (name for name in stored if name in placer.state):
-        value = files.tensor(stored[name])
-        _, cast = _infer_parameter_dtype(model, name, value, kept, None)
-        placed = placer.place(name, cast or value.dtype, value, stored[name])
-        for alias in (name, *(ties.get(name, set()) - stored.keys())):
-            path, _, attribute = alias.rpartition(".")
-            module = model.get_submodule(path)
-            if attribute in module._parameters and not isinstance(placed, nn.Parameter):
-                like = getattr(module, attribute)
-                placed = nn.Parameter(placed, requires_grad=like.requires_grad)
-            setattr(module, attribute, placed)
+    with Placer(model, files, placement, proof, _devices(model, device_map)) as placer:
+        for name in (name for name in stored if name in placer.state):
+            value = files.tensor(stored[name])
+            _, cast = _infer_parameter_dtype(model, name, value, kept, None)
+            placed = placer.place(name, cast or value.dtype, value, stored[name])
+            for alias in (name, *(ties.get(name, set()) - stored.keys())):
+                path, _, attribute = alias.rpartition(".")
+                module = model.get_submodule(path)
+                if attribute in module._parameters and not isinstance(placed, nn.Parameter):
+                    like = getattr(module, attribute)
+                    placed = nn.Parameter(placed, requires_grad=like.requires_grad)
+                setattr(module, attribute, placed)
+        placer.finish()
     files.check()
     model.tie_weights()
     placement.finish(model)
