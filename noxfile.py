@@ -86,6 +86,16 @@ def skips(session: nox.Session) -> None:
     session.run("python", "tests/skipped_everywhere.py", *files, external=True)
 
 
+@nox.session
+def rlhf(session: nox.Session) -> None:
+    """The plugin distribution ``llmload-rlhf`` beside the built core, as a user installs both."""
+    folder = "plugins/llmload-rlhf"
+    session.install("-c", MODERN, *GROUPS["test"], ".[hf,deepspeed]", f"./{folder}")
+    environment = {"OMP_NUM_THREADS": "1"}
+    session.chdir(folder)
+    session.run("pytest", "-n", "2", *session.posargs, env=environment)
+
+
 def _pytest(session: nox.Session, name: str, *chosen: str) -> None:
     """Run the tests; the outcome of a whole run is kept for the session ``skips``."""
     arguments = session.posargs or (f"--junit-xml={OUTCOMES / name}.xml", *chosen)

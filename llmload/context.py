@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -108,6 +108,7 @@ class LoadContext:
         self.kept_alive: list[object] = []
         self._stored = checkpoint
         self._read: set[str] = set()
+        self._filled: dict[int, nn.Parameter] = {}
         self._probed: ProbeResult | None = None
         self._pristine = copy.deepcopy(config)
         self._blank: PreTrainedModel | None = None
@@ -121,6 +122,17 @@ class LoadContext:
             if isinstance(value, kind):
                 return value
         raise LookupError(f"no active plugin has a section of type {kind.__qualname__}")
+
+    def configure(self, **fields: Any) -> None:
+        """Set fields of the config for plan and load alike.
+
+        For ``map_keys`` and ``check``: what ``init_context`` changes, the rehearsal does not see,
+        so a field that decides on names or shapes of parameters belongs here.
+        """
+        for config in (self.config, self._pristine):
+            for name, value in fields.items():
+                setattr(config, name, value)
+        self._blank = None
 
     @property
     def blank(self) -> PreTrainedModel:
@@ -168,6 +180,17 @@ class LoadContext:
         self._read.add(key)
         return value
 
+    def from_checkpoint(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Say that a plugin's own parameters have their values from the checkpoint.
+
+        For ``post_load``, in the rehearsal too: plan and report then do not list them as new.
+        """
+        self._filled.update((id(parameter), parameter) for parameter in parameters)
+
+    def is_from_checkpoint(self, parameter: nn.Parameter) -> bool:
+        """Whether :meth:`from_checkpoint` was told of the parameter."""
+        return id(parameter) in self._filled
+
     @property
     def unused(self) -> list[str]:
         """Claimed keys that were neither read nor left out with a reason."""
@@ -194,6 +217,7 @@ class LoadContext:
         loading.unexpected = []
         loading.left_out = {}
         loading._read = set()
+        loading._filled = {}
         loading.load_options = {}
         loading.placement = None
         loading.without_memory = None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
+    from .context import LoadContext
+
 
 class Ledger:
     """Remembers for each parameter object the plugin after whose step it first appeared.
@@ -25,10 +27,15 @@ class Ledger:
             if parameter not in self._maker:
                 self._maker[parameter] = plugin
 
-    def makers(self, model: nn.Module) -> dict[str, str]:
-        """Return the name in ``model`` of each entered parameter -> the plugin that made it."""
+    def new(self, model: nn.Module, loader: str, ctx: LoadContext) -> dict[str, str]:
+        """Return the name in ``model`` of each parameter that is new -> the plugin that made it.
+
+        What the loader made is not new, nor what a plugin filled from the checkpoint.
+        """
         return {
             name: self._maker[parameter]
             for name, parameter in model.named_parameters()
             if parameter in self._maker
+            and self._maker[parameter] != loader
+            and not ctx.is_from_checkpoint(parameter)
         }

@@ -133,14 +133,13 @@ def _base_model(prepared: Prepared, ctx: Any, report: Report) -> nn.Module:
 
 def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger: Ledger) -> None:
     parameters = list(model.parameters())
-    makers = ledger.makers(model)
     report.plugins = prepared.plan.plugins
     report.versions = installed_versions()
     report.parameters = sum(partitions.values(p) for p in parameters)
     report.trainable = sum(partitions.values(p) for p in parameters if p.requires_grad)
     report.parameter_bytes = sum(partitions.elements(p) * p.element_size() for p in parameters)
     report.checkpoint_bytes = prepared.plan.checkpoint_bytes
-    made = {name: maker for name, maker in makers.items() if maker != report.loader}
+    made = ledger.new(model, report.loader, ctx)
     report.newly_initialised = made | ctx.newly_initialised
     report.left_out = dict.fromkeys(ctx.unexpected, "no place in the model") | ctx.left_out
     report.warnings = [str(problem) for problem in [*prepared.plan.warnings, *audit.excused(ctx)]]

@@ -311,6 +311,4 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
     plan.trainable = sum(partitions.values(p) for p in unique.values() if p.requires_grad)
     plan.trainable_parameters = [name for name, p in unique.items() if p.requires_grad]
     plan.tied = sorted(tied)
-    plan.new_parameters = {
-        name: maker for name, maker in ledger.makers(model).items() if maker != plan.loader
-    }
+    plan.new_parameters = ledger.new(model, plan.loader, ctx)

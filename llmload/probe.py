@@ -56,8 +56,9 @@ def probe(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ProbeRes
     its modules. So are torch's, Python's and NumPy's random states.
 
     :param model: the finished model, adapters and all; on any device, also on meta.
-    :param inputs: keyword arguments of the forward; by default one row of ``TOKENS`` token ids,
-        for decoder and encoder alike. Tensors among them are moved to where the probe runs.
+    :param inputs: keyword arguments of the forward; by default one row of ``TOKENS`` token ids, or
+        as many rows as the model's ``rows_per_example`` says, for decoder and encoder alike.
+        Tensors among them are moved to where the probe runs.
     """
     try:
         return _run(model, inputs, on_meta=True, reason="")
@@ -115,11 +116,14 @@ def _run(
 def example_inputs(model: nn.Module, device: torch.device) -> dict[str, Any]:
     """Make the arguments of one forward: a row of token ids that ends with the end-of-text id."""
     config = getattr(model, "config", None)
-    ids = torch.arange(TOKENS).reshape(1, TOKENS)
+    # A model of pairs says how many rows its forward wants; they differ from the second token on.
+    rows = getattr(_innermost(model), "rows_per_example", 1)
+    ids = torch.arange(TOKENS).repeat(rows, 1)
+    ids[:, 1:] += torch.arange(rows)[:, None]
     eos = getattr(config, "eos_token_id", None)
     if isinstance(eos, int):
         # Sequence classifiers of the BART and T5 families look for it.
-        ids[0, -1] = eos
+        ids[:, -1] = eos
     ids = ids.to(device)
     arguments: dict[str, Any] = {
         "input_ids": ids,

@@ -1,0 +1,58 @@
+"""What a spec says of a head: the three sections, plain data."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmload import Section
+
+
+class HeadSection(Section):
+    """What every head has."""
+
+    new: bool = False
+    """Start with a new head. Otherwise the checkpoint must have one, and it is loaded."""
+    trainable: bool = True
+    """Whether the head requires gradients. LoRA freezes it unless it is in ``modules_to_save``."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the head's parameters; null for the model's."""
+
+
+class ScoreSection(HeadSection):
+    """What a head of DeepSpeed-Chat has besides; the other layouts do without."""
+
+    num_padding_at_beginning: Annotated[int, Field(ge=0)] = 0
+    """Pad tokens with which every sequence begins: 1 for OPT's tokenizer. DeepSpeed-Chat only."""
+    compute_fp32_loss: bool = False
+    """Compute the pairwise loss in float32. DeepSpeed-Chat only."""
+
+
+class RewardHeadSection(ScoreSection):
+    """A score for a whole sequence."""
+
+    layout: Literal["deepspeed_chat", "coati", "sequence_classification"]
+    """Whose model it is: ``deepspeed_chat`` its ``RewardModel``; ``coati`` its ``RewardModel``;
+    ``sequence_classification`` transformers' own class with one label."""
+
+
+class CriticHeadSection(ScoreSection):
+    """A value for every token."""
+
+    layout: Literal["deepspeed_chat", "coati"]
+    """Whose model it is: ``deepspeed_chat`` its ``RewardModel``, of which step 3 asks
+    ``forward_value``; ``coati`` its ``Critic``."""
+
+
+class ValueHeadSection(HeadSection):
+    """A value for every token beside the logits of the language model."""
+
+    layout: Literal["trl"] = "trl"
+    """Whose model it is: TRL's ``AutoModelForCausalLMWithValueHead``."""
+    summary_dropout_prob: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Dropout before the head."""
+    v_head_init_strategy: Literal["normal"] | None = None
+    """``normal``: weights from N(0, ``v_head_initializer_range``), bias zero; null: torch's own."""
+    v_head_initializer_range: Annotated[float, Field(gt=0.0)] = 0.2
+    """Standard deviation of new weights under ``normal``."""
