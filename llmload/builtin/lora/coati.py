@@ -2,7 +2,8 @@
 
 Read as ColossalAI 4f9953be3 reads it, except for what is a fault there: its linear layers take
 ``lora_alpha`` 32 and dropout 0 whatever the file says, and ``lora_train_bias: none`` throws the
-pretrained biases away. Here the file's values hold, and biases stay.
+pretrained biases away. Here the file's values hold, and biases stay. The layers are PEFT's, or with
+the plugin ``coati`` ColossalChat's own.
 """
 
 from __future__ import annotations
