@@ -1,7 +1,7 @@
 """Everything that is checked, each in an environment of its own.
 
-``nox`` runs what CI runs; ``colossalai_sweeps``, ``zero3_architectures`` and ``benchmarks`` are run
-by hand with ``nox -s``.
+``nox`` runs what CI runs; ``zero3_architectures`` and ``benchmarks`` are run by hand with
+``nox -s``.
 """
 
 from pathlib import Path
@@ -63,20 +63,13 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def colossalai(session: nox.Session) -> None:
-    """Tests on the stack that ColossalAI 0.5.0 pins: about 6 GB to install. No sweeps."""
-    _install_colossalai(session)
-    _pytest(session, "colossalai", *(f"--ignore={file}" for file in SWEEPS))
+    """Tests on the stack that ColossalAI 0.5.0 pins: about 6 GB to install.
 
-
-@nox.session(default=False)
-def colossalai_sweeps(session: nox.Session) -> None:
-    """Every model type on that stack."""
-    _install_colossalai(session)
-    _pytest(session, "colossalai_sweeps", *SWEEPS)
-
-
-def _install_colossalai(session: nox.Session) -> None:
+    Without the sweeps over every model type, for which there is
+    ``nox -s colossalai -- tests/test_*architectures.py``.
+    """
     session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,deepspeed,bitsandbytes]")
+    _pytest(session, "colossalai", *(f"--ignore={file}" for file in SWEEPS))
 
 
 @nox.session(venv_backend="none")
