@@ -28,6 +28,7 @@ MIXED = """
     def test_with_cases(case): pass
 
     @pytest.mark.skipif(True, reason="needs a CUDA device")
+    @only("two")
     def test_of_hardware(): pass
 
     @pytest.mark.xfail(reason="known")
