@@ -18,3 +18,7 @@ needs_bitsandbytes = pytest.mark.skipif(
     not IS_MODERN and not torch.cuda.is_available(),
     reason="transformers 4.51 refuses bitsandbytes on CPU",
 )
+
+needs_kernel_handover = pytest.mark.skipif(
+    not hasattr(torch.library, "get_kernel"), reason="torch before 2.9 hands over no kernel"
+)

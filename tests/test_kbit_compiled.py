@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from stacks import needs_kernel_handover
 
 from llmload.builtin.kbit import _compiled
 from llmload.builtin.kbit._kernel import fast_quantisation
+
+pytestmark = needs_kernel_handover
 
 
 @pytest.fixture(autouse=True)

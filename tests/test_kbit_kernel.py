@@ -11,13 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stacks import needs_kernel_handover
 
 from llmload.builtin.kbit import _kernel
 from llmload.builtin.kbit._kernel import fast_quantisation
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.library, "get_kernel"), reason="torch before 2.9 hands over no kernel"
-)
+pytestmark = needs_kernel_handover
 
 BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
