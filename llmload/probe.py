@@ -18,7 +18,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -64,6 +64,11 @@ def probe(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ProbeRes
         return _run(model, inputs, on_meta=True, reason="")
     except Exception as error:  # the model's own code, which may raise anything
         reason = f"on meta tensors: {_first_line(error)}"
+    if len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1:
+        # It may want the autocast of its training, which the meta device has not. No dtype changes
+        # what is random and what gets a gradient.
+        with suppress(Exception):
+            return _run(model, inputs, on_meta=True, reason=reason, dtype=torch.float32)
     size = sum(partitions.elements(parameter) for parameter in model.parameters())
     if size > SMALL or any(p.is_meta or partitions.is_partitioned(p) for p in model.parameters()):
         return ProbeResult(method="unavailable", reason=reason)
@@ -75,7 +80,12 @@ def probe(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ProbeRes
 
 
 def _run(
-    model: nn.Module, inputs: Mapping[str, Any] | None, *, on_meta: bool, reason: str
+    model: nn.Module,
+    inputs: Mapping[str, Any] | None,
+    *,
+    on_meta: bool,
+    reason: str,
+    dtype: torch.dtype | None = None,
 ) -> ProbeResult:
     recorder = Recorder(model)
     with ExitStack() as stack:
@@ -87,7 +97,7 @@ def _run(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_autocast_on_meta())
         if on_meta:
-            _put_stand_ins(model)
+            _put_stand_ins(model, dtype)
         else:
             _put_clones_of_buffers(model)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -234,8 +244,11 @@ def _autocast_on_meta() -> Iterator[None]:
 # --- stand-ins --------------------------------------------------------------------------------
 
 
-def _put_stand_ins(model: nn.Module) -> None:
-    """Replace every tensor of the model by one on the meta device; ties stay ties."""
+def _put_stand_ins(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Replace every tensor of the model by one on the meta device; ties stay ties.
+
+    Floating-point ones are of ``dtype``, or with None of their own.
+    """
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         if _is_packed_linear(module):
@@ -248,11 +261,13 @@ def _put_stand_ins(model: nn.Module) -> None:
         for registry in registries:
             for name, value in registry.items():
                 if isinstance(value, torch.Tensor):
-                    registry[name] = made.setdefault(id(value), _stand_in(value))
+                    registry[name] = made.setdefault(id(value), _stand_in(value, dtype))
 
 
-def _stand_in(tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty(partitions.shape(tensor), dtype=tensor.dtype, device="meta")
+def _stand_in(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if dtype is None or not tensor.is_floating_point():
+        dtype = tensor.dtype
+    empty = torch.empty(partitions.shape(tensor), dtype=dtype, device="meta")
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=tensor.requires_grad)
     return empty

@@ -22,3 +22,7 @@ needs_bitsandbytes = pytest.mark.skipif(
 needs_kernel_handover = pytest.mark.skipif(
     not hasattr(torch.library, "get_kernel"), reason="torch before 2.9 hands over no kernel"
 )
+
+needs_safe_pickles = pytest.mark.skipif(
+    not hasattr(torch, "accelerator"), reason="torch 2.5 opens no pickle safely"
+)

@@ -235,6 +235,27 @@ def test_a_large_model_that_looks_at_values_is_unavailable_with_the_reason(
     )
 
 
+def test_a_model_of_several_dtypes_that_wants_autocast_is_probed_in_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(model: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != model.linear.weight.dtype:
+            raise RuntimeError("expected one dtype")
+        return nn.functional.dropout(model.linear(x), 0.5, model.training)
+
+    monkeypatch.setattr(probe_module, "SMALL", 10)
+    model = Wrapped(refuse)
+    model.linear = nn.Linear(4, 4, dtype=torch.bfloat16)
+    result = probe(model)
+    assert (result.method, result.reason) == (
+        "meta",
+        "on meta tensors: RuntimeError: expected one dtype",
+    )
+    assert [op.probability for op in result.random_ops] == [0.5]
+    assert result.unreached == ()
+    assert model.linear.weight.dtype == torch.bfloat16
+
+
 def test_a_forward_that_fails_either_way_is_unavailable_with_both_reasons() -> None:
     def fail(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"not on {x.device.type}\nand more")

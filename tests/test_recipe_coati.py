@@ -13,6 +13,7 @@ import pytest
 import torch
 from recipes import parameters, recipe, same, stored, trainable
 from sameness import differences
+from stacks import needs_safe_pickles
 from tiny import SENTENCES, tiny_checkpoint
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel
@@ -56,6 +57,7 @@ def test_the_model_is_the_one_inside_coatis_actor(result: llmload.LoadResult, fo
     assert trainable(result.model) == set(held)
 
 
+@needs_safe_pickles
 def test_what_coati_saves_of_a_trained_actor_is_loaded_again(
     result: llmload.LoadResult, folder: Path, tmp_path: Path
 ) -> None:

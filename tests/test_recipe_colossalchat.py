@@ -146,7 +146,10 @@ def test_the_tokenizer_pads_with_eos_on_the_right_and_adds_nothing(
 
 
 def test_layers_are_checkpointed_without_reentrance(result: llmload.LoadResult) -> None:
-    layers = result.model.get_base_model().model.layers
-    for layer in layers:
-        assert layer.gradient_checkpointing
-        assert layer._gradient_checkpointing_func.keywords["use_reentrant"] is False
+    functions = [
+        module._gradient_checkpointing_func
+        for module in result.model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    ]
+    assert functions
+    assert {function.keywords["use_reentrant"] for function in functions} == {False}

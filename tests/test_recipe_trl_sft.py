@@ -15,6 +15,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from quantised import plain
 from recipes import parameters, recipe, same, stored, trainable
+from stacks import needs_bitsandbytes
 from tiny import losses, tiny_checkpoint
 from torch import nn
 from transformers import AutoTokenizer
@@ -30,7 +31,7 @@ LORA: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
 }
 
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [needs_bitsandbytes, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
