@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     from .findings import Conflict as Conflict
     from .findings import Decline as Decline
     from .findings import Note as Note
+    from .group import Group as Group
+    from .group import GroupReport as GroupReport
+    from .group import load_group as load_group
+    from .group import plan_group as plan_group
+    from .groupplan import GroupPlan as GroupPlan
+    from .groupspec import AdapterSpec as AdapterSpec
+    from .groupspec import GroupSpec as GroupSpec
     from .hookspecs import hookimpl as hookimpl
     from .hookspecs import hookspec as hookspec
     from .pipeline import LoadResult as LoadResult
@@ -59,6 +66,9 @@ _HOME = {
     ),
     "InvalidValueError": "explain",
     **dict.fromkeys(("Conflict", "Decline", "Note"), "findings"),
+    **dict.fromkeys(("Group", "GroupReport", "load_group", "plan_group"), "group"),
+    "GroupPlan": "groupplan",
+    **dict.fromkeys(("AdapterSpec", "GroupSpec"), "groupspec"),
     **dict.fromkeys(("hookimpl", "hookspec"), "hookspecs"),
     **dict.fromkeys(("LoadResult", "load", "plan"), "pipeline"),
     "Plan": "planning",

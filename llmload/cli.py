@@ -24,7 +24,9 @@ from .errors import LlmloadError, RequestError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from .groupspec import GroupSpec
     from .registry import Registry
+    from .spec import LoadSpec
     from .specfile import Source
 
 
@@ -109,13 +111,17 @@ def _write_text(text: RenderableType) -> None:
 
 @_command
 def load(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
-    """Load the model of a spec, prove that it is right, and report."""
-    from . import pipeline, show
+    """Load the model of a spec, or all of a group, prove that it is right, and report."""
+    from . import group, pipeline, show
+    from .groupspec import GroupSpec
     from .progress import is_wanted, progress
 
     registry = _registry(plugin)
-    wanted = registry.validate(_source(spec))
+    wanted = _wanted(spec, registry)
     with progress(shown=is_wanted(json=json)):
+        if isinstance(wanted, GroupSpec):
+            report = group.load_group(wanted, registry=registry).report
+            return Answer(report, lambda: show.group_report(report))
         result = pipeline.load(wanted, registry=registry)
     return Answer(result.report, lambda: show.report(result.report))
 
@@ -123,22 +129,27 @@ def load(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
 @_command
 def plan(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
     """Say what `load` would do and what stands in its way, reading no weight."""
-    from . import pipeline, show
+    from . import group, pipeline, show
+    from .groupspec import GroupSpec
     from .progress import is_wanted, progress
 
     registry = _registry(plugin)
-    wanted = registry.validate(_source(spec))
+    wanted = _wanted(spec, registry)
     with progress(shown=is_wanted(json=json)):
+        if isinstance(wanted, GroupSpec):
+            plans = group.plan_group(wanted, registry=registry)
+            code = RequestError.exit_code if plans.errors else 0
+            return Answer(plans, lambda: show.group_plan(plans), code)
         made = pipeline.plan(wanted, registry=registry)
     return Answer(made, lambda: show.plan(made), RequestError.exit_code if made.errors else 0)
 
 
 @_command
 def validate(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
-    """Check a spec by itself, without looking at its model."""
+    """Check a spec by itself, without looking at its models."""
     from . import specfile
 
-    checked = _registry(plugin).validate(_source(spec))
+    checked = _wanted(spec, _registry(plugin))
     data = {"valid": True, "spec": specfile.read(checked).data}
     name = "<stdin>" if spec == "-" else spec
     return Answer(data, lambda: f"{name}: valid")
@@ -185,10 +196,10 @@ def env(*, plugin: Plugins = None, json: Json = False) -> Answer:
 
 @_command
 def schema(*, plugin: Plugins = None, json: Json = False) -> Answer:
-    """Write the JSON schema of a spec, sections of the plugins included."""
-    from .schema import json_schema
+    """Write the JSON schema of a spec or group, sections of the plugins included."""
+    from .schema import file_schema
 
-    document = json_schema(_registry(plugin).sections)
+    document = file_schema(_registry(plugin).sections)
     return Answer(document, lambda: json_module.dumps(document, indent=2, ensure_ascii=False))
 
 
@@ -243,6 +254,16 @@ def _registry(words: list[str] | None) -> Registry:
     from .registry import create_registry
 
     return create_registry(select=words or ())
+
+
+def _wanted(spec: str, registry: Registry) -> LoadSpec | GroupSpec:
+    """Read and check what the argument names: a group if it has the key ``models``."""
+    from . import groupspec, specfile
+
+    document = specfile.read(_source(spec))
+    if groupspec.is_group(document.data):
+        return registry.validate_group(document)
+    return registry.validate(document)
 
 
 def _source(spec: str) -> Source:

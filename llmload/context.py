@@ -74,6 +74,9 @@ class LoadContext:
 
         self.tokenizer: PreTrainedTokenizerBase | None = None
         """Set by the ``tokenizer`` plugin's ``check``."""
+        self.placed_by: str | None = None
+        """The plugin that will set ``placement``, as its ``check`` says: a group then knows that it
+        does not decide how this model's weights are stored."""
         self.new_tokens: dict[str, int] = {}
         """Token -> id of those that the checkpoint's own tokenizer lacks, set with ``tokenizer``:
         their embedding rows are untrained, even where the checkpoint has rows to spare."""

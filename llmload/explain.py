@@ -90,6 +90,8 @@ _QUOTED: Final = {
 """Kind of value -> what it looks like inside quotes."""
 _SHOWN: Final = 60
 """Characters of a value that a message shows."""
+TOP_LEVEL: Final = "the top level"
+"""What a message calls the place of core keys and sections."""
 
 
 def explain(
@@ -135,7 +137,7 @@ def unknown_key(path: Path, value: object, known: Iterable[str], places: Places)
     :param known: the keys that can stand there.
     """
     key = str(path[-1])
-    homes = [place or "the top level" for place, keys in places.items() if key in keys]
+    homes = [place or TOP_LEVEL for place, keys in places.items() if key in keys]
     foreign = SPELLINGS.get(dotted(path)) or SPELLINGS.get(key)
     if foreign is not None:
         fix = foreign.fix("..." if _is_secret(path, value) else value)

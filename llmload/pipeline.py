@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from .checkpoint.placement import Placement
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoadResult:
@@ -70,12 +72,18 @@ def load(
     return execute(prepared, report, prove=prove)
 
 
-def execute(prepared: Prepared, report: Report, *, prove: bool) -> LoadResult:
-    """Carry out a plan without errors."""
+def execute(
+    prepared: Prepared, report: Report, *, prove: bool, placement: Placement | None = None
+) -> LoadResult:
+    """Carry out a plan without errors.
+
+    :param placement: where the streaming loader stores weights, unless a plugin says otherwise.
+    """
     plan, host = prepared.plan, prepared.host
     ctx = prepared.ctx.for_loading()
+    ctx.placement = placement
     ledger = Ledger()
-    with _undone_on_error(), ctx.until_end:
+    with undone_on_error(), ctx.until_end:
         with ExitStack() as contexts:
             for plugin in host.implementing("init_context"):
                 with report.phase("init_context", plugin):
@@ -147,7 +155,7 @@ def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger
 
 
 @contextmanager
-def _undone_on_error() -> Iterator[None]:
+def undone_on_error() -> Iterator[None]:
     """Give back torch's default dtype and grad mode always, its random state on error.
 
     A load that succeeds moves the random stream exactly as the libraries it calls would.

@@ -19,6 +19,8 @@ from .ledger import Ledger
 from .versions import version_of
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .discovery import PluginInfo
     from .registry import Host, Registry
     from .spec import LoadSpec
@@ -111,6 +113,24 @@ class Prepared:
     plan: Plan
     host: Host
     ctx: LoadContext
+    rehearsal: Rehearsal | None
+    """None where the load could not be rehearsed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What came of the load on the meta device."""
+
+    model: nn.Module
+    """The finished model."""
+    base: dict[str, nn.Parameter]
+    """Every name in the base model, tied ones included -> its parameter as the loader made it."""
+
+    def kept(self) -> set[str]:
+        """Return the names in the base model of the parameters that the finished model still has,
+        and does not train."""
+        frozen = {id(p) for p in self.model.parameters() if not p.requires_grad}
+        return {name for name, parameter in self.base.items() if id(parameter) in frozen}
 
 
 def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
@@ -151,6 +171,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
     if checkpoint is not None:
         plan.checkpoint_tensors = len(checkpoint.tensors)
         plan.checkpoint_bytes = checkpoint.total_bytes
+    rehearsal = None
     if not plan.errors:
         try:
             plan.keys = keys.assign(host, ctx)
@@ -158,8 +179,8 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
             plan.problems += error.problems
     if not plan.errors:
         _check(host, ctx, plan)
-        _rehearse(host, ctx, plan)
-    return Prepared(plan=plan, host=host, ctx=ctx)
+        rehearsal = _rehearse(host, ctx, plan)
+    return Prepared(plan=plan, host=host, ctx=ctx, rehearsal=rehearsal)
 
 
 def require_stack() -> None:
@@ -268,7 +289,7 @@ def no_loader(declined: Mapping[str, str]) -> Problem:
     )
 
 
-def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
+def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
     """Run ``post_load`` and ``wrap_adapter`` on the meta device and write down what comes out.
 
     A hook that cannot run there is a warning, and the plan then promises no trainable parameters.
@@ -278,11 +299,14 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
     ledger = Ledger()
     try:
         model: Any = ctx.blank
+        base = dict(model.named_parameters(remove_duplicate=False))
         plan.frozen = [n for n, p in ctx.blank.named_parameters() if not p.requires_grad]
         tied = still_apart = compat.tied_names(ctx.blank)
-        if host.shaping("post_load") or host.shaping("wrap_adapter"):
+        shaping = host.shaping("post_load") or host.shaping("wrap_adapter")
+        if shaping or not ctx.spec.trainable:
             model = ctx.take_blank()
             model.tie_weights()
+            base = dict(model.named_parameters(remove_duplicate=False))
             still_apart = set()
             ledger.take_stock(plan.loader, model)
             # Adapters draw their first values; the caller's random stream must not move.
@@ -293,7 +317,7 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
     except RequestError as error:
         # A plugin may say in wrap_adapter again what it said in check.
         plan.problems += [p for p in error.problems if p not in plan.problems]
-        return
+        return None
     except LoadFailedError as error:
         plan.problems.append(
             Problem(
@@ -302,7 +326,7 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
                 f" no trainable parameters: {error}",
             )
         )
-        return
+        return None
     finally:
         plan.facts = dict(ctx.facts)
     unique = {name: p for name, p in model.named_parameters() if name not in still_apart}
@@ -312,3 +336,4 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> None:
     plan.trainable_parameters = [name for name, p in unique.items() if p.requires_grad]
     plan.tied = sorted(tied)
     plan.new_parameters = ledger.new(model, plan.loader, ctx)
+    return Rehearsal(model=model, base=base)

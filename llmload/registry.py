@@ -16,10 +16,11 @@ from typing import Any
 import pluggy
 from pydantic import BaseModel
 
-from . import hookspecs, ordering, specfile
+from . import groupspec, hookspecs, ordering, specfile
 from .contract import break_faulty
 from .discovery import GIVEN, GROUP, PluginInfo, attribute, break_doubles, from_object, installed
-from .errors import PluginError, Problem, RequestError
+from .errors import PluginError, Problem, RequestError, SpecError
+from .groupspec import GroupSpec
 from .spec import LoadSpec, validate
 from .suggest import nearest
 
@@ -128,8 +129,35 @@ class Registry:
         :raises PluginError: a key of the spec belongs to a broken or blocked plugin.
         """
         document = specfile.read(source)
+        if groupspec.is_group(document.data):
+            problem = Problem(
+                where=groupspec.MODELS,
+                message="this is a group of models, and one model was to be loaded",
+                fix="Use `llmload.load_group` or `llmload.plan_group`.",
+            )
+            raise SpecError(document.placed([problem]))
         self._refuse_unusable(document.data)
         return validate(document, self.sections)
+
+    def validate_group(self, source: specfile.Source) -> GroupSpec:
+        """Read a group of models and check it, sections included; ``like`` is resolved.
+
+        :raises SpecError: with every fault at once.
+        :raises PluginError: a key of a member belongs to a broken or blocked plugin.
+        """
+        document = specfile.read(source)
+        if not groupspec.is_group(document.data):
+            problem = Problem(
+                where=groupspec.MODELS,
+                message="a group has the key `models`, and there is none",
+                fix="Use `llmload.load` or `llmload.plan` for one model.",
+            )
+            raise SpecError(document.placed([problem]))
+        members = document.data[groupspec.MODELS]
+        for name, keys in members.items() if isinstance(members, Mapping) else ():
+            with groupspec.naming(name):
+                self._refuse_unusable(keys if isinstance(keys, Mapping) else ())
+        return groupspec.validate(document, self.sections)
 
     def activate(self, spec: LoadSpec) -> Host:
         """Return the plugins that take part in a load of ``spec``, ordered and ready to be called.

@@ -17,9 +17,18 @@ if TYPE_CHECKING:
     from .doctor import Diagnoses
     from .environment import Environment, PluginList
     from .errors import Problem
+    from .group import GroupReport
+    from .groupplan import GroupPlan
     from .planning import Plan
     from .report import Report
+    from .sharing import Sharing
 
+_SHARED = {
+    "checkpoint pages": "{member} and {of} lie on the checkpoint's own pages",
+    "one cast": "{member} takes what was cast for {of}",
+    "adapter off": "{member} is {of} with its adapter off",
+    "frozen copy": "{member} is {of} with a frozen copy of its adapter",
+}
 _COLOURS = {
     **dict.fromkeys(("error", "broken", "does not work"), "red"),
     **dict.fromkeys(("warning", "works in part"), "yellow"),
@@ -69,7 +78,8 @@ def report(report: Report) -> RenderableType:
         )
 
     facts = _pairs()
-    facts.add_row("loader", report.loader)
+    if report.loader:
+        facts.add_row("loader", report.loader)
     for name, reason in report.declined.items():
         facts.add_row("declined", f"{name}: {reason}")
     facts.add_row("parameters", f"{report.parameters:,}, {_size(report.parameter_bytes)}")
@@ -83,6 +93,36 @@ def report(report: Report) -> RenderableType:
         facts.add_row("proved", line)
     warnings = [Text(f"warning: {line}", _COLOURS["warning"]) for line in report.warnings]
     return Group(phases, facts, *warnings, Text(report.trainable_line()))
+
+
+def group_plan(plans: GroupPlan) -> RenderableType:
+    """Render what a load of several models will do."""
+    members = [
+        part
+        for name, made in plans.members.items()
+        for part in (_heading(name), plan(made.model_copy(update={"problems": []})))
+    ]
+    facts = _shared(plans.shared)
+    for name, reason in plans.apart.items():
+        facts.add_row("not shared", f"{name}: {reason}")
+    return Group(*members, facts, *_problems(plans.problems))
+
+
+def group_report(reports: GroupReport) -> RenderableType:
+    """Render what a load of several models did."""
+    members = [
+        part for name, made in reports.members.items() for part in (_heading(name), report(made))
+    ]
+    return Group(*members, _heading("together"), _shared(reports.shared))
+
+
+def _shared(shared: Iterable[Sharing]) -> Table:
+    facts = _pairs()
+    for found in shared:
+        what = _SHARED[found.how].format(member=found.member, of=found.of)
+        until = "" if found.lasting else ", until a training step writes them"
+        facts.add_row("shared", f"{what}: {_size(found.saved_bytes)} saved{until}")
+    return facts
 
 
 def plugins(listed: PluginList) -> RenderableType:

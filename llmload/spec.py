@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -228,6 +228,9 @@ class LoadSpec(Section):
     strict: bool | KeyExceptions = True
     """``true``: a missing or unexpected checkpoint key is an error; ``false``: it is reported, and
     the load goes on; or the exceptions by name."""
+    trainable: bool = True
+    """``false``: hand the model out frozen, as a reference or reward model is used: in eval mode,
+    no parameter requires gradients, an adapter's no more than the base's."""
 
     @model_validator(mode="after")
     def _random_weights_have_no_keys(self) -> LoadSpec:
@@ -275,7 +278,24 @@ def validate(document: Document, sections: Mapping[str, type[BaseModel]]) -> Loa
     :param sections: spec key -> model of the plugin that owns it.
     :raises SpecError: with every fault of core keys and sections at once, in the file's order.
     """
-    core = {key: value for key, value in document.data.items() if key in LoadSpec.model_fields}
+    try:
+        return check(document.data, sections)
+    except SpecError as error:
+        raise SpecError(document.placed(error.problems)) from None
+
+
+def check(
+    data: Mapping[str, Any],
+    sections: Mapping[str, type[BaseModel]],
+    *,
+    beside: Iterable[str] = (),
+) -> LoadSpec:
+    """Return the spec that plain data holds, sections checked by their plugins' models.
+
+    :param beside: keys that could have stood there too, for "did you mean".
+    :raises SpecError: with every fault at once, none of them with its place in a file.
+    """
+    core = {key: value for key, value in data.items() if key in LoadSpec.model_fields}
     places = {key: list(fields_of(model)) for key, model in sections.items()}
     places[""] = [*LoadSpec.model_fields, *sections]
     checked: dict[str, BaseModel] = {}
@@ -284,14 +304,14 @@ def validate(document: Document, sections: Mapping[str, type[BaseModel]]) -> Loa
         spec = LoadSpec(**core)
     except SpecError as error:
         problems += error.problems
-    for key, value in document.data.items():
+    for key, value in data.items():
         if key in sections:
             try:
                 checked[key] = sections[key].model_validate(value)
             except ValidationError as error:
                 problems += explain(error, sections[key], value, within=(key,), places=places)
         elif key not in core:
-            problems.append(unknown_key((key,), value, places[""], places))
+            problems.append(unknown_key((key,), value, [*places[""], *beside], places))
     if problems:
-        raise SpecError(document.placed(problems))
+        raise SpecError(problems)
     return spec.model_copy(update=checked)

@@ -1,4 +1,4 @@
-"""Reads a spec from YAML, JSON, a mapping or a ``LoadSpec``, and writes it as YAML."""
+"""Reads a spec, or a group of them, from YAML, JSON or Python, and writes it as YAML."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from . import yamlread, yamlwrite
 from .errors import Problem, SpecError
+from .groupspec import GroupSpec
 from .spec import LoadSpec
 from .yamlread import Path, dotted
 
@@ -54,8 +55,8 @@ class Document:
         return sorted(placed, key=lambda problem: (problem.line, problem.column))
 
 
-Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | LoadSpec | Document
-"""What ``llmload.load`` takes: a file name, or the spec itself."""
+Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | LoadSpec | GroupSpec | Document
+"""What ``llmload.load`` and ``load_group`` take: a file name, or the spec itself."""
 
 
 def read(source: Source) -> Document:
@@ -65,7 +66,7 @@ def read(source: Source) -> Document:
     """
     if isinstance(source, Document):
         return source
-    if isinstance(source, LoadSpec | Mapping):
+    if isinstance(source, LoadSpec | GroupSpec | Mapping):
         return Document(data=_plain_mapping(source))
     return parse(_content(FilePath(source)), os.fspath(source))
 
@@ -93,8 +94,11 @@ def parse(text: str | bytes, file: str = "<text>") -> Document:
     return Document(data=data, file=file, positions=positions)
 
 
-def dump_yaml(spec: LoadSpec) -> str:
-    """Return a spec as YAML with the keys that were set; reading it gives an equal spec."""
+def dump_yaml(spec: LoadSpec | GroupSpec) -> str:
+    """Return a spec as YAML with the keys that were set; reading it gives an equal spec.
+
+    A group's ``like`` was resolved when it was made: every member has its keys in full.
+    """
     return yamlwrite.dump(_plain_mapping(spec))
 
 
@@ -137,15 +141,10 @@ def _refusal(file: str | FilePath, message: str, fix: str) -> SpecError:
     return SpecError(Problem(message=message, fix=fix, file=os.fspath(file)))
 
 
-def _plain_mapping(source: LoadSpec | Mapping[str, Any]) -> dict[str, Any]:
+def _plain_mapping(source: LoadSpec | GroupSpec | Mapping[str, Any]) -> dict[str, Any]:
     """Return a spec from Python as the data that its file would hold."""
     problems: list[Problem] = []
-    if isinstance(source, LoadSpec):
-        core = source.model_dump(
-            mode="json", exclude_unset=True, include=set(LoadSpec.model_fields)
-        )
-        source = {**core, **source.sections}
-    data = _plain(source, (), problems)
+    data = _plain(dict(source) if isinstance(source, GroupSpec) else source, (), problems)
     if problems:
         raise SpecError(problems)
     return data  # type: ignore[no-any-return]
@@ -161,6 +160,9 @@ def _plain(value: object, path: Path, problems: list[Problem]) -> Any:
                 fix="Flatten it; a list or mapping must not contain itself.",
             )
         )
+    if isinstance(value, LoadSpec):
+        core = value.model_dump(mode="json", exclude_unset=True, include=set(LoadSpec.model_fields))
+        value = {**core, **value.sections}
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json", exclude_unset=True, by_alias=True)
     if isinstance(value, Mapping):

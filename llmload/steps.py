@@ -73,7 +73,7 @@ def call_for_model(host: Host, plugin: str, hook: str, **kwargs: Any) -> nn.Modu
 def finish(
     host: Host, ctx: LoadContext, model: nn.Module, on_step: OnStep, on_made: OnMade
 ) -> tuple[nn.Module, dict[str, str]]:
-    """Take the base model through ``post_load`` and ``wrap_adapter``.
+    """Take the base model through ``post_load`` and ``wrap_adapter``, and freeze it if asked.
 
     Returns the model, and the reasons of the adapter plugins that declined. The same function
     serves the rehearsal on the meta device and the load, so that the one foretells the other.
@@ -92,7 +92,11 @@ def finish(
             declined[plugin] = wrapped.reason
             continue
         on_made(plugin, wrapped)
-        return wrapped, declined
+        model = wrapped
+        break
+    if not ctx.spec.trainable:
+        model.requires_grad_(False)
+        model.eval()
     return model, declined
 
 

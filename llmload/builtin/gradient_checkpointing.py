@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from llmload import compat
 from llmload.errors import Problem, RequestError
 from llmload.explain import InvalidValueError
-from llmload.findings import Note
+from llmload.findings import Conflict, Note
 from llmload.hookspecs import hookimpl
 from llmload.spec import Section
 
@@ -65,6 +65,15 @@ class GradientCheckpointingPlugin:
     Section = GradientCheckpointingSection
     after = ("kbit", "embeddings", "dropout")
     before = ("lora",)
+    conflicts = (
+        Conflict(
+            key="trainable",
+            when=lambda section, trainable: trainable is False,
+            reason="a model that is not trained has no backward pass to save memory in",
+            fix="Remove the section; in a member that is `like` another one, write"
+            " `gradient_checkpointing: null`.",
+        ),
+    )
 
     @hookimpl
     def diagnose(self) -> Iterator[Problem]:

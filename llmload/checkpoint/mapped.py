@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # mmap names this flag from Python 3.13 on. Without it Linux refuses a private mapping larger than
 # the machine's memory, though no page of it may ever be written.
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 # Reading one page maps the 16 around it if they are in the page cache, over a tensor's ends.
 _FAULT_AROUND = 16 * mmap.PAGESIZE
@@ -109,7 +109,7 @@ class _MappedFile:
         self._buffer = mmap.mmap(
             descriptor,
             file.size,
-            flags=mmap.MAP_PRIVATE | _NO_RESERVE,
+            flags=mmap.MAP_PRIVATE | NO_RESERVE,
             prot=mmap.PROT_READ | mmap.PROT_WRITE,
         )
         self.address = torch.frombuffer(self._buffer, dtype=torch.uint8, count=1).data_ptr()

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from llmload.checkpoint.header import TensorInfo
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Target:
@@ -57,7 +59,10 @@ class Source:
         asked: Callable[[torch.Tensor], None],
         release: Callable[[], None],
         fill: Callable[[torch.Tensor, torch.Tensor], None],
+        origin: TensorInfo | None = None,
     ) -> None:
+        self.origin = origin
+        """The tensor of the checkpoint whose bytes these are; None for what was converted."""
         self._tensor = tensor
         self._asked = asked
         self._release = release

@@ -90,7 +90,7 @@ class Placer(AbstractContextManager["Placer"]):
             self.drop(behind if info is None else [info])
 
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        source = Source(value, asked, release, lambda *copy: copies.append(copy))
+        source = Source(value, asked, release, lambda *copy: copies.append(copy), info)
         placed = self._placement.place(target, source)
         stored = placed.stored if isinstance(placed, Part) else placed
         self._proof.count(name, stored, None if info is None else self._files.address(info))

@@ -22,7 +22,8 @@ class Digest:
 
     read: str
     """Of what the placement asked for, after conversion and before the cast, in the checkpoint's
-    dtype: the whole value, or the part that this process keeps."""
+    dtype: the whole value, or the part that this process keeps. Empty where it asked for nothing,
+    because it had the value already."""
     placed: str
     """Of the value in its final storage."""
 
@@ -70,7 +71,7 @@ class Proof(AbstractContextManager["Proof"]):
         """
         if self._pool is None:
             return
-        digest = Digest(reading.digest(), sha256(placed))
+        digest = Digest(reading.digest() if reading.numel else "", sha256(placed))
         self.digests[name] = digest
         unchanged = (placed.dtype, placed.numel()) == (reading.dtype, reading.numel)
         if unchanged and digest.read != digest.placed:

@@ -110,6 +110,7 @@ class ColossalaiPlugin:
         """Try out what the installed colossalai can do, and say how the model will be filled."""
         section = ctx.section(ColossalaiSection)
         problem = _unusable(materialize=section.materialize)
+        ctx.placed_by = self.name
         if problem:
             yield problem
             return

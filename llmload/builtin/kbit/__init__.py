@@ -77,6 +77,7 @@ class KbitPlugin:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note]:
         """Hold the section to the folder and to what is installed; say what will be done."""
+        ctx.placed_by = self.name
         yield from _check.check(ctx, ctx.section(KbitSection))
 
     @hookimpl

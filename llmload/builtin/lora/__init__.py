@@ -62,6 +62,7 @@ class LoraPlugin:
             yield Problem(
                 where="lora", severity="warning", message=f"PEFT warns: {text.rstrip('.')}"
             )
+        yield from _idle(ctx, request)
         yield from _start_problems(request)
         yield from _resume_problems(request)
         yield from _missing_dispatchers(ctx, request)
@@ -85,6 +86,18 @@ class LoraPlugin:
 
         merged = ctx.section(LoraSection).merge
         yield from prove_merged(ctx, model) if merged else prove(ctx, model)
+
+
+def _idle(ctx: LoadContext, request: Request) -> Iterator[Problem]:
+    """Warn of an adapter that starts without effect and is never trained."""
+    start = request.initialisation
+    if not ctx.spec.trainable and request.saved is None and start not in (False, "orthogonal"):
+        yield Problem(
+            where="lora",
+            severity="warning",
+            message="the adapter is new and will not be trained: it changes nothing",
+            fix="Remove the section; in a member that is `like` another one, write `lora: null`.",
+        )
 
 
 def _start_problems(request: Request) -> Iterator[Problem]:

@@ -1,0 +1,150 @@
+"""Weights that several models have in common, cast once into a memory file.
+
+Each model maps the file privately, copy-on-write, as it maps the checkpoint's own files: a page is
+held once for as long as nobody writes to it, and a write reaches no other model. The writer's own
+mapping ends with the pool, which then seals the file: from there on nothing can change it. Linux
+only, and on the CPU.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from llmload.checkpoint.mapped import NO_RESERVE
+from llmload.checkpoint.placement import Plain
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import torch
+
+    from llmload.checkpoint.placement import Source, Target
+
+_WIDEST = 8
+"""Bytes of an element of float64."""
+
+
+def unavailable() -> str | None:
+    """Say why this system has no memory files, or None."""
+    return None if hasattr(os, "memfd_create") else "this system has no memory files (memfd)"
+
+
+def room_for(elements: Iterable[int]) -> int:
+    """Return the bytes that tensors of so many elements take at most, in the widest dtype."""
+    return sum(_pages(count * _WIDEST) for count in elements)
+
+
+def _pages(size: int) -> int:
+    """Round up to whole pages: every tensor begins on one of its own."""
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+class Pool(AbstractContextManager["Pool"]):
+    """The memory file of models that are loaded one after the other, within a ``with`` block.
+
+    :param capacity: bytes that the file can hold; it takes only what is written.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._lock = threading.Lock()
+        self._places: dict[Hashable, tuple[int, str]] = {}
+        self._end = 0
+        self._capacity = capacity
+        self._file = os.memfd_create("llmload-shared", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self._file, capacity)
+        self._writing = mmap.mmap(self._file, capacity, flags=mmap.MAP_SHARED | NO_RESERVE)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None:  # whose traceback may hold a tensor over the writer's mapping
+            os.close(self._file)
+            return
+        import fcntl
+
+        self._writing.close()
+        seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(self._file, fcntl.F_ADD_SEALS, seals)
+        os.close(self._file)
+
+    def mapping(self) -> mmap.mmap:
+        """Map the whole file privately, for one model."""
+        return mmap.mmap(
+            self._file,
+            self._capacity,
+            flags=mmap.MAP_PRIVATE | NO_RESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        )
+
+    def find(self, key: Hashable) -> tuple[int, str] | None:
+        """Return where in the file a tensor lies, and who wrote it; None if nobody has."""
+        return self._places.get(key)
+
+    def write(self, key: Hashable, value: torch.Tensor, dtype: torch.dtype, writer: str) -> int:
+        """Cast ``value`` into the file and return where it lies. Threads may write at once."""
+        size = value.numel() * dtype.itemsize
+        with self._lock:
+            start, self._end = self._end, self._end + _pages(size)
+        tensor_over(self._writing, start, value.shape, dtype).copy_(value)
+        # The pages are in the file; this process needs them only where a model looks at them.
+        self._writing.madvise(mmap.MADV_DONTNEED, start, size)
+        self._places[key] = start, writer
+        return start
+
+
+def tensor_over(
+    buffer: mmap.mmap, start: int, shape: torch.Size, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return the tensor of one or more elements that lies at ``start`` in a mapping."""
+    import torch
+
+    return torch.frombuffer(buffer, dtype=dtype, count=shape.numel(), offset=start).view(shape)
+
+
+class Shared(Plain):
+    """Where one model of several stores its weights.
+
+    Only on the CPU, and only what is not on the checkpoint's own pages anyway, which are shared
+    already.
+
+    :param model: what the model is called among those of the pool.
+    :param names: the parameters to share, by their names in this model.
+    :param kind: tells values that were converted (merged, split) apart: what the conversion
+        depends on beside the name.
+    """
+
+    def __init__(self, pool: Pool, model: str, names: Collection[str], kind: Hashable) -> None:
+        self._pool = pool
+        self._model = model
+        self._names = names
+        self._kind = kind
+        self._mapping = pool.mapping()
+        self.found: Counter[str] = Counter()
+        """Bytes that another model had cast before, by its name."""
+
+    def place(self, target: Target, source: Source) -> torch.Tensor:
+        """Return the value over the memory file's pages, read and cast only by the first."""
+        as_stored = source.origin is not None and source.dtype == target.dtype
+        wanted = target.name in self._names and target.device.type == "cpu"
+        if as_stored or not wanted or not source.shape.numel():
+            return super().place(target, source)
+        origin = source.origin
+        value = (origin.file, origin.start) if origin else (self._kind, target.name)
+        key = (value, target.dtype, source.shape)
+        found = self._pool.find(key)
+        if found is None:
+            start = self._pool.write(key, source.whole(), target.dtype, self._model)
+            source.release()
+        else:
+            start, writer = found
+            self.found[writer] += source.shape.numel() * target.dtype.itemsize
+        return tensor_over(self._mapping, start, source.shape, target.dtype)

@@ -1,0 +1,229 @@
+"""What models of one group have in common in memory: found out beforehand, weight by weight.
+
+Two models read the same checkpoint. What both keep at its dtype lies on the files' own pages, which
+the system holds once. What both cast alike and neither trains can be cast once: see
+:mod:`llmload.checkpoint.shared`. What a model trains is written by its first step, so that sharing
+it would only put the copy off.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict
+
+from .checkpoint import shared as memory
+from .checkpoint.dtypes import torch_dtype
+
+if TYPE_CHECKING:
+    from .context import LoadContext
+    from .planning import Prepared, Rehearsal
+
+How: TypeAlias = Literal["checkpoint pages", "one cast", "adapter off", "frozen copy"]
+
+
+class Sharing(BaseModel):
+    """What one member of a group has in common with an earlier one."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    member: str
+    """The member that needs no memory of its own."""
+    of: str
+    """The member whose memory it is."""
+    how: How
+    """``checkpoint pages``: both map the files; ``one cast``: both map one cast copy; ``adapter
+    off`` and ``frozen copy``: both run the same base weights."""
+    saved_bytes: int
+    """Bytes that the member would take with a copy of its own."""
+    lasting: bool = True
+    """False where training ends it: a step writes all these weights, and each page that is written
+    becomes the writer's own. The other member's values never change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One parameter of a member's base model, tied ones together."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    elements: int
+    size: int
+    """Bytes at the member's dtype."""
+    mapped: bool
+    """It will lie on the checkpoint's own pages."""
+    kept: bool
+    """The finished model has it as it was loaded, and does not train it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What the load of one member will do with each of its weights."""
+
+    dtype: str
+    source: Hashable
+    """The same for members that read the same values under the same names; None for random ones."""
+    entries: Mapping[str, Entry]
+    """By a name that does not depend on the head: without the prefix of the base model."""
+    alone: str
+    """Why nothing of it can be shared, or empty."""
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> Weights:
+        """Read them off the rehearsal, the checkpoint's headers and the plan."""
+        ctx, rehearsal = prepared.ctx, prepared.rehearsal
+        source, entries = None, {}
+        if ctx.checkpoint is not None:
+            files = tuple((str(file.path), file.identity) for file in ctx.checkpoint.files)
+            source = (files, tuple(ctx.spec.key_map.items()))
+            if rehearsal is not None:
+                entries = _entries(ctx, rehearsal)
+        return cls(
+            dtype=str(ctx.dtype).removeprefix("torch."),
+            source=source,
+            entries=entries,
+            alone=_why_alone(prepared),
+        )
+
+    def elements(self, found: Iterable[str]) -> dict[str, int]:
+        """Return some of its entries by their names in the member's base model -> elements."""
+        held = [self.entries[one] for one in found]
+        return {name: entry.elements for entry in held for name in entry.names}
+
+
+def _why_alone(prepared: Prepared) -> str:
+    ctx = prepared.ctx
+    if prepared.plan.loader != "streaming":
+        return f"`{prepared.plan.loader}` loads it, and stores its weights as it likes"
+    if ctx.placed_by is not None:
+        return f"`{ctx.placed_by}` stores its weights in its own way"
+    if ctx.spec.device_map not in (None, "cpu", {"": "cpu"}):
+        return "`device_map` places it outside the CPU's memory"
+    if prepared.rehearsal is None:
+        return "the load could not be rehearsed, so nothing is known of what it trains"
+    return memory.unavailable() or ""
+
+
+def _entries(ctx: LoadContext, rehearsal: Rehearsal) -> dict[str, Entry]:
+    assert ctx.checkpoint is not None
+    prefix = f"{ctx.model_class.base_model_prefix}."
+    stored = {}
+    for info in ctx.checkpoint.tensors.values():
+        key = info.name
+        for pattern, replacement in ctx.spec.key_map.items():
+            key = re.sub(pattern, replacement, key)
+        stored[key.removeprefix(prefix)] = info
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in rehearsal.base.items():
+        aliases.setdefault(id(parameter), []).append(name)
+    # With a place for each of its keys, the checkpoint has nothing that could be converted into
+    # what it lacks.
+    plain = stored.keys() <= {name.removeprefix(prefix) for name in rehearsal.base}
+    kept = rehearsal.kept()
+    entries = {}
+    for names in aliases.values():
+        parameter = rehearsal.base[names[0]]
+        found = [stored[n.removeprefix(prefix)] for n in names if n.removeprefix(prefix) in stored]
+        if plain and not found:
+            continue
+        entries[names[0].removeprefix(prefix)] = Entry(
+            names=tuple(names),
+            shape=tuple(parameter.shape),
+            elements=parameter.numel(),
+            size=parameter.numel() * parameter.element_size(),
+            mapped=any(
+                info.shape == tuple(parameter.shape) and torch_dtype(info.dtype) == parameter.dtype
+                for info in found
+            ),
+            kept=names[0] in kept,
+        )
+    return entries
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the members of a group will have in common."""
+
+    shared: list[Sharing]
+    apart: dict[str, str]
+    """Members that read an earlier member's checkpoint, and why they get a cast of their own."""
+    cast_once: dict[str, dict[str, int]]
+    """By member: parameters to cast once, by their names in its base model -> elements."""
+
+
+def find(members: Mapping[str, Prepared]) -> Found:
+    """Compare every member with those that will be loaded before it."""
+    weights = {name: Weights.of(made) for name, made in members.items()}
+    shared: list[Sharing] = []
+    apart: dict[str, str] = {}
+    together: dict[str, set[str]] = {name: set() for name in members}
+    for at, (name, mine) in enumerate(weights.items()):
+        left, reason = dict(mine.entries), ""
+        for other in list(members)[:at]:
+            theirs = weights[other]
+            if mine.source is None or theirs.source != mine.source:
+                continue
+            if mine.alone or theirs.alone:
+                reason = reason or mine.alone or f"of {other!r}: {theirs.alone}"
+                continue
+            pages, casts, others = _common(mine, theirs, left)
+            shared += _told(name, other, mine, theirs, pages, casts)
+            together[name] |= casts
+            together[other] |= casts
+            left = {one: entry for one, entry in left.items() if one not in pages | casts}
+            if others:
+                reason = reason or _why_apart(name, other, mine, theirs, others)
+        if reason and (mine.alone or any(not entry.mapped for entry in left.values())):
+            apart[name] = reason
+    once = {name: weights[name].elements(found) for name, found in together.items() if found}
+    return Found(shared, apart, once)
+
+
+def _common(
+    mine: Weights, theirs: Weights, left: Iterable[str]
+) -> tuple[set[str], set[str], set[str]]:
+    """Return what lies on the files' pages, what can be cast once, and what else is the same."""
+    both = {
+        one
+        for one in left
+        if one in theirs.entries and mine.entries[one].shape == theirs.entries[one].shape
+    }
+    pages = {one for one in both if mine.entries[one].mapped and theirs.entries[one].mapped}
+    others = both - pages
+    casts = set()
+    if mine.dtype == theirs.dtype:
+        casts = {one for one in others if mine.entries[one].kept and theirs.entries[one].kept}
+    return pages, casts, others - casts
+
+
+def _told(
+    name: str, other: str, mine: Weights, theirs: Weights, pages: set[str], casts: set[str]
+) -> Iterator[Sharing]:
+    if pages:
+        yield Sharing(
+            member=name,
+            of=other,
+            how="checkpoint pages",
+            saved_bytes=sum(mine.entries[one].size for one in pages),
+            lasting=all(mine.entries[one].kept and theirs.entries[one].kept for one in pages),
+        )
+    if casts:
+        size = sum(mine.entries[one].size for one in casts)
+        yield Sharing(member=name, of=other, how="one cast", saved_bytes=size)
+
+
+def _why_apart(name: str, other: str, mine: Weights, theirs: Weights, left: set[str]) -> str:
+    if mine.dtype != theirs.dtype:
+        return f"it is {mine.dtype}, and {other!r} is {theirs.dtype}"
+    trained = {
+        who: sum(not weights.entries[n].kept for n in left)
+        for who, weights in ((other, theirs), (name, mine))
+    }
+    who, count = max(trained.items(), key=lambda item: item[1])
+    return (
+        f"{who!r} trains or replaces {count} of these weights, and its first step would copy what"
+        " was shared"
+    )

@@ -1,0 +1,389 @@
+"""Groups of models: what each member is, what they share, and that no step reaches another."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from leftovers import snapshot
+from sameness import differences, from_pretrained
+from tiny import IDS, losses, tiny_llama
+from transformers import AutoModelForCausalLM
+
+import llmload
+from llmload import create_registry, hookimpl
+from llmload.errors import CheckpointError, LoadFailedError, PlanError
+
+LORA = {"r": 4, "target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in bfloat16, in two shards."""
+    made = tmp_path_factory.mktemp("groups")
+    return tiny_llama(made, dtype=torch.bfloat16, shards=2)
+
+
+def group(folder: Path, policy: dict[str, Any], **others: dict[str, Any]) -> dict[str, Any]:
+    return {"models": {"policy": {"model": str(folder), **policy}, **others}}
+
+
+REFERENCE = {"like": "policy", "lora": None, "trainable": False}
+
+
+def bytes_of(model: torch.nn.Module) -> dict[str, bytes]:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        name: tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        for name, tensor in tensors.items()
+    }
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits  # type: ignore[no-any-return]
+
+
+def shared(said: Any) -> list[tuple[str, str, str, bool]]:
+    return [(s.member, s.of, s.how, s.lasting) for s in said.shared]
+
+
+# --- what a group gives -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("reference_dtype", ["float16", "float32", "bfloat16"])
+def test_each_member_is_what_from_pretrained_gives_at_its_own_dtype(
+    folder: Path, policy_dtype: str, reference_dtype: str
+) -> None:
+    reference = {"like": "policy", "dtype": reference_dtype, "trainable": False}
+    loaded = llmload.load_group(group(folder, {"dtype": policy_dtype}, reference=reference))
+    assert list(loaded) == ["policy", "reference"]
+    policy = from_pretrained(AutoModelForCausalLM, folder, policy_dtype)
+    assert differences(loaded["policy"].model, policy) == []
+    other = from_pretrained(AutoModelForCausalLM, folder, reference_dtype).requires_grad_(False)
+    assert differences(loaded["reference"].model, other) == []
+    assert len(loaded["policy"].tokenizer) == len(loaded["reference"].tokenizer)
+
+
+def test_members_keep_the_order_of_the_file_whatever_needs_what(folder: Path) -> None:
+    spec = {
+        "models": {
+            "off": {"adapter_of": "policy"},
+            "reference": REFERENCE,
+            "policy": {"model": str(folder), "lora": LORA},
+        }
+    }
+    loaded = llmload.load_group(spec)
+    order = ["off", "reference", "policy"]
+    assert list(loaded) == list(loaded.plan.members) == list(loaded.report.members) == order
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{}, {"lora": LORA}, {"kbit": {"bits": 4}, "lora": LORA}, {"dropout": {"p": 0.0}}],
+    ids=["plain", "adapter", "kbit", "dropout"],
+)
+def test_a_member_that_is_not_trainable_is_in_eval_mode_and_requires_no_gradients(
+    folder: Path, section: dict[str, Any]
+) -> None:
+    spec = {"models": {"reward": {"model": str(folder), "trainable": False, **section}}}
+    loaded = llmload.load_group(spec)["reward"]
+    assert not any(module.training for module in loaded.model.modules())
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert loaded.plan.trainable == loaded.report.trainable == 0
+    assert loaded.plan.trainable_parameters == []
+    if "kbit" not in section:  # whose kernel for the CPU does not take layers this small
+        assert loaded.model(IDS).logits.grad_fn is None
+
+
+def test_one_model_can_be_asked_for_frozen_too(folder: Path) -> None:
+    loaded = llmload.load({"model": str(folder), "trainable": False})
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    assert "0 parameters are trainable, as planned" in loaded.report.audit
+
+
+def test_members_have_plugins_of_their_own(folder: Path) -> None:
+    class Freeze:
+        name = "freeze_first"
+
+        class Section(llmload.Section):
+            pass
+
+        @hookimpl
+        def post_load(self, ctx: Any, model: Any) -> Any:
+            model.model.layers[0].requires_grad_(False)
+            return model
+
+    spec = group(folder, {"freeze_first": {}}, other={"like": "policy", "freeze_first": None})
+    loaded = llmload.load_group(spec, registry=create_registry([Freeze], environ={}))
+    assert not loaded["policy"].model.model.layers[0].mlp.up_proj.weight.requires_grad
+    assert loaded["other"].model.model.layers[0].mlp.up_proj.weight.requires_grad
+
+
+# --- what is shared -----------------------------------------------------------------------------
+
+
+def test_at_the_checkpoints_dtype_all_lies_on_its_pages(folder: Path) -> None:
+    loaded = llmload.load_group(group(folder, {"lora": LORA}, reference=REFERENCE))
+    expected = [("reference", "policy", "checkpoint pages", True)]
+    assert shared(loaded.plan) == shared(loaded.report) == expected
+    assert loaded.report.saved_bytes == loaded["reference"].report.parameter_bytes
+    assert loaded["reference"].report.facts["streaming"]["copied"] == 0
+
+
+def test_what_both_cast_and_neither_trains_is_read_and_cast_once(folder: Path) -> None:
+    spec = group(folder, {"dtype": "float32", "lora": LORA}, reference=REFERENCE)
+    loaded = llmload.load_group(spec)
+    expected = [("reference", "policy", "one cast", True)]
+    assert shared(loaded.plan) == shared(loaded.report) == expected
+    assert loaded.plan.shared == loaded.report.shared
+    assert loaded.report.saved_bytes == loaded["reference"].report.parameter_bytes
+    assert bytes_read(loaded["policy"]) == loaded["policy"].plan.checkpoint_bytes
+    assert bytes_read(loaded["reference"]) == 0
+    assert loaded["reference"].report.compared == len(list(loaded["reference"].model.parameters()))
+
+
+def bytes_read(result: llmload.LoadResult) -> int:
+    files = result.report.facts["streaming"]["files"]
+    return sum(file["bytes_read"] for file in files.values())
+
+
+def test_a_policy_that_trains_every_weight_is_not_shared_at_another_dtype(folder: Path) -> None:
+    reference = {"like": "policy", "trainable": False}
+    plan = llmload.plan_group(group(folder, {"dtype": "float32"}, reference=reference))
+    assert plan.shared == []
+    assert plan.apart == {
+        "reference": "'policy' trains or replaces 21 of these weights, and its first step would"
+        " copy what was shared"
+    }
+
+
+def test_pages_that_a_policy_trains_are_shared_until_its_first_step(folder: Path) -> None:
+    reference = {"like": "policy", "trainable": False}
+    plan = llmload.plan_group(group(folder, {}, reference=reference))
+    assert shared(plan) == [("reference", "policy", "checkpoint pages", False)]
+
+
+def test_members_at_two_other_dtypes_are_cast_apart(folder: Path) -> None:
+    reference = {**REFERENCE, "dtype": "float16"}
+    plan = llmload.plan_group(
+        group(folder, {"dtype": "float32", "lora": LORA}, reference=reference)
+    )
+    assert (plan.shared, plan.saved_bytes) == ([], 0)
+    assert plan.apart == {"reference": "it is float16, and 'policy' is float32"}
+
+
+def test_a_reference_at_the_checkpoints_dtype_needs_no_cast(folder: Path) -> None:
+    reference = {**REFERENCE, "dtype": "bfloat16"}
+    plan = llmload.plan_group(
+        group(folder, {"dtype": "float32", "lora": LORA}, reference=reference)
+    )
+    assert (plan.shared, plan.apart) == ([], {})
+
+
+def test_a_plugin_that_stores_weights_itself_is_named(folder: Path) -> None:
+    policy = {"dtype": "float32", "kbit": {"bits": 4}, "lora": LORA}
+    plan = llmload.plan_group(group(folder, policy, reference={**REFERENCE, "kbit": None}))
+    assert plan.shared == []
+    assert plan.apart == {"reference": "of 'policy': `kbit` stores its weights in its own way"}
+
+
+def test_a_loader_other_than_ours_is_named(folder: Path) -> None:
+    registry = create_registry(block=["streaming"], environ={})
+    spec = group(folder, {"dtype": "float32", "lora": LORA}, reference=REFERENCE)
+    loaded = llmload.load_group(spec, registry=registry)
+    assert loaded.report.shared == []
+    assert loaded.plan.apart == {
+        "reference": "`transformers` loads it, and stores its weights as it likes"
+    }
+
+
+def test_models_with_other_heads_share_what_lies_below(folder: Path) -> None:
+    critic = {"like": "policy", "auto_class": "base", "lora": None, "trainable": False}
+    critic["strict"] = {"allow_unexpected": ["lm_head"]}
+    spec = group(folder, {"dtype": "float32", "lora": LORA}, critic=critic)
+    loaded = llmload.load_group(spec)
+    assert shared(loaded.report) == [("critic", "policy", "one cast", True)]
+    assert loaded.report.saved_bytes == loaded["critic"].report.parameter_bytes
+    assert loaded.plan.shared == loaded.report.shared
+
+
+def test_three_members_hold_one_cast(folder: Path) -> None:
+    spec = group(folder, {"dtype": "float32"}, reference=REFERENCE, reward={"like": "reference"})
+    loaded = llmload.load_group(spec)
+    assert shared(loaded.report) == [("reward", "reference", "one cast", True)]
+
+
+def test_random_weights_are_not_shared(folder: Path) -> None:
+    spec = group(folder, {"weights": "random"}, other={"like": "policy"})
+    plan = llmload.plan_group(spec)
+    assert (plan.shared, plan.apart) == ([], {})
+
+
+# --- no step reaches another member ---------------------------------------------------------------
+
+POLICIES = {
+    "lora": {"lora": LORA},
+    "full": {},
+    "dropout in the adapter": {"lora": {**LORA, "lora_dropout": 0.5}},
+    "modules to save": {
+        "lora": {**LORA, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    },
+    "resized": {
+        "lora": {**LORA, "target_modules": ["q_proj"]},
+        "tokenizer": {"add_tokens": ["<a>", "<b>"]},
+        "embeddings": {"pad_to_multiple_of": 64},
+    },
+    "pissa": {"lora": {**LORA, "init_lora_weights": "pissa"}},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_training_the_policy_leaves_the_reference_as_the_checkpoint_has_it(
+    folder: Path, policy: dict[str, Any], dtype: str
+) -> None:
+    """In either order of loading, since it is the second that takes what the first left."""
+    others: dict[str, Any] = {"tokenizer": None, "embeddings": None}
+    reference = {"like": "policy", "trainable": False, "lora": None, **others}
+    first = {"policy": {"model": str(folder), "dtype": dtype, **policy}, "reference": reference}
+    expected = bytes_of(from_pretrained(AutoModelForCausalLM, folder, dtype))
+    for models in (first, dict(reversed(first.items()))):
+        loaded = llmload.load_group({"models": models})
+        before = bytes_of(loaded["policy"].model)
+        assert bytes_of(loaded["reference"].model) == expected
+        losses(loaded["policy"].model, 2)
+        assert bytes_of(loaded["policy"].model) != before
+        assert bytes_of(loaded["reference"].model) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_write_by_mistake_stays_with_its_writer(folder: Path, dtype: str) -> None:
+    spec = group(folder, {"dtype": dtype, "lora": LORA}, reference=REFERENCE)
+    loaded = llmload.load_group(spec)
+    policy, reference = loaded["policy"].model, loaded["reference"].model
+    written = next(p for n, p in policy.named_parameters() if "base_layer" in n)
+    expected = bytes_of(reference)
+    with torch.no_grad():
+        written.fill_(7)
+    assert bytes_of(reference) == expected
+    held = bytes_of(policy)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.fill_(3)
+    assert bytes_of(policy) == held
+    again = llmload.load({"model": str(folder), "dtype": dtype}).model
+    assert bytes_of(again) == expected
+
+
+def test_nothing_can_be_written_to_the_memory_file_once_all_is_loaded(folder: Path) -> None:
+    spec = group(folder, {"dtype": "float32", "lora": LORA}, reference=REFERENCE)
+    loaded = llmload.load_group(spec)
+    names = [Path("/proc/self/fd", number) for number in os.listdir("/proc/self/fd")]
+    files = [n for n in names if n.exists() and "llmload-shared" in os.readlink(n)]
+    assert files
+    for file in files:
+        with pytest.raises(PermissionError):
+            os.pwrite(int(file.name), b"x", 0)
+    assert loaded["policy"].model is not None
+
+
+def test_the_memory_file_goes_with_the_last_model(folder: Path) -> None:
+    before = snapshot()["files"]
+    spec = group(folder, {"dtype": "float32", "lora": LORA}, reference=REFERENCE)
+    loaded = dict(llmload.load_group(spec))
+    assert sum("llmload-shared" in name for name in snapshot()["files"]) == 2
+    logits = logits_of(loaded["policy"].model)
+    del loaded["policy"]
+    gc.collect()
+    assert torch.equal(logits_of(loaded["reference"].model), logits)
+    del loaded["reference"]
+    assert snapshot()["files"] == before
+
+
+# --- all or none --------------------------------------------------------------------------------
+
+
+def failing(hook: str, error: type[BaseException]) -> Any:
+    class Failing:
+        name = "failing"
+
+        class Section(llmload.Section):
+            pass
+
+    def function(self: Any, ctx: Any, model: Any) -> Any:
+        if ctx.rehearsing:
+            return model
+        raise error("no")
+
+    setattr(Failing, hook, hookimpl(function))
+    return create_registry([Failing], environ={})
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_one_member_fails_nothing_of_the_group_is_left(
+    folder: Path, error: type[BaseException], dtype: str
+) -> None:
+    registry = failing("post_load", error)
+    policy = {"dtype": dtype, "lora": LORA}
+    spec = group(folder, policy, reference={**REFERENCE, "failing": {}})
+    before = snapshot()
+    expected = LoadFailedError if error is RuntimeError else KeyboardInterrupt
+    with pytest.raises(expected) as caught:
+        llmload.load_group(spec, registry=registry)
+    if error is RuntimeError:
+        assert str(caught.value) == (
+            "models.reference: plugin 'failing' (given as an object) failed in post_load:"
+            " RuntimeError: no"
+        )
+    del caught
+    assert snapshot() == before
+
+
+def test_a_member_whose_folder_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    spec = group(folder, {}, reference={"like": "policy", "model": missing})
+    with pytest.raises(CheckpointError, match=r"^models\.reference\.model: "):
+        llmload.plan_group(spec)
+
+
+def test_the_plans_errors_of_all_members_come_at_once_and_no_weight_is_read(folder: Path) -> None:
+    lora = {"r": 4, "target_modules": ["query"]}
+    spec = group(folder, {"lora": lora}, reference={"like": "policy", "trainable": False})
+    plan = llmload.plan_group(spec)
+    wheres = ["models.policy.lora.target_modules", "models.reference.lora.target_modules"]
+    assert [problem.where for problem in plan.errors] == wheres
+    with pytest.raises(
+        PlanError, match="no module of LlamaForCausalLM is called 'query'"
+    ) as caught:
+        llmload.load_group(spec)
+    assert [problem.where for problem in caught.value.problems] == wheres
+
+
+# --- what makes no sense in a frozen member -------------------------------------------------------
+
+
+def test_a_new_adapter_that_is_never_trained_is_warned_of(folder: Path) -> None:
+    spec = group(folder, {"lora": LORA}, reference={"like": "policy", "trainable": False})
+    plan = llmload.plan_group(spec)
+    assert [str(problem) for problem in plan.problems] == [
+        "models.reference.lora: the adapter is new and will not be trained: it changes nothing."
+        " Remove the section; in a member that is `like` another one, write `lora: null`."
+    ]
+    assert not plan.errors
+
+
+def test_gradient_checkpointing_of_a_frozen_member_is_refused(folder: Path) -> None:
+    spec = group(folder, {"gradient_checkpointing": {}}, reference=REFERENCE)
+    assert [str(problem) for problem in llmload.plan_group(spec).errors] == [
+        "models.reference.gradient_checkpointing: 'gradient_checkpointing' cannot be combined with"
+        " 'trainable': a model that is not trained has no backward pass to save memory in. Remove"
+        " the section; in a member that is `like` another one, write"
+        " `gradient_checkpointing: null`."
+    ]
