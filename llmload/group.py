@@ -14,7 +14,7 @@ from .groupspec import AdapterSpec, GroupSpec, naming
 from .pipeline import LoadResult, execute, undone_on_error
 from .registry import Registry, create_registry
 from .report import Report
-from .sharing import Sharing
+from .sharing import Sharing, conversion
 from .versions import installed_versions
 
 
@@ -130,9 +130,7 @@ def _load_models(
         for name, member in prepared.members.items():
             placement = None
             if name in once:
-                ctx = member.ctx
-                kind = (str(ctx.folder), ctx.model_class, tuple(ctx.spec.key_map.items()))
-                placement = shared.Shared(pool, name, once[name], kind)
+                placement = shared.Shared(pool, name, once[name], conversion(member.ctx))
             with naming(name):
                 loaded[name] = execute(
                     member, report.members[name], prove=prove, placement=placement

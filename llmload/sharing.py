@@ -8,7 +8,7 @@ it would only put the copy off.
 
 from __future__ import annotations
 
-import re
+import hashlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -53,10 +53,16 @@ class Entry:
     elements: int
     size: int
     """Bytes at the member's dtype."""
+    origin: Hashable
+    """Where it lies in the files, or what decides how it is made of what lies there."""
     mapped: bool
     """It will lie on the checkpoint's own pages."""
     kept: bool
     """The finished model has it as it was loaded, and does not train it."""
+
+    def same_as(self, other: Entry) -> bool:
+        """Say whether both hold the same values, dtypes apart."""
+        return (self.origin, self.shape) == (other.origin, other.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +71,7 @@ class Weights:
 
     dtype: str
     source: Hashable
-    """The same for members that read the same values under the same names; None for random ones."""
+    """The files that are read; None for random weights."""
     entries: Mapping[str, Entry]
     """By a name that does not depend on the head: without the prefix of the base model."""
     alone: str
@@ -78,7 +84,7 @@ class Weights:
         source, entries = None, {}
         if ctx.checkpoint is not None:
             files = tuple((str(file.path), file.identity) for file in ctx.checkpoint.files)
-            source = (files, tuple(ctx.spec.key_map.items()))
+            source = files
             if rehearsal is not None:
                 entries = _entries(ctx, rehearsal)
         return cls(
@@ -107,15 +113,19 @@ def _why_alone(prepared: Prepared) -> str:
     return memory.unavailable() or ""
 
 
+def conversion(ctx: LoadContext) -> str:
+    """Return a digest of all that decides how tensors of the files are merged, split or permuted
+    into a weight of a certain name."""
+    assert ctx.checkpoint is not None
+    tensors = [(i.name, str(i.file), i.start) for i in ctx.checkpoint.tensors.values()]
+    text = repr((ctx.model_class, ctx.config.to_dict(), tensors))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _entries(ctx: LoadContext, rehearsal: Rehearsal) -> dict[str, Entry]:
     assert ctx.checkpoint is not None
     prefix = f"{ctx.model_class.base_model_prefix}."
-    stored = {}
-    for info in ctx.checkpoint.tensors.values():
-        key = info.name
-        for pattern, replacement in ctx.spec.key_map.items():
-            key = re.sub(pattern, replacement, key)
-        stored[key.removeprefix(prefix)] = info
+    stored = {i.name.removeprefix(prefix): i for i in ctx.checkpoint.tensors.values()}
     aliases: dict[int, list[str]] = {}
     for name, parameter in rehearsal.base.items():
         aliases.setdefault(id(parameter), []).append(name)
@@ -123,6 +133,7 @@ def _entries(ctx: LoadContext, rehearsal: Rehearsal) -> dict[str, Entry]:
     # what it lacks.
     plain = stored.keys() <= {name.removeprefix(prefix) for name in rehearsal.base}
     kept = rehearsal.kept()
+    naming = conversion(ctx)
     entries = {}
     for names in aliases.values():
         parameter = rehearsal.base[names[0]]
@@ -134,6 +145,7 @@ def _entries(ctx: LoadContext, rehearsal: Rehearsal) -> dict[str, Entry]:
             shape=tuple(parameter.shape),
             elements=parameter.numel(),
             size=parameter.numel() * parameter.element_size(),
+            origin=frozenset((str(info.file), info.start) for info in found) or naming,
             mapped=any(
                 info.shape == tuple(parameter.shape) and torch_dtype(info.dtype) == parameter.dtype
                 for info in found
@@ -189,7 +201,7 @@ def _common(
     both = {
         one
         for one in left
-        if one in theirs.entries and mine.entries[one].shape == theirs.entries[one].shape
+        if one in theirs.entries and mine.entries[one].same_as(theirs.entries[one])
     }
     pages = {one for one in both if mine.entries[one].mapped and theirs.entries[one].mapped}
     others = both - pages

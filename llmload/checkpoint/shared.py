@@ -138,7 +138,7 @@ class Shared(Plain):
         if as_stored or not wanted or not source.shape.numel():
             return super().place(target, source)
         origin = source.origin
-        value = (origin.file, origin.start) if origin else (self._kind, target.name)
+        value = (origin.file, origin.start, origin.dtype) if origin else (self._kind, target.name)
         key = (value, target.dtype, source.shape)
         found = self._pool.find(key)
         if found is None:
