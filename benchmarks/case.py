@@ -13,6 +13,7 @@ from .folders import folder
 TOPICS = (
     "loading",
     "kbit",
+    "groups",
     "colossalai",
 )
 """Modules of this package that have a ``TITLE`` and ``CASES``, in the order in which they run."""
