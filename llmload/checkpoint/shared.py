@@ -8,13 +8,13 @@ only, and on the CPU.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
-import threading
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmload.checkpoint.mapped import NO_RESERVE
 from llmload.checkpoint.placement import Plain
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     import torch
+    from transformers import PreTrainedModel
 
     from llmload.checkpoint.placement import Source, Target
 
@@ -52,7 +53,6 @@ class Pool(AbstractContextManager["Pool"]):
     """
 
     def __init__(self, capacity: int) -> None:
-        self._lock = threading.Lock()
         self._places: dict[Hashable, tuple[int, str]] = {}
         self._end = 0
         self._capacity = capacity
@@ -89,25 +89,41 @@ class Pool(AbstractContextManager["Pool"]):
         """Return where in the file a tensor lies, and who wrote it; None if nobody has."""
         return self._places.get(key)
 
-    def write(self, key: Hashable, value: torch.Tensor, dtype: torch.dtype, writer: str) -> int:
-        """Cast ``value`` into the file and return where it lies. Threads may write at once."""
-        size = value.numel() * dtype.itemsize
-        with self._lock:
-            start, self._end = self._end, self._end + _pages(size)
-        tensor_over(self._writing, start, value.shape, dtype).copy_(value)
-        # The pages are in the file; this process needs them only where a model looks at them.
-        self._writing.madvise(mmap.MADV_DONTNEED, start, size)
+    def room(self, key: Hashable, layout: Layout, writer: str) -> tuple[int, torch.Tensor]:
+        """Return where a new tensor will lie in the file, and that tensor, to be filled."""
+        start, self._end = self._end, self._end + _pages(layout.size)
         self._places[key] = start, writer
-        return start
+        return start, layout.over(self._writing, start)
+
+    def written(self) -> None:
+        """Let go of the pages that the last model filled: they are in the file."""
+        self._writing.madvise(mmap.MADV_DONTNEED)
 
 
-def tensor_over(
-    buffer: mmap.mmap, start: int, shape: torch.Size, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return the tensor of one or more elements that lies at ``start`` in a mapping."""
-    import torch
+class Layout(NamedTuple):
+    """How a tensor of one or more elements lies in memory."""
 
-    return torch.frombuffer(buffer, dtype=dtype, count=shape.numel(), offset=start).view(shape)
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Layout:
+        """Return the layout of a tensor whose elements fill their memory."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def over(self, buffer: mmap.mmap, start: int) -> torch.Tensor:
+        """Return the tensor that lies so at ``start`` in a mapping."""
+        import torch
+
+        count = math.prod(self.shape)
+        flat = torch.frombuffer(buffer, dtype=self.dtype, count=count, offset=start)
+        return flat.as_strided(self.shape, self.stride)
 
 
 class Shared(Plain):
@@ -137,14 +153,18 @@ class Shared(Plain):
         wanted = target.name in self._names and target.device.type == "cpu"
         if as_stored or not wanted or not source.shape.numel():
             return super().place(target, source)
+        layout = Layout.of(source.empty(target.dtype))
         origin = source.origin
         value = (origin.file, origin.start, origin.dtype) if origin else (self._kind, target.name)
-        key = (value, target.dtype, source.shape)
-        found = self._pool.find(key)
+        found = self._pool.find((value, layout))
         if found is None:
-            start = self._pool.write(key, source.whole(), target.dtype, self._model)
-            source.release()
+            start, out = self._pool.room((value, layout), layout, self._model)
+            source.fill(out)
         else:
             start, writer = found
-            self.found[writer] += source.shape.numel() * target.dtype.itemsize
-        return tensor_over(self._mapping, start, source.shape, target.dtype)
+            self.found[writer] += layout.size
+        return layout.over(self._mapping, start)
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Let go of what was filled."""
+        self._pool.written()
