@@ -88,7 +88,7 @@ def test_the_python_snippets_print_what_stands_under_them(
 ) -> None:
     monkeypatch.chdir(place)
     snippets, outputs = blocks("python"), blocks("text")
-    assert len(snippets) == len(outputs) == 2
+    assert len(snippets) == len(outputs) == 3
     names: dict[str, object] = {}
     for snippet, expected in zip(snippets, outputs, strict=True):
         with redirect_stdout(StringIO()) as printed:
