@@ -123,6 +123,15 @@ def test_an_embedding_computes_what_theirs_does_and_drops_nothing_out(llama: Pat
     assert torch.equal(layer(IDS), theirs(IDS))
 
 
+def test_the_row_of_the_pad_token_learns_nothing(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path, pad_token_id=3)
+    (layer,) = layers(load(folder, {**LORA, "target_modules": ["embed_tokens"]}).model).values()
+    layer(torch.tensor([[3, 4]])).sum().backward()
+    gradient = layer.lora_A["default"].grad
+    assert not gradient[:, 3].any()
+    assert gradient[:, 4].all()
+
+
 def test_a_linear_layer_starts_as_theirs_does(llama: Path) -> None:
     torch.manual_seed(9)
     found = layers(load(llama, {**LORA, "target_modules": ["q_proj"]}).model)

@@ -189,6 +189,7 @@ class CoatiEmbedding(CoatiLayer):
         return super().get_delta_weight(adapter).t()
 
     def _delta(self, x: torch.Tensor, adapter: str) -> torch.Tensor:
-        low = nn.functional.embedding(x, self.lora_A[adapter].t())
+        padding = getattr(self.get_base_layer(), "padding_idx", None)  # its row learns nothing
+        low = nn.functional.embedding(x, self.lora_A[adapter].t(), padding_idx=padding)
         delta: torch.Tensor = low @ self.lora_B[adapter].t()
         return delta
