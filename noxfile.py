@@ -4,6 +4,7 @@
 ``nox -s``.
 """
 
+import sys
 from pathlib import Path
 
 import nox
@@ -76,7 +77,7 @@ def colossalai(session: nox.Session) -> None:
 def skips(session: nox.Session) -> None:
     """No test is skipped on both stacks, by what the two sessions before this one wrote."""
     files = [str(OUTCOMES / f"{stack}.xml") for stack in ("modern", "colossalai")]
-    session.run("python", "tests/skipped_everywhere.py", *files, external=True)
+    session.run(sys.executable, "tests/skipped_everywhere.py", *files, external=True)
 
 
 @nox.session
