@@ -105,6 +105,16 @@ def zero3_architectures(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def kbit_architectures(session: nox.Session) -> None:
+    """QLoRA's losses against transformers and PEFT for every causal model, by hand."""
+    session.install("-c", MODERN, *GROUPS["test"], ".[all]")
+    environment = {"OMP_NUM_THREADS": "1"}
+    session.run(
+        "pytest", "-n", "2", "tests/sweep_kbit_losses.py", *session.posargs, env=environment
+    )
+
+
+@nox.session(default=False)
 def benchmarks(session: nox.Session) -> None:
     """Every comparison with the peers; see benchmarks/README.md. Wants a quiet machine."""
     session.install("-c", MODERN, ".[all]", "matplotlib", "psutil")

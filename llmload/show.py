@@ -53,6 +53,8 @@ def plan(plan: Plan) -> RenderableType:
     if plan.parameters:
         facts.add_row("parameters", f"{plan.parameters:,}, {_size(plan.parameter_bytes)}")
         facts.add_row("trainable", _trainable(plan))
+    for line in _quantised(plan):
+        facts.add_row("k-bit", line)
     for name in _grouped(plan.facts.get("lora", {}).get("targets", ())):
         facts.add_row("LoRA on", name)
     for name in _made_by(plan.new_parameters):
@@ -222,6 +224,24 @@ def _trainable(plan: Plan) -> str:
         return "not known: the load could not be rehearsed"
     share = 100 * plan.trainable / plan.parameters
     return f"{plan.trainable:,} ({share:.2f} %)"
+
+
+def _quantised(plan: Plan) -> Iterable[str]:
+    """Yield what the codes take, and what each group of the other parameters takes and why."""
+    facts = plan.facts.get("kbit")
+    if facts is None:
+        return
+    yield (
+        f"{facts['parameters']:,} values in {_size(facts['bytes'])}, and"
+        f" {_size(facts['statistics_bytes'])} of statistics"
+    )
+    for group, takes in facts["unquantised"].items():
+        cast = takes["cast_bytes"]
+        line = f"{group}: {takes['parameters']:,} values in {_size(takes['bytes'])}"
+        if cast:
+            change = "more" if cast > 0 else "less"
+            line += f", {_size(abs(cast))} {change} than in {plan.dtype}"
+        yield line
 
 
 def _grouped(names: Iterable[str]) -> list[str]:

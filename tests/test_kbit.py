@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import bitsandbytes
 import peft
 import pytest
 import torch
+import transformers
+from odd_layers import Adapts, MakesOdd, OddLora
 from quantised import five_losses, load, plain, unlike
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from stacks import needs_bitsandbytes
 from tiny import edit_config, save_checkpoint, tiny_checkpoint, tiny_model
@@ -22,6 +26,7 @@ from transformers import (
 )
 
 import llmload
+from llmload import show
 from llmload.errors import AuditError, CheckpointError, RequestError, SpecError
 from llmload.registry import create_registry
 
@@ -406,7 +411,10 @@ def test_the_same_parameters_train_to_the_same_losses_as_with_transformers_and_p
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "qwen2", "mixtral", "gpt_neox"])
+# For every type there is `nox -s kbit_architectures`.
+@pytest.mark.parametrize(
+    "model_type", ["gpt2", "opt", "qwen2", "mixtral", "gpt_neox", "bloom", "gemma2", "phi3"]
+)
 @BOTH
 def test_adapters_of_other_architectures_train_alike(
     model_type: str, section: dict[str, Any], tmp_path: Path
@@ -421,6 +429,18 @@ def test_adapters_of_other_architectures_train_alike(
         name for name, p in theirs.named_parameters() if p.requires_grad
     ]
     assert five_losses(ours.model) == five_losses(theirs)
+
+
+def test_a_plugins_adapter_layers_stand_beside_pefts_on_quantised_ones(folder: Path) -> None:
+    lora = {"r": 2, "lora_alpha": 8, "target_modules": ["down_proj", "q_proj"]}
+    registry = create_registry([MakesOdd, Adapts])
+    section = {"skip_modules": ["down_proj"]}
+    model = load(folder, section, lora=lora, registry=registry, dtype="float32").model
+    layer = model.get_base_model().model.layers[0]
+    assert type(layer.self_attn.q_proj) is peft.tuners.lora.bnb.Linear4bit
+    assert type(layer.mlp.down_proj) is OddLora
+    losses = five_losses(model)
+    assert losses[-1] < losses[0]
 
 
 # --- the plan and the proof -----------------------------------------------------------------------
@@ -478,6 +498,45 @@ def test_the_plan_tells_what_a_profile_costs(folder: Path) -> None:
         "norms": {"parameters": 320, "bytes": 1280, "cast_bytes": 640},
         "head": {"parameters": 8192, "bytes": 32768, "cast_bytes": 16384},
     }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prepare": "legacy"},
+        {"prepare": "trl_legacy"},
+        {"cast": {"norms": "float32"}},
+        {"cast": {"embeddings": "float32", "head": "float32"}},
+        {"quant_storage": "bfloat16"},
+        {"bits": 8, "prepare": "legacy"},
+    ],
+    ids=str,
+)
+def test_what_a_choice_costs_in_the_plan_is_what_it_costs_in_memory(
+    changes: dict[str, Any], folder: Path
+) -> None:
+    def measured(section: dict[str, Any]) -> int:
+        return sum(p.untyped_storage().nbytes() for p in load(folder, section).model.parameters())
+
+    spec = {"model": str(folder), "dtype": "bfloat16", "kbit": changes}
+    groups = llmload.plan(spec).facts["kbit"]["unquantised"].values()
+    plain_section = {"bits": changes.get("bits", 4)}
+    cost = sum(group["cast_bytes"] for group in groups)
+    assert measured(changes) - measured(plain_section) == cost
+    assert (cost > 0) == ("quant_storage" not in changes)
+
+
+def test_the_plan_shows_what_everything_takes(folder: Path) -> None:
+    console = Console(width=120, file=io.StringIO())
+    spec = {"model": str(folder), "dtype": "bfloat16", "kbit": {"prepare": "legacy"}}
+    console.print(show.plan(llmload.plan(spec)))
+    lines = [line.strip() for line in console.file.getvalue().splitlines() if "k-bit" in line]
+    assert lines == [
+        "k-bit       86,016 values in 42.0 KiB, and 5.2 KiB of statistics",
+        "k-bit       embeddings: 8,192 values in 32.0 KiB, 16.0 KiB more than in bfloat16",
+        "k-bit       norms: 320 values in 1.2 KiB, 640 B more than in bfloat16",
+        "k-bit       head: 8,192 values in 32.0 KiB, 16.0 KiB more than in bfloat16",
+    ]
 
 
 def notes(folder: Path, section: dict[str, Any], **keys: Any) -> list[str]:
@@ -553,13 +612,42 @@ def test_random_weights_are_refused(folder: Path) -> None:
     ]
 
 
-def test_partitioning_while_loading_is_refused(folder: Path) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_codes_that_deepspeed_would_cast_are_refused_at_any_stage(stage: int, folder: Path) -> None:
+    assert problems(folder, {"quant_storage": "float16"}, zero3={"stage": stage}) == [
+        "kbit.quant_storage: DeepSpeed casts every floating-point parameter to bfloat16, codes"
+        " stored as float16 too, which ruins them. Remove the key, or set `quant_storage:"
+        " bfloat16`."
+    ]
+    for storage in ("bfloat16", "uint8"):
+        assert problems(folder, {"quant_storage": storage}, zero3={"stage": stage}) == []
+
+
+def test_a_quantised_folder_whose_codes_deepspeed_would_cast_is_refused(
+    folder: Path, tmp_path: Path
+) -> None:
+    load(folder, {"quant_storage": "float16"}).model.save_pretrained(tmp_path / "4")
+    assert problems(tmp_path / "4", {}, zero3={"stage": 3}) == [
+        "kbit.quant_storage: DeepSpeed casts every floating-point parameter to bfloat16, codes"
+        " stored as float16 too, which ruins them. Load the checkpoint from before it was"
+        " quantised."
+    ]
+    load(folder, {"bits": 8}).model.save_pretrained(tmp_path / "8")
     assert (
-        "kbit: 'kbit' cannot be combined with 'zero3': a weight is quantised whole, with statistics"
-        " that DeepSpeed does not partition. Use a ZeRO stage below 3, where each rank keeps the"
-        " quantised model."
-    ) in problems(folder, {}, zero3={"stage": 3})
-    assert not any("'zero3'" in text for text in problems(folder, {}, zero3={"stage": 2}))
+        "kbit.bits: ZeRO-3 cannot partition 8-bit weights"
+        in (problems(tmp_path / "8", {}, zero3={"stage": 3})[0])
+    )
+
+
+def test_codes_are_stored_as_the_model_where_zero3_partitions(folder: Path) -> None:
+    said = notes(folder, {}, zero3={"stage": 3})
+    assert "stored as bfloat16" in said[0]
+    assert said[1] == (
+        "each rank reads what it quantises whole, one weight at a time, and keeps its part of the"
+        " codes and all statistics"
+    )
+    assert "stored as uint8" in notes(folder, {}, zero3={"stage": 2})[0]
+    assert problems(folder, {"bits": 8}, zero3={"stage": 2}) == []
 
 
 def test_a_skipped_module_that_is_not_there_is_refused(folder: Path) -> None:
@@ -613,8 +701,8 @@ def test_a_device_on_which_bitsandbytes_does_not_work_is_refused(
 
     monkeypatch.setattr("transformers.integrations.validate_bnb_backend_availability", refuse)
     assert problems(folder, {}) == [
-        "kbit: transformers refuses bitsandbytes here: None of the devices are supported. Run on a"
-        " device that bitsandbytes supports."
+        f"kbit: transformers {transformers.__version__} refuses bitsandbytes here: None of the"
+        " devices are supported. Run on a device that bitsandbytes supports."
     ]
 
 
@@ -629,6 +717,16 @@ def test_modules_on_the_host_beside_an_accelerator_must_be_left_out(folder: Path
         "kbit.fp32_cpu_offload: no modules are put on the CPU beside others on an accelerator."
         " Remove it, or name the modules in `device_map`."
     ]
+
+
+def test_modules_on_the_host_are_left_out_if_asked(folder: Path) -> None:
+    """What comes of it is tested on an accelerator."""
+    split = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), 0)
+    split |= {"model.layers.0": 0, "model.layers.1": "cpu"}
+    spec = {"model": str(folder), "dtype": "bfloat16", "device_map": split}
+    plan = llmload.plan(spec | {"kbit": {"bits": 8, "fp32_cpu_offload": True}})
+    assert plan.errors == []
+    assert plan.facts["kbit"]["layers"] == 7
 
 
 def test_several_processes_do_not_each_spread_a_model_over_all_devices(

@@ -133,6 +133,23 @@ class Placement(Protocol):
         """Turn what is left: all is placed, missing weights are initialised, ties are tied."""
 
 
+class Splitting(Placement, Protocol):
+    """A placement that keeps a part of each parameter, of those too that another one made.
+
+    A plugin that changes how values are stored, and finds one in ``ctx.placement``, wraps it.
+    """
+
+    @property
+    def device(self) -> torch.device:
+        """Where values are worked on before they are split."""
+
+    def part(self, parameter: nn.Parameter, values: Callable[[int, int], torch.Tensor]) -> Part:
+        """Split a parameter of the whole shape, whose own values are not looked at.
+
+        :param values: returns the elements from an index to another of the whole laid out flat.
+        """
+
+
 class Plain:
     """Ordinary tensors: the file's own pages where dtype and device agree, else a cast copy."""
 

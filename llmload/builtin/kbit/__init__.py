@@ -1,15 +1,16 @@
 """The plugin ``kbit``: bitsandbytes' 8 and 4 bits, one weight at a time as it streams.
 
-The full-precision model never exists. What comes out is what ``from_pretrained`` with a
-``BitsAndBytesConfig`` gives; where the streaming loader declines, that is what loads it. The base
-model is then frozen and prepared for training as the section says, and no further.
+The full-precision model never exists; under ZeRO-3 the whole quantised one does not either. What
+comes out is what ``from_pretrained`` with a ``BitsAndBytesConfig`` gives; where the streaming
+loader declines, that is what loads it. The base model is then frozen and prepared for training as
+the section says, and no further.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmload.builtin.kbit import _check
 from llmload.builtin.kbit.section import KbitSection
@@ -37,12 +38,6 @@ def _quantising(ctx: LoadContext) -> Iterator[None]:
             ctx.record("kbit", {"not_compiled": kernel.not_compiled})
 
 
-def _partitions(_section: Any, zero3: Any) -> bool:
-    from llmload.builtin.zero3.config import stage_of
-
-    return stage_of(zero3) == 3
-
-
 class KbitPlugin:
     """Quantises while loading, freezes, casts as asked, and proves a piece of each weight."""
 
@@ -57,12 +52,6 @@ class KbitPlugin:
             when=lambda section, weights: weights == "random",
             reason="random weights are not read, so nothing can be quantised on the way",
             fix="Remove `kbit`, or load a checkpoint.",
-        ),
-        Conflict(
-            key="zero3",
-            when=_partitions,
-            reason="a weight is quantised whole, with statistics that DeepSpeed does not partition",
-            fix="Use a ZeRO stage below 3, where each rank keeps the quantised model.",
         ),
     )
 
@@ -94,7 +83,7 @@ class KbitPlugin:
         config = configuration(ctx, section, ctx.blank)
         ctx.load_options["quantization_config"] = config
         ctx.placement = KbitPlacement(ctx, section, config)
-        if ctx.spec.device_map is None:
+        if ctx.spec.device_map is None and not _check.partitioned(ctx):
             ctx.load_options["device_map"] = ctx.placement.default_device_map()
         return _quantising(ctx)
 

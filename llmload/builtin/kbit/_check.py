@@ -11,6 +11,7 @@ from llmload import compat
 from llmload.builtin.kbit.section import KbitSection
 from llmload.errors import Problem
 from llmload.findings import Note
+from llmload.versions import version_of
 
 if TYPE_CHECKING:
     from llmload.context import LoadContext
@@ -24,6 +25,8 @@ _IN_CONFIG: Final = {
     "fp32_cpu_offload": "llm_int8_enable_fp32_cpu_offload",
 }
 """Key of the section -> what a BitsAndBytesConfig calls it."""
+
+_FLOATS: Final = ("float16", "bfloat16", "float32")
 
 SPREADING: Final = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of ``device_map`` by which a model is spread over devices."""
@@ -39,15 +42,28 @@ def stored_quantisation(ctx: LoadContext) -> dict[str, Any] | None:
 
 def compute_dtype(ctx: LoadContext, section: KbitSection) -> str:
     """Return the dtype in which 4-bit layers multiply: as asked, else the model's."""
-    return section.compute_dtype or str(ctx.dtype).removeprefix("torch.")
+    return section.compute_dtype or _name(ctx)
 
 
 def storage(ctx: LoadContext, section: KbitSection) -> str:
     """Return the dtype of packed codes: as asked, else uint8, else what can be sharded."""
     if section.quant_storage is not None:
         return section.quant_storage
-    sharded = fsdp_announced() or _zero3_announced()
-    return str(ctx.dtype).removeprefix("torch.") if sharded else "uint8"
+    sharded = fsdp_announced() or _zero3_announced() or partitioned(ctx)
+    return _name(ctx) if sharded else "uint8"
+
+
+def partitioned(ctx: LoadContext) -> bool:
+    """Say whether this load partitions the model by ZeRO-3."""
+    if "zero3" not in ctx.active:
+        return False
+    from llmload.builtin.zero3.config import stage_of
+
+    return stage_of(ctx.sections["zero3"]) == 3  # type: ignore[arg-type]
+
+
+def _name(ctx: LoadContext) -> str:
+    return str(ctx.dtype).removeprefix("torch.")
 
 
 def fsdp_announced() -> bool:
@@ -55,11 +71,12 @@ def fsdp_announced() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
+def _deepspeed_announced() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
 def _zero3_announced() -> bool:
-    return (
-        os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    )
+    return _deepspeed_announced() and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
 
 def check(ctx: LoadContext, section: KbitSection) -> Iterator[Problem | Note]:
@@ -67,12 +84,18 @@ def check(ctx: LoadContext, section: KbitSection) -> Iterator[Problem | Note]:
     yield from backend()
     yield from _devices(ctx, section)
     yield from _adapter(ctx, section)
+    yield from _deepspeed(ctx, section)
     stored = stored_quantisation(ctx)
     if stored is not None:
         yield from _contradictions(ctx, section, stored)
         yield Note(text="the checkpoint is quantised already")
     else:
         yield Note(text=_described(ctx, section))
+        if partitioned(ctx):
+            yield Note(
+                text="each rank reads what it quantises whole, one weight at a time, and keeps its"
+                " part of the codes and all statistics"
+            )
     yield Note(text=f"freeze the base model, prepared as {section.prepare}")
     if section.prepare in ("legacy", "trl_legacy") and "gradient_checkpointing" not in ctx.active:
         yield Note(
@@ -98,13 +121,16 @@ def backend() -> Iterator[Problem]:
     try:
         validate_bnb_backend_availability(raise_exception=True)
     except RuntimeError as error:
+        version = version_of("transformers")
+        reason = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
         fix = "Run on a device that bitsandbytes supports."
         if compat.major("transformers") < 5:
+            # Its own sentence lists sets, in an order that changes from run to run.
+            reason = "it finds no accelerator, and does not take the CPU"
             fix = "Run on an accelerator, or use transformers 5, which takes bitsandbytes on a CPU."
         yield Problem(
             where="kbit",
-            message="transformers refuses bitsandbytes here: "
-            + str(error).strip().splitlines()[0].partition(". ")[0].rstrip("."),
+            message=f"transformers {version} refuses bitsandbytes here: {reason}",
             fix=fix,
         )
 
@@ -144,6 +170,36 @@ def _adapter(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
             where="kbit.prepare",
             message=f"`trl` has adapters in bfloat16, and `lora.adapter_dtype` is {dtype!r}",
             fix="Set `lora: {adapter_dtype: bfloat16}`.",
+        )
+
+
+def _deepspeed(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
+    """DeepSpeed 0.19 takes codes stored as floating point for values: it casts them to its dtype.
+
+    In ``deepspeed.initialize``, silently, at any ZeRO stage, with other losses from the first step.
+    """
+    if "zero3" not in ctx.active and not _deepspeed_announced():
+        return
+    stored = stored_quantisation(ctx)
+    bits, as_dtype = section.bits, section.quant_storage
+    if stored is not None:
+        bits = 8 if stored.get("load_in_8bit") else 4
+        as_dtype = stored.get("bnb_4bit_quant_storage")
+    if bits == 8 and partitioned(ctx):
+        yield Problem(
+            where="kbit.bits",
+            message="ZeRO-3 cannot partition 8-bit weights: bitsandbytes keeps the whole codes in"
+            " the layer, beside the parameter",
+            fix="Use `bits: 4`, or a ZeRO stage below 3, where each rank keeps the whole model.",
+        )
+    elif bits == 4 and as_dtype in _FLOATS and as_dtype != _name(ctx):
+        yield Problem(
+            where="kbit.quant_storage",
+            message=f"DeepSpeed casts every floating-point parameter to {_name(ctx)}, codes stored"
+            f" as {as_dtype} too, which ruins them",
+            fix=f"Remove the key, or set `quant_storage: {_name(ctx)}`."
+            if stored is None
+            else "Load the checkpoint from before it was quantised.",
         )
 
 

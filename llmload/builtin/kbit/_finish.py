@@ -12,6 +12,7 @@ from bitsandbytes.nn import Int8Params, Linear4bit
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from llmload import partitions
 from llmload.audit import some
 from llmload.builtin.kbit import _check
 from llmload.builtin.kbit._casting import Casting, is_quantised, parameters
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 def finish(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> None:
     """Freeze the base model, cast what is not quantised, and record what it takes.
 
-    :raises RequestError: nothing is quantised; the block size is not as asked; or the model is to
-        be sharded by FSDP, and its parameters would not have one dtype.
+    :raises RequestError: nothing is quantised; the block size is not as asked; the model is to be
+        sharded by FSDP, and its parameters would not have one dtype; or ZeRO-3 partitions it, and
+        parameters would be cast.
     :raises CheckpointError: a weight to be quantised is missing from the checkpoint.
     """
     if ctx.rehearsing:
@@ -38,6 +40,8 @@ def finish(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> No
     layers = dict(quantised_layers(model))
     _refuse_unquantised(ctx, section, model, layers)
     casting = Casting(section, model)
+    if _check.partitioned(ctx):
+        _refuse_casts(ctx, casting, model)
     for name, owner, parameter in parameters(model):
         parameter.requires_grad = False
         parameter.data = parameter.data.to(casting.dtype(name, owner, parameter))
@@ -87,6 +91,24 @@ def _is_done(weight: nn.Parameter) -> bool:
     )
 
 
+def _refuse_casts(ctx: LoadContext, casting: Casting, model: nn.Module) -> None:
+    """ZeRO-3 has one dtype for every parameter of floating point, DeepSpeed's own."""
+    groups = {
+        casting.group(name, owner)
+        for name, owner, parameter in parameters(model)
+        if casting.dtype(name, owner, parameter) != parameter.dtype
+    }
+    if groups:
+        raise RequestError(
+            Problem(
+                where="kbit",
+                message=f"ZeRO-3 keeps every parameter in {str(ctx.dtype).removeprefix('torch.')},"
+                f" and {' and '.join(sorted(groups))} would be cast to another dtype",
+                fix="Leave `prepare` and `cast` out, or use a ZeRO stage below 3.",
+            )
+        )
+
+
 def _refuse_mixed_dtypes(casting: Casting, model: nn.Module) -> None:
     """FSDP flattens the parameters of a block into one tensor: they must have one dtype."""
     found: dict[torch.dtype, set[str]] = {}
@@ -117,16 +139,22 @@ def _facts(
             group = left.setdefault(
                 casting.group(name, owner), {"parameters": 0, "bytes": 0, "cast_bytes": 0}
             )
-            group["parameters"] += parameter.numel()
-            group["bytes"] += parameter.nbytes
-            group["cast_bytes"] += parameter.nbytes - parameter.numel() * ctx.dtype.itemsize
+            elements = partitions.elements(parameter)
+            group["parameters"] += elements
+            group["bytes"] += elements * parameter.element_size()
+            group["cast_bytes"] += elements * (parameter.element_size() - ctx.dtype.itemsize)
     return {
         "layers": len(layers),
         "parameters": sum(layer.in_features * layer.out_features for layer in layers.values()),
-        "bytes": sum(layer.weight.nbytes for layer in layers.values()),
+        "bytes": sum(map(_code_bytes, layers.values())),
         "statistics_bytes": sum(map(_statistics_bytes, layers.values())),
         "unquantised": left,
     }
+
+
+def _code_bytes(layer: QuantisedLayer) -> int:
+    size: int = layer.weight.element_size()
+    return partitions.elements(layer.weight) * size
 
 
 def _statistics_bytes(layer: QuantisedLayer) -> int:
@@ -145,7 +173,7 @@ def _statistics_bytes(layer: QuantisedLayer) -> int:
 
 
 def audit(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
-    """Quantise the first block or row of each weight anew from the file, and compare.
+    """Quantise the first block or row held of each weight anew from the file, and compare.
 
     Of weights that the checkpoint holds under the model's own name and shape.
     """
@@ -180,31 +208,44 @@ def _is_transposed(layer: QuantisedLayer) -> bool:
     return issubclass(layer.source_cls, Conv1D)
 
 
-def _first_rows(layer: QuantisedLayer, file: Any, name: str, count: int) -> torch.Tensor:
+def _rows(layer: QuantisedLayer, file: Any, name: str, start: int, stop: int) -> torch.Tensor:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
         stored = opened.get_slice(name)
-        rows: torch.Tensor = stored[:, :count].T if _is_transposed(layer) else stored[:count]
+        rows: torch.Tensor = (
+            stored[:, start:stop].T if _is_transposed(layer) else stored[start:stop]
+        )
     return rows.to(layer.weight.device)
 
 
 def _agrees(layer: QuantisedLayer, file: Any, name: str, dtype: torch.dtype) -> bool:
     weight = layer.weight
     if isinstance(weight, Int8Params):
-        row = _first_rows(layer, file, name, 1).to(dtype).to(torch.float16)
+        row = _rows(layer, file, name, 0, 1).to(dtype).to(torch.float16)
         codes, scale, _ = bnb.int8_vectorwise_quant(row)
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
         return torch.equal(codes, weight.data[:1]) and torch.equal(scale, scales[:1])
-    state = weight.quant_state
-    rows = _first_rows(layer, file, name, math.ceil(state.blocksize / layer.in_features))
+    found = partitions.held(weight)
+    if found is None:
+        return True  # on a disk
+    held, first = found[0].view(torch.uint8), found[1] * weight.element_size()
+    state, width = weight.quant_state, layer.in_features
+    # The first whole block that this process holds, two values to the byte.
+    block = -(-2 * first // state.blocksize)
+    start = block * state.blocksize
+    stop = min(start + state.blocksize, width * layer.out_features)
+    held = held[start // 2 - first : (stop + 1) // 2 - first]
+    if start >= stop or 2 * len(held) < stop - start:
+        return True
+    rows = _rows(layer, file, name, start // width, -(-stop // width)).flatten()
+    offset = start - start // width * width
     packed, expected = bnb.quantize_4bit(
-        rows.flatten()[: state.blocksize].to(state.dtype),
+        rows[offset : offset + stop - start].to(state.dtype),
         blocksize=state.blocksize,
         quant_type=state.quant_type,
     )
-    found = weight.data.view(torch.uint8).flatten()[: packed.numel()]
     # Statistics that are quantised themselves cannot be looked at one by one.
-    return torch.equal(packed.flatten(), found) and (
-        state.nested or torch.equal(expected.absmax, state.absmax[:1])
+    return torch.equal(packed.flatten(), held) and (
+        state.nested or torch.equal(expected.absmax, state.absmax[block : block + 1])
     )

@@ -20,14 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from llmload import compat
 from llmload.builtin.kbit import _check
 from llmload.builtin.kbit._casting import Casting
-from llmload.checkpoint.placement import Plain
+from llmload.checkpoint.placement import Part, Plain
 from llmload.errors import Problem, RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmload.builtin.kbit.section import KbitSection
-    from llmload.checkpoint.placement import Source, Target
+    from llmload.checkpoint.placement import Placement, Source, Splitting, Target
     from llmload.context import LoadContext
 
 QuantisedLayer: TypeAlias = Linear4bit | Linear8bitLt
@@ -83,7 +83,9 @@ class KbitPlacement:
         self._ctx = ctx
         self._section = section
         self._quantiser = quantiser(config, stored=False)
-        self._plain = Plain()
+        # Where a plugin before us partitions, it does so with quantised weights too.
+        self._splitting: Splitting | None = ctx.placement
+        self._others: Placement = ctx.placement or Plain()
         # Spreading a model over devices goes by the sizes of its quantised layers, which only
         # from_pretrained weighs; before transformers 5, it quantises in ways of its own.
         ours = ctx.spec.device_map not in _check.SPREADING and compat.major("transformers") >= 5
@@ -98,20 +100,22 @@ class KbitPlacement:
     def prepare(self, model: PreTrainedModel) -> None:
         """Put bitsandbytes' layers in place of linear ones."""
         replace_layers(model, self._quantiser, self._ctx, self._section)
+        self._others.prepare(model)
         self._model = model
         self._casting = Casting(self._section, model)
         self._operation = self._quantiser.get_quantize_ops()
         model.hf_quantizer = self._quantiser
 
-    def place(self, target: Target, source: Source) -> torch.Tensor:
+    def place(self, target: Target, source: Source) -> torch.Tensor | Part:
         """Quantise on the target's device; the value is cast to the model's dtype before."""
         if self._quantiser.param_needs_quantization(self._model, target.name):
-            value = source.whole().to(target.device, target.dtype)
-            made = self._operation.convert({target.name: value}, model=self._model)
-            source.release()
-            return made[target.name]  # type: ignore[no-any-return]
-        placed = self._plain.place(target, source)
-        if placed.dtype != source.dtype or target.attribute not in target.module._parameters:
+            return self._quantised(target, source)
+        placed = self._others.place(target, source)
+        if (
+            isinstance(placed, Part)
+            or placed.dtype != source.dtype
+            or target.attribute not in target.module._parameters
+        ):
             # A second cast, of what was rounded already, is not made on the way.
             return placed
         cast = placed.to(self._casting.dtype(target.name, target.module, placed))
@@ -119,9 +123,23 @@ class KbitPlacement:
             source.release()
         return cast
 
+    def _quantised(self, target: Target, source: Source) -> torch.Tensor | Part:
+        splitting = self._splitting
+        device = target.device if splitting is None else splitting.device
+        value = source.whole().to(device, target.dtype)
+        made = self._operation.convert({target.name: value}, model=self._model)[target.name]
+        source.release()
+        if splitting is None:
+            return made  # type: ignore[no-any-return]
+        codes = made.data.flatten()
+        # One element stands for the whole; the statistics stay whole on every rank.
+        made.data = codes[:1].clone().expand(made.shape)
+        return splitting.part(made, lambda start, stop: codes[start:stop])
+
     def finish(self, model: PreTrainedModel) -> None:
         """Mark the model as transformers does: that it is quantised, and how."""
         self._quantiser.postprocess_model(model)
+        self._others.finish(model)
 
 
 def replace_layers(

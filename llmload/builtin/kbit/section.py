@@ -55,8 +55,8 @@ class KbitSection(Section):
     """Dtype in which a 4-bit layer multiplies; null: the model's."""
     quant_storage: Literal["uint8", "int8", "float16", "bfloat16", "float32"] | None = None
     """Dtype as which packed codes are stored; the bytes are the same. null: uint8, or the model's
-    dtype where ``accelerate launch`` says that FSDP or ZeRO-3 will shard the model, which they do
-    with floating point only."""
+    dtype where the section ``zero3`` or ``accelerate launch`` says that ZeRO-3 or FSDP will shard
+    the model: FSDP wants one floating-point dtype, and DeepSpeed casts every other one."""
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     """Values that share one statistic. transformers knows 64 only; others need the streaming
     loader."""

@@ -82,7 +82,7 @@ class Zero3Plugin:
         reason = resolved.beyond_us()
         if reason:
             yield Note(text=f"rank 0 reads and from_pretrained partitions: {reason}")
-        elif ctx.checkpoint is not None:
+        elif ctx.checkpoint is not None and "kbit" not in ctx.active:  # which says it itself
             yield Note(text=_share(ctx, _launch.world_size()))
 
     @hookimpl

@@ -64,16 +64,29 @@ class Partitioned:
             return value
         floating = target.like.is_floating_point()
         dtype = self._init.dtype if floating else target.dtype
-        parameter: Any = nn.Parameter(
+        parameter = nn.Parameter(
             torch.empty(1, dtype=dtype, device=device).expand(source.shape), requires_grad=floating
         )
+        part = self.part(parameter, source.flat)
+        source.release()
+        return part
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return torch.device(self._init.local_device)
+
+    def part(self, parameter: Any, values: Callable[[int, int], torch.Tensor]) -> Part:
+        """Partition a parameter of the whole shape, whose own values are not looked at.
+
+        :param values: returns the elements from an index to another of the whole laid out flat.
+        """
         self._init._convert_to_deepspeed_param(parameter)
         span = Span.of(parameter.ds_numel, self._init.rank, self._init.dp_world_size)
         partition = self._partition(parameter, span)
         with torch.no_grad():
-            partition[: span.length].copy_(source.flat(span.start, span.stop))
+            partition[: span.length].copy_(values(span.start, span.stop))
             partition[span.length :].zero_()
-        source.release()
         return Part(parameter, partition[: span.length])
 
     def _partition(self, parameter: Any, span: Span) -> Any:
