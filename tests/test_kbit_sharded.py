@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from stacks import needs_bitsandbytes
 from tiny import tiny_checkpoint
 from zero3.farm import Job, Outcome, launch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs_bitsandbytes]
 
 ZERO3: dict[str, dict[str, Any]] = {
     "as the model's dtype": {"storage": None},
