@@ -93,8 +93,9 @@ class LoadContext:
         """Keyword arguments for ``from_pretrained``, set in ``init_context`` (``device_map``,
         ``quantization_config``). A loader that cannot honour one declines."""
         self.placement: Any = None
-        """The streaming engine's placement, set in ``init_context`` by the one plugin that decides
-        where and how each weight is stored; None for plain tensors."""
+        """The streaming engine's placement, set in ``init_context`` by the plugin that decides
+        where and how each weight is stored; None for plain tensors. One that splits may be wrapped
+        by a later plugin: see ``checkpoint.placement.Splitting``."""
         self.without_memory: Callable[[], AbstractContextManager[Any]] | None = None
         """Makes the context under which the streaming loader builds the model that it fills, set in
         ``init_context``; None for the meta device."""
