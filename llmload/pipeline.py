@@ -163,10 +163,14 @@ def undone_on_error() -> Iterator[None]:
     import torch
 
     dtype, grad, random = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state()
+    linear = torch.nn.functional.linear
     try:
         yield
     except BaseException:
         torch.set_rng_state(random)
+        # DeepSpeed replaces it, for the rest of the process, by one that keeps gathered weights out
+        # of the autograd graph.
+        torch.nn.functional.linear = linear
         raise
     finally:
         torch.set_default_dtype(dtype)

@@ -211,6 +211,20 @@ def test_a_valid_spec_is_given_back_as_it_was_understood(tmp_path: Path) -> None
     }
 
 
+def test_a_valid_group_is_given_back_with_every_member_in_full(tmp_path: Path) -> None:
+    file = tmp_path / "group.yaml"
+    file.write_text(
+        "models:\n  policy: {model: gpt2, lora: {r: 4}}\n"
+        "  reference: {like: policy, lora: null, trainable: false}\n  off: {adapter_of: policy}\n"
+    )
+    assert run("validate", str(file)).stdout == f"{file}: valid\n"
+    assert json.loads(run("validate", "--json", str(file)).stdout)["spec"]["models"] == {
+        "policy": {"model": "gpt2", "lora": {"r": 4}},
+        "reference": {"model": "gpt2", "trainable": False},
+        "off": {"adapter_of": "policy"},
+    }
+
+
 def test_a_spec_is_read_from_standard_input() -> None:
     assert run("validate", "-", text="model: gpt2\n").stdout == "<stdin>: valid\n"
     result = run("validate", "-", text="model: gpt2\n\ndtype: bf16\n")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bad_groups import BAD_GROUPS
 from bad_loads import BAD_LOADS, BadLoad
 from bad_specs import BAD_SPECS, BadSpec
 from leftovers import snapshot
@@ -77,7 +78,7 @@ def test_a_bad_load_is_refused(load: BadLoad, origin: Path, here: Path) -> None:
     assert_refused(["load", "spec.yaml"], message, here)
 
 
-@pytest.mark.parametrize("spec", BAD_SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [*BAD_SPECS, *BAD_GROUPS], ids=lambda spec: spec.name)
 @pytest.mark.parametrize("command", ["load", "validate"])
 def test_a_bad_spec_is_refused(spec: BadSpec, command: str, here: Path) -> None:
     content = spec.text if isinstance(spec.text, bytes) else spec.text.encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from leftovers import snapshot
 from sameness import differences, from_pretrained
 from tiny import IDS, losses, tiny_llama
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import llmload
-from llmload import create_registry, hookimpl
+from llmload import cli, create_registry, hookimpl
 from llmload.errors import CheckpointError, LoadFailedError, PlanError
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -387,3 +389,53 @@ def test_gradient_checkpointing_of_a_frozen_member_is_refused(folder: Path) -> N
         " the section; in a member that is `like` another one, write"
         " `gradient_checkpointing: null`."
     ]
+
+
+# --- on the command line -----------------------------------------------------------------------
+
+
+def run(*arguments: str, text: str) -> Any:
+    return CliRunner().invoke(cli.app, list(arguments), input=text)
+
+
+@pytest.fixture(scope="module")
+def file(folder: Path) -> str:
+    return f"""
+models:
+  policy: {{model: {folder}, dtype: float32, lora: {{r: 4, target_modules: all-linear}}}}
+  reference: {{like: policy, lora: null, trainable: false}}
+  half: {{like: reference, dtype: float16}}
+  start: {{adapter_of: policy}}
+"""
+
+
+def test_plan_says_what_will_be_shared_and_why_the_rest_is_not(file: str) -> None:
+    result = run("plan", "-", text=file)
+    assert result.exit_code == 0, result.stderr
+    assert [line.rstrip() for line in result.stdout.splitlines()[-3:]] == [
+        "shared      start is policy with its adapter off: 34.3 KiB saved",
+        "shared      reference takes what was cast for policy: 34.3 KiB saved",
+        "not shared  half: it is float16, and 'policy' is float32",
+    ]
+    plan = json.loads(run("plan", "--json", "-", text=file).stdout)
+    assert list(plan["members"]) == ["policy", "reference", "half", "start"]
+    assert [s["how"] for s in plan["shared"]] == ["adapter off", "one cast"]
+    assert plan["members"]["reference"]["trainable"] == 0
+
+
+def test_a_plan_with_errors_is_shown_with_the_member_and_exits_with_2(file: str) -> None:
+    result = run("plan", "-", text=file.replace("all-linear", "[query]"))
+    assert result.exit_code == 2
+    assert "error: models.policy.lora.target_modules: no module of" in " ".join(
+        result.stdout.split()
+    )
+
+
+def test_load_reports_every_member_and_what_they_share(file: str) -> None:
+    result = run("load", "-", text=file)
+    assert result.exit_code == 0, result.stderr
+    assert "start is policy with its adapter off: 34.3 KiB saved" in result.stdout
+    report = json.loads(run("load", "--json", "-", text=file).stdout)
+    assert list(report["members"]) == ["policy", "reference", "half", "start"]
+    assert report["members"]["policy"]["trainable"] == 2048
+    assert sum(s["saved_bytes"] for s in report["shared"]) == 2 * 35136

@@ -99,3 +99,35 @@ def plain_losses(model: Any) -> list[float]:
         optimizer.zero_grad()
         found.append(loss.item())
     return found
+
+
+def second_fails(folder: str) -> dict[str, Any]:
+    """Let the reference fail on every rank, after the policy was partitioned."""
+
+    class Failing:
+        name = "failing"
+
+        class Section(llmload.Section):
+            pass
+
+        @llmload.hookimpl
+        def init_context(self, ctx: Any) -> None:
+            raise RuntimeError("no")
+
+    policy = {"model": folder, "zero3": {"config": deepspeed_config("bfloat16")}}
+    reference = {"like": "policy", "zero3": None, "failing": {}}
+    linear, random = torch.nn.functional.linear, torch.get_rng_state()
+    message = ""
+    try:
+        llmload.load_group(
+            {"models": {"policy": policy, "reference": reference}},
+            registry=llmload.create_registry([Failing]),
+        )
+    except llmload.LoadFailedError as error:
+        message = str(error)
+    return {
+        "message": message,
+        "as before": torch.nn.functional.linear is linear
+        and torch.equal(torch.get_rng_state(), random)
+        and not is_deepspeed_zero3_enabled(),
+    }

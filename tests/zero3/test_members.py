@@ -33,6 +33,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         f"view-{dtype}": Job("zero3.grouping:view", {"folder": folder, "dtype": dtype})
         for dtype in ("float32", "bfloat16")
     }
+    jobs["second fails"] = Job("zero3.grouping:second_fails", {"folder": folder})
     return dict(zip(jobs, launch(list(jobs.values()), timeout=280), strict=True))
 
 
@@ -64,3 +65,15 @@ def test_the_view_of_a_partitioned_policy_is_the_whole_model_at_every_step(
     for answer in results(outcomes[f"view-{dtype}"]):
         assert answer["losses"] == sorted(answer["losses"], reverse=True)
         assert all(answer["as the whole"])
+
+
+@pytest.mark.slow
+def test_where_the_second_member_fails_the_first_ones_traces_are_gone_too(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    for answer in results(outcomes["second fails"]):
+        assert answer["message"] == (
+            "models.reference: plugin 'failing' (given as an object) failed in init_context:"
+            " RuntimeError: no"
+        )
+        assert answer["as before"]

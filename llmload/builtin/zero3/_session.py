@@ -46,7 +46,6 @@ class Session(AbstractContextManager["Session"]):
             if self._config.stage == 3:
                 connect(self._section.deadline)
                 # Until the last plugin's audit: a rank that fails there stops the others too.
-                self._ctx.until_end.enter_context(LinearKept())
                 ranks = self._ctx.until_end.enter_context(Ranks(self._section.deadline))
                 ranks.agree(request_of(self._ctx, self._config))
                 if self._config.beyond_us() is None:
@@ -135,23 +134,3 @@ class GlobalConfig(AbstractContextManager["GlobalConfig"]):
     def __exit__(self, *exc: object) -> None:
         self._ours = None
         integration._hf_deepspeed_config_weak_ref = self._before
-
-
-class LinearKept(AbstractContextManager[None]):
-    """Puts ``torch.nn.functional.linear`` back if the load fails.
-
-    DeepSpeed replaces it, for the rest of the process, by one that keeps gathered weights out of
-    the autograd graph.
-    """
-
-    def __enter__(self) -> None:
-        self._before = torch.nn.functional.linear
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            torch.nn.functional.linear = self._before
