@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import torch
 from leftovers import snapshot
@@ -225,6 +226,36 @@ def test_random_weights_are_not_shared(folder: Path) -> None:
     spec = group(folder, {"weights": "random"}, other={"like": "policy"})
     plan = llmload.plan_group(spec)
     assert (plan.shared, plan.apart) == ([], {})
+
+
+ARCHITECTURES = {
+    "mixtral": "causal_lm",  # experts merged into one parameter
+    "gpt2": "causal_lm",  # tied
+    "t5": "seq2seq_lm",  # tied three ways; some layers stay float32 in float16
+    "bert": "base",
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_merged_and_tied_weights_are_shared_as_the_plan_says_and_written_apart(
+    model_type: str, dtype: str, tmp_path: Path
+) -> None:
+    kind = ARCHITECTURES[model_type]
+    architectures.build(kind, model_type).to(torch.bfloat16).save_pretrained(tmp_path)
+    one = {"model": str(tmp_path), "auto_class": kind, "dtype": dtype, "trainable": False}
+    loaded = llmload.load_group({"models": {"one": one, "two": {"like": "one"}}})
+    theirs = from_pretrained(architectures.AUTO_CLASSES[kind], tmp_path, dtype)
+    for result in loaded.values():
+        assert differences(result.model, theirs.requires_grad_(False)) == []
+    assert loaded.report.shared
+    assert shared(loaded.plan) == shared(loaded.report)
+    assert loaded.plan.saved_bytes == loaded.report.saved_bytes
+    expected = bytes_of(loaded["two"].model)
+    with torch.no_grad():
+        for parameter in loaded["one"].model.parameters():
+            parameter.fill_(7)
+    assert bytes_of(loaded["two"].model) == expected
 
 
 # --- no step reaches another member ---------------------------------------------------------------
