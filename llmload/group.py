@@ -26,7 +26,7 @@ class GroupReport(BaseModel):
     members: dict[str, Report] = Field(default_factory=dict)
     """By name, in the order of the spec."""
     shared: list[Sharing] = Field(default_factory=list)
-    """What members have in common, by the bytes that were found to be there already."""
+    """What members have in common."""
     seconds: float = 0.0
     """Wall time of the whole load."""
 

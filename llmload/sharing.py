@@ -40,7 +40,7 @@ class Sharing(BaseModel):
     saved_bytes: int
     """Bytes that the member would take with a copy of its own. A plan goes by names and the model's
     dtype: what transformers only renames counts as cast, and what it keeps in float32 as narrower.
-    A report counts what was found."""
+    A report counts the casts that were found there, and everything else as planned."""
     lasting: bool = True
     """False where training ends it: a step writes all these weights, and each page that is written
     becomes the writer's own. The other member's values never change."""
