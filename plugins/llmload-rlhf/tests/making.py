@@ -1,0 +1,80 @@
+"""Folders as the systems leave them, made from tiny models with seeded weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import systems
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_checkpoint, tiny_model
+from torch import nn
+
+import llmload
+
+IDS = torch.tensor(
+    [
+        [5, 6, 7, 8, 9, 10, 11, 3],
+        [5, 6, 7, 8, 3, 3, 3, 3],
+        [5, 6, 7, 30, 31, 3, 3, 3],
+        [5, 6, 7, 8, 3, 3, 3, 3],
+    ]
+)
+"""Two pairs, padded with 3: one that differs from the fourth token on, one that does not differ."""
+MASK = (IDS != 3).long()
+PAD = 3
+SYSTEMS = {
+    "deepspeed_chat": lambda base: systems.ChatRewardModel(base, PAD),
+    "coati": systems.CoatiRewardModel,
+    "trl": systems.TrlValueHead,
+}
+CASES = {
+    ("reward_head", "deepspeed_chat"): "base",
+    ("critic_head", "deepspeed_chat"): "base",
+    ("reward_head", "coati"): "base",
+    ("critic_head", "coati"): "base",
+    ("value_head", "trl"): "causal_lm",
+}
+"""Section and layout of every wrapped model -> its ``auto_class``."""
+
+
+def saved(
+    folder: Path, layout: str, model_type: str = "llama", dtype: torch.dtype = torch.float32
+) -> tuple[Path, nn.Module]:
+    """Save a trained model as its system would; returns the folder and the model."""
+    tiny_checkpoint(folder, model_type, pad=True, dtype=dtype)
+    model = tiny_model(model_type, seed=9, dtype=dtype)
+    torch.manual_seed(1)
+    theirs = SYSTEMS[layout](model if layout == "trl" else systems.base_of(model)).to(dtype)
+    theirs.eval()
+    if layout == "trl":
+        tensors = {name: value.clone() for name, value in theirs.file().items()}
+        if model.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]  # safetensors holds it once
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (folder / "model.safetensors").unlink()
+        torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+    return folder, theirs
+
+
+def load(folder: Path, case: tuple[str, str], **keys: Any) -> llmload.LoadResult:
+    """Load a folder with the section of ``case``; keys of the section start with its name."""
+    section, layout = case
+    mine = {k.removeprefix("head_"): keys.pop(k) for k in list(keys) if k.startswith("head_")}
+    spec = {
+        "model": str(folder),
+        "auto_class": CASES.get(case, "sequence_classification"),
+        "allow_pickle": layout in ("deepspeed_chat", "coati"),
+        section: {"layout": layout, **mine},
+    }
+    return llmload.load(spec | keys)
+
+
+def refusal(*args: Any, error: type[Exception] = llmload.RequestError, **keys: Any) -> str:
+    import pytest
+
+    with pytest.raises(error) as caught:
+        load(*args, **keys)
+    return str(caught.value)

@@ -1,0 +1,40 @@
+"""Run on every rank: a load under ZeRO-3, and a save."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from llmload_rlhf._models import whole_state
+from making import load
+from zero3.comparing import deepspeed_config
+
+from llmload import partitions
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def load_and_save(folder: str, case: list[str], new: bool) -> dict[str, Any]:
+    """Load, say what the head holds once it is whole, and save in the system's files."""
+    torch.manual_seed(int(torch.distributed.is_initialized()))
+    zero3 = {"config": deepspeed_config("float32")}
+    result = load(Path(folder), (case[0], case[1]), head_new=new, dtype="float32", zero3=zero3)
+    model = result.model
+    parameters = list(model.parameters())
+    partitioned = sum(map(partitions.is_partitioned, parameters))
+    with partitions.whole(model.head.parameters()):
+        head = {name: value.tolist() for name, value in model.head.state_dict().items()}
+    state = whole_state(model)
+    out = Path(folder + "-out")
+    model.save_pretrained(out)
+    whole = out / "whole.bin"
+    if state:
+        torch.save(state, whole)
+    return {
+        "head": head,
+        "partitioned": partitioned,
+        "parameters": len(parameters),
+        "whole": str(whole),
+    }
