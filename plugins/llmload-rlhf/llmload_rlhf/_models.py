@@ -158,10 +158,12 @@ class DeepSpeedChatModel(HeadedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool = False,
+        **others: Any,
     ) -> dict[str, torch.Tensor]:
         """Compare pairs: the first half of the rows are the chosen ones, the second the rejected.
 
         :param input_ids: (2 n, length).
+        :param others: what else the transformer takes, as PEFT hands it on.
         :returns: ``loss``, a scalar: the mean of ``-logsigmoid(chosen - rejected)`` over the tokens
             from the first that differs to the longer one's end; ``chosen_mean_scores`` and
             ``rejected_mean_scores``, (n,): the scores of the last tokens.
@@ -177,6 +179,7 @@ class DeepSpeedChatModel(HeadedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **others,
         )
         (chosen_ids, rejected_ids), (chosen, rejected) = input_ids.chunk(2), values.chunk(2)
         columns = torch.arange(length, device=input_ids.device)
@@ -237,8 +240,8 @@ class DeepSpeedChatModel(HeadedModel):
 
 
 def _at(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return one value of each row."""
-    return values.gather(1, columns[:, None]).squeeze(1)
+    """Return one value of each row; column -1 is the last, as in Python."""
+    return values.gather(1, columns[:, None] % values.shape[1]).squeeze(1)
 
 
 class CoatiRewardModel(HeadedModel):

@@ -20,7 +20,8 @@ OTHERS = torch.tensor(
 
 def close(found: Any, expected: Any) -> bool:
     return all(
-        torch.allclose(found[name], value, rtol=1e-5, atol=1e-6) for name, value in expected.items()
+        torch.allclose(found[name], value, rtol=1e-5, atol=1e-6, equal_nan=True)
+        for name, value in expected.items()
     )
 
 
@@ -40,7 +41,9 @@ def test_pairs_are_compared_as_deepspeed_chat_does(
     assert close(found, expected)
     found["loss"].backward()
     expected["loss"].backward()
-    assert torch.allclose(model.v_head.weight.grad, theirs.v_head.weight.grad, rtol=1e-4, atol=1e-7)
+    if expected["loss"].isfinite():  # pads at the beginning that nobody expected leave no token
+        ours, their = model.v_head.weight.grad, theirs.v_head.weight.grad
+        assert torch.allclose(ours, their, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("fp32", [False, True])
