@@ -93,4 +93,12 @@ def test_every_built_in_plugin_is_installed_by_its_entry_point() -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda p: p.name)
 def test_an_example_is_valid(file: Path) -> None:
-    assert create_registry().validate(file).model
+    text = file.read_text()
+    assert text.startswith("# yaml-language-server: $schema=llmload.schema.json\n")
+    if "Needs llmload-rlhf" in text:
+        return  # loaded by that distribution's own tests
+    registry = create_registry()
+    if "\nmodels:\n" in text:
+        assert registry.validate_group(file).models
+    else:
+        assert registry.validate(file).model
