@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pluggy
-from pydantic import BaseModel
+from pydantic import BaseModel, PydanticUserError
 
 from . import hookspecs
 from .discovery import GROUP, PluginInfo
@@ -47,8 +47,15 @@ def _faults(info: PluginInfo, manager: pluggy.PluginManager) -> Iterable[str]:
             yield "its `Section` is not a pydantic model"
         elif section.model_config.get("extra") != "forbid":
             yield 'its `Section` does not forbid unknown keys: set `extra="forbid"`'
+        elif not info.builtin:
+            try:
+                section.model_rebuild()  # a subclass of llmload.Section is not built until now
+            except PydanticUserError as error:
+                yield f"its `Section` cannot be built: {error.message.splitlines()[0]}"
     specs = {n: vars(manager.hook)[n] for n in vars(manager.hook) if not n.startswith("_")}
     for attribute in dir(plugin):
+        if attribute.startswith("__"):  # no hook is, and looking at each takes a while
+            continue
         method = inspect.getattr_static(plugin, attribute)
         options = manager.parse_hookimpl_opts(plugin, attribute)
         if options is None:

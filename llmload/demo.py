@@ -13,7 +13,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from . import pipeline
 from .errors import RequestError
@@ -51,8 +51,6 @@ lora: {{r: 8, lora_alpha: 16, target_modules: all-linear}}
 class Training(BaseModel):
     """How the small model came to be."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
     characters: int
     """Length of the text it learned from."""
     parameters: int
@@ -69,8 +67,6 @@ class Training(BaseModel):
 
 class FineTuning(BaseModel):
     """What the adapter learned."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     steps: int
     """Each over all lines of the text."""
@@ -93,8 +89,6 @@ class FineTuning(BaseModel):
 
 class Demonstration(BaseModel):
     """All that a demo did."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     folder: str
     """Where model and spec were written."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from .discovery import PluginInfo
 from .errors import PluginError, Problem
@@ -24,8 +24,6 @@ WORKING: tuple[Health, ...] = ("works", "works in part")
 class Diagnosis(BaseModel):
     """One plugin, tried out."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
     plugin: str
     """Its name."""
     distribution: str
@@ -40,8 +38,6 @@ class Diagnosis(BaseModel):
 
 class Diagnoses(BaseModel):
     """The plugins, the stack they run on, and what that lacks for any load at all."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     versions: dict[str, str]
     """Python and the installed libraries that matter to a load."""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from . import ordering
 from .discovery import PluginInfo, Status
@@ -49,8 +49,6 @@ _SECRET: Final = "HF_TOKEN"
 class PluginEntry(BaseModel):
     """One line of ``llmload plugins``."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
     name: str
     """Also its key in the spec, where it has a section."""
     distribution: str
@@ -70,8 +68,6 @@ class PluginEntry(BaseModel):
 class PluginList(BaseModel):
     """All plugins that are known here."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
     plugins: list[PluginEntry]
     """Active ones in plan order, then the others by name."""
     problems: list[Problem] = Field(default_factory=list)
@@ -80,8 +76,6 @@ class PluginList(BaseModel):
 
 class Environment(BaseModel):
     """Versions, machine, variables and plugins. Holds no secret."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     versions: dict[str, str]
     """Python and the installed libraries that matter to a load."""

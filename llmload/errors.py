@@ -22,7 +22,7 @@ class Problem(BaseModel):
     values. An ``error`` stops the load before any weight is read; a ``warning`` is shown.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     message: str
     """What was asked and what was found, in one sentence without a final full stop."""

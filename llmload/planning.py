@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from . import compat, keys, modeling, partitions, source, steps
 from .checkpoint import Checkpoint
 from .context import LoadContext
 from .errors import LoadFailedError, PlanError, PluginError, Problem, RequestError
 from .findings import Conflict, Decline, Note
+from .garbage import collection_paused
 from .ledger import Ledger
 from .versions import version_of
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 class Step(BaseModel):
     """One call of one plugin's hook."""
 
-    model_config = ConfigDict(use_attribute_docstrings=True)
-
     hook: str
     """``init_context``, ``load``, ``post_load`` or ``wrap_adapter``; ``check`` for a plugin that
     only looks."""
@@ -42,8 +41,6 @@ class Step(BaseModel):
 
 class Plan(BaseModel):
     """What a load of a spec will do, and what stands in the way."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     model: str
     """The spec's ``model``."""
@@ -133,6 +130,7 @@ class Rehearsal:
         return {name for name, parameter in self.base.items() if id(parameter) in frozen}
 
 
+@collection_paused()
 def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
     """Make the plan of a load.
 
@@ -195,10 +193,10 @@ def require_stack() -> None:
 
 def missing_requirements(infos: Iterable[PluginInfo]) -> Iterator[Problem]:
     """Yield what plugins declare in ``requires`` and is not installed, or not in that version."""
-    from packaging.requirements import Requirement
-
     for info in infos:
         for text in getattr(info.plugin, "requires", ()):
+            from packaging.requirements import Requirement  # no plugin of a plain load needs it
+
             requirement = Requirement(text)
             found = version_of(requirement.name)
             if found is None or not requirement.specifier.contains(found, prereleases=True):

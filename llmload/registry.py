@@ -31,6 +31,10 @@ DISABLE_AUTOLOAD_VARIABLE = "LLMLOAD_DISABLE_PLUGIN_AUTOLOAD"
 class _Manager(pluggy.PluginManager):
     """A plugin manager that can call one plugin's implementation of a hook."""
 
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        """Look at no attribute that every object has: looking at each takes a while."""
+        return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
+
     def call_one(self, plugin: object, hook: str, **kwargs: Any) -> Any:
         """Call ``hook`` of ``plugin`` through pluggy; returns its result, None included."""
         others = [

@@ -9,13 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 
 class Phase(BaseModel):
     """One step of a load, in the order in which they ran."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     name: str
     """``plan``, a hook's name, or ``audit``."""
@@ -29,8 +27,6 @@ class Phase(BaseModel):
 
 class Report(BaseModel):
     """What one load did. ``result.report.model_dump_json()`` is its JSON form."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     phases: list[Phase] = Field(default_factory=list)
     """In the order in which they ended; a failed load's report ends with the phase that failed."""

@@ -31,6 +31,9 @@ from .explain import InvalidValueError, explain, fields_of, meant, unknown_key
 from .suggest import nearest
 
 if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
+
     from .specfile import Document
 
 AUTO_CLASSES: Final = (
@@ -68,14 +71,30 @@ class Section(BaseModel):
     files and reports: let a field name an environment variable rather than hold a secret.
     """
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+    # Built when a spec has the section: most loads have few of the installed plugins'.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         schema = handler(source)
         _make_scalars_strict(handler.resolve_ref_schema(schema))
+        return schema
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        # Not with pydantic's use_attribute_docstrings: that parses the source of each class when it
+        # is defined, which every load would wait for.
+        from .docstrings import of_attributes
+
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, text in of_attributes(cls).items():
+            field = cls.model_fields.get(name)
+            described = properties.get((field and field.alias) or name)
+            if described is not None:
+                described.setdefault("description", text)
         return schema
 
 
@@ -174,7 +193,7 @@ class LoadSpec(Section):
     :raises SpecError: with every fault of the core keys at once.
     """
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", defer_build=False)
 
     model: Annotated[str, Field(min_length=1), BeforeValidator(_as_text)] = Field(
         examples=["EleutherAI/pythia-2.8b"]

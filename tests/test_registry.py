@@ -240,6 +240,11 @@ BROKEN = {
         GOOD.format(name="broken").replace("size: int = 1", "model_config = {'extra': 'allow'}"),
         'its `Section` does not forbid unknown keys: set `extra="forbid"`',
     ),
+    "section of no type": (
+        GOOD.format(name="broken").replace("size: int = 1", "size: memoryview"),
+        "its `Section` cannot be built: Unable to generate pydantic-core schema for"
+        " <class 'memoryview'>",
+    ),
 }
 
 

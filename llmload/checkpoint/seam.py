@@ -11,7 +11,7 @@ and what surrounds it in ``from_pretrained`` is private: :func:`unsuited` says w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,10 @@ _SIGNATURES = {
         "model state_dict load_config disk_offload_index"
     ),
     "core_model_loading:build_glob_alternation": "globs",
+    "core_model_loading:dot_natural_key": "s",
+    "core_model_loading:rename_source_key": (
+        "source_key weight_renamings weight_converters base_model_prefix meta_state_dict reverse"
+    ),
     "core_model_loading:spawn_materialize": (
         "thread_pool tensor device dtype sharding_op tensor_idx"
     ),
@@ -123,11 +127,8 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
         return value.shape == state[name].shape and (is_float or name not in parameters)
 
     outlines = {info.name: Outline(info) for info in checkpoint.tensors.values()}
-    if all(
-        name in state and state[name].shape == info.shape
-        for name, info in checkpoint.tensors.items()
-    ):
-        # Every key is a name of the model with its shape: there is nothing to map or convert.
+    rules = _rules(model)
+    if _leave_alone(rules, model, checkpoint, state):
         receive("", {name: outline[...] for name, outline in outlines.items()})
         info = LoadStateDictInfo(set(), set(), set(), [], {}, set())
     else:
@@ -200,8 +201,13 @@ def fill(
     views = {info.name: View(info, files, taken) for info in files.checkpoint.tensors.values()}
     with Placer(model, files, placement, proof, devices) as placer:
         receiver = Receiver(placer, model._get_dtype_plan(dtype), taken)
+        rules = _rules(model)
         try:
-            info = _convert(model, views, receiver, "cpu")
+            if _leave_alone(rules, model, files.checkpoint, placer.state):
+                info = _place_by_name(model, views, receiver, set(placer.state))
+                model._weight_conversions = [rule for rule in rules if rule.was_used()]
+            else:
+                info = _convert(model, views, receiver, "cpu")
         except AbortError as abort:
             raise abort.cause from None
         placer.finish()
@@ -246,10 +252,55 @@ def finish(
     return model
 
 
+def _rules(model: PreTrainedModel) -> list[Any]:
+    """transformers' own, new for each run: they remember what they matched."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(model, None, None)  # type: ignore[no-any-return]
+
+
+def _leave_alone(
+    rules: Iterable[Any],
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    state: Mapping[str, torch.Tensor],
+) -> bool:
+    """Whether every key of the checkpoint is a name of the model that no rule changes or converts.
+
+    Then there is no need to make a rule of each key, with a regular expression of its own, which
+    for a model loaded as it is stored takes longer than everything else.
+    """
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    prefix = model.base_model_prefix
+    return all(
+        name in state
+        and rename_source_key(name, renamings, converters, prefix, state) == (name, None)
+        for name in checkpoint.tensors
+    )
+
+
+def _place_by_name(
+    model: PreTrainedModel, views: Mapping[str, View], receive: Receive, names: set[str]
+) -> Any:
+    """What :func:`_convert` does where there is nothing to convert."""
+    from transformers.core_model_loading import dot_natural_key, set_param_for_module
+    from transformers.utils import logging
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    info = LoadStateDictInfo(names, set(), set(), [], {}, set())
+    handover = Handover(receive)
+    for name in logging.tqdm(sorted(views, key=dot_natural_key), desc="Loading weights"):
+        placed = receive(name, {name: views[name][...]})
+        set_param_for_module(model, name, placed[name], info, handover)
+    return info
+
+
 def _convert(
     model: PreTrainedModel, values: Mapping[str, Any], receive: Receive, device: str
 ) -> Any:
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
 
@@ -257,8 +308,7 @@ def _convert(
         device_map={"": device},
         dtype=None,  # nothing is cast before the placement has it
         hf_quantizer=Handover(receive),
-        # New for each run: rules remember what they matched.
-        weight_mapping=get_model_conversion_mapping(model, None, None),
+        weight_mapping=_rules(model),
     )
     info, _ = convert_and_load_state_dict_in_model(model, values, config)
     return info
