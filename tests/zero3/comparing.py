@@ -174,7 +174,13 @@ def compare(
     torch.manual_seed(1)
     mine = ours(kind, folder, config, dtype, key_map)
     torch.manual_seed(1)
-    other = theirs(kind, folder, config, key_map)
+    try:
+        other = theirs(kind, folder, config, key_map)
+    except Exception as error:
+        return {
+            "theirs": f"{type(error).__name__}: {error}"[:300],
+            "differences": unlike_the_whole(kind, folder, dtype),
+        }
     answer: dict[str, Any] = {"differences": differences(mine, other)}
     if train:
         answer["losses"] = [_losses_or_why_not(model, kind, config) for model in (mine, other)]
@@ -206,7 +212,7 @@ def architecture(kind: str, model_type: str, folder: str, **case: Any) -> dict[s
     torch.distributed.barrier()
     try:
         answer = compare(kind, folder, **case)
-        if answer["differences"]:
+        if answer["differences"] and "theirs" not in answer:
             whole = llmload.load(
                 {"model": folder, "auto_class": kind, "dtype": case["dtype"], "strict": False}
             ).model

@@ -188,3 +188,20 @@ def modules_to_save(folder: str, dtype: str) -> dict[str, Any]:
                 different.append(name)
     found = losses(model, "causal_lm", config)
     return {"copies": copies, "different": different, "losses": found}
+
+
+def resume(folder: str, adapter: str, dtype: str) -> dict[str, Any]:
+    """A saved adapter, copies of whole modules included, goes on under ZeRO-3."""
+    spec = {"model": folder, "dtype": dtype, "lora": {"adapter": adapter}}
+    config = deepspeed_config(dtype)
+    result = llmload.load(spec | {"zero3": {"config": config}})
+    whole = llmload.load(spec).model
+    different = []
+    for (name, mine), (_, other) in zip(
+        result.model.named_parameters(), whole.named_parameters(), strict=True
+    ):
+        assert mine.requires_grad == other.requires_grad, name
+        with GatheredParameters(mine) if partitions.is_partitioned(mine) else torch.no_grad():
+            if not torch.equal(mine, other):
+                different.append(name)
+    return {"different": different, "losses": losses(result.model, "causal_lm", config)}

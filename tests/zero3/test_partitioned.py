@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from zero3.farm import Job, Outcome, launch
 
+import llmload
+
 ARCHITECTURES = {
     "llama": "causal_lm",
     "gpt2": "causal_lm",  # tied, Conv1D
@@ -63,6 +65,17 @@ def _variants(tmp: Path) -> dict[str, dict[str, Any]]:
     return {name: case | {"folder": str(folders[case["folder"]])} for name, case in cases.items()}
 
 
+def saved_adapter(tmp: Path, folder: str) -> str:
+    lora = {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    made = llmload.load({"model": folder, "dtype": "bfloat16", "lora": lora}).model
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.rand(parameter.shape))
+    made.save_pretrained(tmp / "adapter")
+    return str(tmp / "adapter")
+
+
 def flat(outcomes: list[Outcome]) -> list[Any]:
     for rank in outcomes:
         assert rank.code == 0, rank.output
@@ -96,6 +109,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome
         "head": Job("zero3.finishing:value_head", adapter),
         "state": Job("zero3.finishing:state_dict", adapter | {"other": other}),
         "saved": Job("zero3.finishing:modules_to_save", adapter),
+        "resumed": Job("zero3.finishing:resume", adapter | {"adapter": saved_adapter(tmp, untied)}),
         "beyond": Job("zero3.comparing:many_unlike_the_whole", {"cases": beyond}),
         "two": Job("zero3.comparing:many", {"cases": cases}, timeout=250),
         "four": Job("zero3.comparing:many", {"cases": cases[:1]}, ranks=4, timeout=100),
@@ -178,6 +192,12 @@ def test_modules_to_save_are_copies_of_the_whole_module(
         assert {(dtype, trained) for _, dtype, trained in answer["copies"]} == {
             ("torch.bfloat16", True)
         }
+        assert answer["different"] == []
+        assert answer["losses"] == sorted(answer["losses"], reverse=True)
+
+
+def test_saved_adapter_goes_on_under_zero3(outcomes: dict[str, list[Outcome]]) -> None:
+    for answer in flat(outcomes["resumed"]):
         assert answer["different"] == []
         assert answer["losses"] == sorted(answer["losses"], reverse=True)
 

@@ -6,6 +6,7 @@ Imported lazily, by functions: this module needs torch.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -32,12 +33,27 @@ class Notices:
     def __init__(self, store: Any, rank: int, size: int, deadline: float) -> None:
         self.rank = rank
         self.size = size
-        try:
-            store = _own_client(store, deadline)
-            load = store.add(f"llmload/loads/{rank}", 1)
-        except dist.DistError as error:
-            raise LoadFailedError(store_is_gone(error)) from error
-        self.store: Any = distributed_c10d.PrefixStore(f"llmload/{load}", store)
+        self.store: Any = self._of_this_load(store, deadline)
+
+    def _of_this_load(self, store: Any, deadline: float) -> Any:
+        found: list[Any] = []
+
+        def ask() -> None:
+            try:
+                own = _own_client(store, deadline)
+                load = own.add(f"llmload/loads/{self.rank}", 1)
+                found.append(distributed_c10d.PrefixStore(f"llmload/{load}", own))
+            except dist.DistError as error:
+                found.append(error)
+
+        # Where the process that keeps it is stopped, a question to the store blocks for good.
+        asking = threading.Thread(target=ask, name="llmload-notices", daemon=True)
+        asking.start()
+        asking.join(deadline)
+        answer = found[0] if found else TimeoutError("it does not answer")
+        if isinstance(answer, Exception):
+            raise LoadFailedError(store_is_gone(answer)) from answer
+        return answer
 
     def announce(self, rank: int, reason: str) -> None:
         """Tell all that a rank has failed."""

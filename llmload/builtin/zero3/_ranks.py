@@ -62,6 +62,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         ]
 
     def __enter__(self) -> Ranks:
+        self._asked(lambda: self._store.add(f"alive/{self.rank}", 1))
         for thread in self._threads:
             thread.start()
         return self
