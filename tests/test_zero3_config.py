@@ -287,6 +287,20 @@ def test_process_without_a_launcher_is_refused(
     )
 
 
+def test_adapter_and_copies_of_two_dtypes_are_refused(tmp_path: Path) -> None:
+    folder = str(tiny.tiny_llama(tmp_path))
+    lora: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    spec = {"model": folder, "dtype": "bfloat16", "zero3": {}}
+    assert [str(problem) for problem in llmload.plan(spec | {"lora": lora}).errors] == [
+        "zero3: trainable parameters are bfloat16 and float32, and DeepSpeed keeps them in one"
+        " buffer of one dtype. Set `lora: {adapter_dtype: base}`, or cast what a plugin adds to the"
+        " model's dtype."
+    ]
+    for fine in ({"adapter_dtype": "base"}, {"modules_to_save": None}):
+        assert llmload.plan(spec | {"lora": lora | fine}).errors == []
+    assert llmload.plan(spec | {"lora": lora, "dtype": "float32"}).errors == []
+
+
 def test_mixtures_of_experts_are_gathered_as_one() -> None:
     from deepspeed.utils.z3_leaf_module import get_z3_leaf_modules
     from torch import nn

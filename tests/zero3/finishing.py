@@ -194,6 +194,12 @@ def resume(folder: str, adapter: str, dtype: str) -> dict[str, Any]:
     """A saved adapter, copies of whole modules included, goes on under ZeRO-3."""
     spec = {"model": folder, "dtype": dtype, "lora": {"adapter": adapter}}
     config = deepspeed_config(dtype)
+    refused = ""
+    try:  # the copy is in the model's dtype, as the saved adapter alone knows
+        llmload.load(spec | {"zero3": {"config": config}})
+    except llmload.AuditError as error:
+        refused = str(error)
+    spec["lora"] = {"adapter": adapter, "adapter_dtype": "base"}
     result = llmload.load(spec | {"zero3": {"config": config}})
     whole = llmload.load(spec).model
     different = []
@@ -204,4 +210,5 @@ def resume(folder: str, adapter: str, dtype: str) -> dict[str, Any]:
         with GatheredParameters(mine) if partitions.is_partitioned(mine) else torch.no_grad():
             if not torch.equal(mine, other):
                 different.append(name)
-    return {"different": different, "losses": losses(result.model, "causal_lm", config)}
+    found = losses(result.model, "causal_lm", config)
+    return {"refused": refused, "different": different, "losses": found}

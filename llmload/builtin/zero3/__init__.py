@@ -65,6 +65,7 @@ class Zero3Plugin:
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note | Decline]:
         """Resolve the DeepSpeed config, and say what each rank will read and keep."""
         from llmload.builtin.zero3 import _disk, _launch
+        from llmload.builtin.zero3._session import mixed_dtypes
 
         resolved = _resolve(ctx)
         ctx.handed_on[self.name] = resolved
@@ -77,6 +78,10 @@ class Zero3Plugin:
         if problem:
             yield problem
         yield from _disk.problems(resolved)
+        lora = ctx.sections.get("lora")
+        copies = getattr(lora, "modules_to_save", None)
+        if copies and getattr(lora, "adapter_dtype", "") == "auto" and _name(ctx) != "float32":
+            yield mixed_dtypes(("float32", _name(ctx)))
         if resolved.left:
             yield Note(text=f"`auto` is left to the training loop: {', '.join(resolved.left)}")
         reason = resolved.beyond_us()

@@ -5,7 +5,7 @@ Imported lazily, by functions: this module needs torch, transformers and deepspe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -102,6 +102,19 @@ class Session(AbstractContextManager["Session"]):
                     f" ranks is {size}",
                     fix="A plugin after `zero3` changed it; report this to its makers.",
                 )
+        trained = {str(p.dtype)[6:] for p in model.parameters() if p.requires_grad}
+        if len(trained) > 1:
+            yield mixed_dtypes(trained)
+
+
+def mixed_dtypes(found: Collection[str]) -> Problem:
+    """Return the problem that DeepSpeed's ``initialize`` would stop with, as a bare assertion."""
+    return Problem(
+        where="zero3",
+        message=f"trainable parameters are {' and '.join(sorted(found))}, and DeepSpeed keeps them"
+        " in one buffer of one dtype",
+        fix="Set `lora: {adapter_dtype: base}`, or cast what a plugin adds to the model's dtype.",
+    )
 
 
 class GlobalConfig(AbstractContextManager["GlobalConfig"]):
