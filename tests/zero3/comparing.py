@@ -51,7 +51,9 @@ def ours(
     config: dict[str, Any],
     dtype: str,
     key_map: dict[str, str] | None = None,
+    loader: str = "streaming",
 ) -> torch.nn.Module:
+    block = {"streaming"} - {loader}
     result = llmload.load(
         {
             "model": folder,
@@ -60,9 +62,10 @@ def ours(
             "key_map": key_map or {},
             "strict": False,
             "zero3": {"config": config},
-        }
+        },
+        registry=llmload.create_registry(block=block),
     )
-    assert result.report.loader == "streaming", result.report.declined
+    assert result.report.loader == loader, result.report.declined
     return result.model
 
 
@@ -168,11 +171,12 @@ def compare(
     train: bool = True,
     offload: str | None = None,
     key_map: dict[str, str] | None = None,
+    loader: str = "streaming",
 ) -> dict[str, Any]:
     """Load one folder both ways and return what differs; empty lists if nothing does."""
     config = deepspeed_config(dtype, threshold, offload)
     torch.manual_seed(1)
-    mine = ours(kind, folder, config, dtype, key_map)
+    mine = ours(kind, folder, config, dtype, key_map, loader)
     torch.manual_seed(1)
     try:
         other = theirs(kind, folder, config, key_map)

@@ -38,12 +38,14 @@ VARIANTS = {
     "widened": {"folder": "bfloat16", "dtype": "float32"},
     "half": {"dtype": "float16"},
     "a missing head": {"kind": "sequence_classification"},
+    "from_pretrained partitions": {"loader": "zero3", "train": True},
     "other keys": {"folder": "renamed", "key_map": {"^transformer": "model"}},
 }
 """Compared with transformers' own beside the architectures."""
 PERSISTS = {
     "every parameter persists": True,
     "no parameter persists": False,
+    "from_pretrained partitions": True,
     "partitions in host memory": True,  # by default all that are smaller than 100,000
 }
 
@@ -129,6 +131,7 @@ def test_partitions_buffers_and_losses_are_those_of_transformers(
         assert answers
         for answer in answers:
             assert answer.get("differences") == [], answer
+            assert "theirs" not in answer, answer
             mine, other = answer.get("losses", ([], []))
             assert mine == other
 
@@ -140,6 +143,7 @@ def test_variants_are_those_of_transformers(
     for answers in flat(outcomes["variants"]):
         answer = answers[list(VARIANTS).index(variant)]
         assert answer.get("differences") == [], answer
+        assert "theirs" not in answer, answer
         mine, other = answer.get("losses", ([], []))
         assert mine == other
         assert not isinstance(mine, str), mine
