@@ -93,6 +93,8 @@ def differences(mine: torch.nn.Module, other: torch.nn.Module) -> list[str]:
 
 
 def _parameter(mine: Any, other: Any) -> list[str]:
+    if hasattr(mine, "ds_tensor") != hasattr(other, "ds_tensor"):
+        return [f"partitioned {hasattr(mine, 'ds_tensor')} for {hasattr(other, 'ds_tensor')}"]
     facts = ("dtype", "ds_shape", "ds_numel", "ds_numel_aligned", "ds_persist", "requires_grad")
     facts += ("ds_status", "shape", "device")
     found = [
