@@ -326,3 +326,17 @@ def test_mixtures_of_experts_are_gathered_as_one() -> None:
     model = nn.ModuleList([Mixture(), Stacked(), LongcatFlashMoE(), Mine()])
     assert mark_leaf_modules(model, ("Mine",)) == ["LongcatFlashMoE", "Mine", "Mixture"]
     assert get_z3_leaf_modules(model) == [model[0], model[2], model[3]]
+
+
+def test_ranks_that_do_not_come_to_the_process_group_are_named() -> None:
+    from llmload.builtin.zero3._launch import _gather
+    from llmload.builtin.zero3._notices import Notices
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(llmload.LoadFailedError) as caught:
+        _gather(Notices(store, 1, 4, 5.0), 0.5)
+    assert str(caught.value) == (
+        "ranks 0, 2, 3 did not come to the process group within 0.5 s."
+        " See how they ended, or allow more minutes in DEEPSPEED_TIMEOUT."
+    )
