@@ -329,9 +329,10 @@ def test_mixtures_of_experts_are_gathered_as_one() -> None:
 
 
 def test_ranks_that_do_not_come_to_the_process_group_are_named() -> None:
+    from torch.distributed import TCPStore
+
     from llmload.builtin.zero3._launch import _gather
     from llmload.builtin.zero3._notices import Notices
-    from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(llmload.LoadFailedError) as caught:

@@ -65,16 +65,18 @@ def connect(deadline: float = 15.0) -> None:
 
 def _gather(notices: Notices, patience: float) -> None:
     """Wait until every rank is here, or one has announced that it will not come."""
-    notices.store.set(f"here/{notices.rank}", "")
-    missing, until = list(range(notices.size)), time.monotonic() + patience
-    while missing := [rank for rank in missing if not notices.store.check([f"here/{rank}"])]:
+    store, until = notices.store, time.monotonic() + patience
+    store.set(f"here/{notices.rank}", "")
+    store.add("here", 1)
+    while store.add("here", 0) < notices.size:
         failure = notices.failure()
         if failure is not None:
             raise LoadFailedError(failure)
         if time.monotonic() > until:
-            names = ", ".join(map(str, missing))
+            ranks = range(notices.size)
+            missing = ", ".join(str(r) for r in ranks if not store.check([f"here/{r}"]))
             raise LoadFailedError(
-                f"ranks {names} did not come to the process group within {patience:g} s",
+                f"ranks {missing} did not come to the process group within {patience:g} s",
                 fix="See how they ended, or allow more minutes in DEEPSPEED_TIMEOUT.",
             )
         time.sleep(POLL)
