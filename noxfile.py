@@ -1,7 +1,7 @@
 """Everything that is checked, each in an environment of its own.
 
-``nox`` runs what CI runs; ``zero3_architectures`` and ``benchmarks`` are run by hand with
-``nox -s``.
+``nox`` runs what CI runs; ``zero3_architectures``, ``zero3_disk``, ``kbit_architectures`` and
+``benchmarks`` are run by hand with ``nox -s``.
 """
 
 import sys
@@ -112,6 +112,13 @@ def kbit_architectures(session: nox.Session) -> None:
     session.run(
         "pytest", "-n", "2", "tests/sweep_kbit_losses.py", *session.posargs, env=environment
     )
+
+
+@nox.session(default=False)
+def zero3_disk(session: nox.Session) -> None:
+    """ZeRO-3 with partitions on a disk; needs libaio-dev, and compiles an operator first."""
+    session.install("-c", MODERN, *GROUPS["test"], ".[all]")
+    session.run("pytest", "tests/zero3/sweep_disk.py", *session.posargs)
 
 
 @nox.session(default=False)

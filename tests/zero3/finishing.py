@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -212,3 +213,40 @@ def resume(folder: str, adapter: str, dtype: str) -> dict[str, Any]:
                 different.append(name)
     found = losses(result.model, "causal_lm", config)
     return {"refused": refused, "different": different, "losses": found}
+
+
+def disk(folder: str, path: str, dtype: str) -> dict[str, Any]:
+    """Partitions large enough for DeepSpeed lie on the disk, hold the file's values, and train."""
+    config = deepspeed_config(dtype, 0, "nvme")
+    config["zero_optimization"]["offload_param"] |= {"nvme_path": path, "buffer_size": 2**22}
+    result = llmload.load({"model": folder, "dtype": dtype, "zero3": {"config": config}})
+    whole = llmload.load({"model": folder, "dtype": dtype}).model
+    away = [p for p in result.model.parameters() if partitions.held(p) is None]
+    answer = {
+        "loader": result.report.loader,
+        "away": len(away),
+        "bytes": sum(f.stat().st_size for f in Path(path).rglob("*") if f.is_file()),
+        "partitions": sum(p.ds_tensor.ds_numel * p.element_size() for p in away),
+    }
+    refused = {name: p.detach() for name, p in whole.named_parameters()}
+    try:
+        partitions.load_state_dict(result.model, refused)
+    except llmload.CheckpointError as error:
+        answer["refused"] = str(error.problems[0])
+    different = []
+    for (name, mine), (_, other) in zip(
+        result.model.named_parameters(), whole.named_parameters(), strict=True
+    ):
+        with GatheredParameters(mine):
+            if not torch.equal(mine, other):
+                different.append(name)
+    answer["different"] = different
+    answer["losses"] = losses(result.model, "causal_lm", config)
+    answer["whole"] = losses(
+        llmload.load(
+            {"model": folder, "dtype": dtype, "zero3": {"config": deepspeed_config(dtype, 0)}}
+        ).model,
+        "causal_lm",
+        deepspeed_config(dtype, 0),
+    )
+    return answer
