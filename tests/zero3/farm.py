@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -18,10 +19,15 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+if TYPE_CHECKING:
+    import pytest
 
 TESTS = Path(__file__).parent.parent
 
@@ -72,6 +78,32 @@ def launch(jobs: Sequence[Job], *, timeout: float, at_once: int = 1) -> list[lis
                 os.killpg(farm.pid, signal.SIGKILL)
         assert answer.exists(), output
         return [[Outcome(**rank) for rank in job] for job in json.loads(answer.read_text())]
+
+
+def launch_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    make: Callable[[], Mapping[Any, Job]],
+    *,
+    timeout: float,
+    at_once: int = 1,
+) -> dict[Any, list[Outcome]]:
+    """Run jobs for all tests of a module, whichever processes of pytest-xdist they are in.
+
+    :param name: of the module; the outcomes are kept under it.
+    :param make: called in the one process that runs the jobs.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    file = root / f"{name}.pickle"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            jobs = make()
+            found = launch(list(jobs.values()), timeout=timeout, at_once=at_once)
+            file.write_bytes(pickle.dumps(dict(zip(jobs, found, strict=True))))
+    outcomes: dict[Any, list[Outcome]] = pickle.loads(file.read_bytes())
+    return outcomes
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from zero3.farm import Job, Outcome, launch
+from zero3.farm import Job, Outcome, launch_once
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +31,10 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Outcome]]:
+    return launch_once(tmp_path_factory, "chat", lambda: _jobs(tmp_path_factory), timeout=200)
+
+
+def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Job]:
     tmp = tmp_path_factory.mktemp("chat")
     tokens = len(tiny.tiny_tokenizer())
     jobs = {}
@@ -44,7 +48,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Outcome
         jobs[change, training, dropout] = Job(
             "zero3.deepspeed_chat:compare", args | {"rlhf_training": training, "dropout": dropout}
         )
-    return dict(zip(jobs, launch(list(jobs.values()), timeout=200), strict=True))
+    return jobs
 
 
 @pytest.mark.parametrize(("change", "training", "dropout"), CASES)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
-from zero3.farm import Job, Outcome, launch
+from zero3.farm import Job, Outcome, launch_once
 
 DEADLINE = 6.0
 LIMIT = 30.0
@@ -39,6 +39,13 @@ def sentences(phase: str, kind: str, culprit: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Outcome]]:
+    # Most of them wait for a deadline, so many can wait at the same time.
+    return launch_once(
+        tmp_path_factory, "faults", lambda: _jobs(tmp_path_factory), timeout=280, at_once=4
+    )
+
+
+def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Job]:
     folder = str(tiny.tiny_llama(tmp_path_factory.mktemp("model")))
     jobs: dict[Any, Job] = {
         (phase, kind, culprit, ranks): Job(
@@ -67,8 +74,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Outcome
         jobs[name] = Job("zero3.faults:different", common | other)
     jobs["after"] = Job("zero3.faults:after_a_failure", {"folder": folder})
     jobs["alternating"] = Job("zero3.faults:alternating", {"folder": folder})
-    # Most of them wait for a deadline, so many can wait at the same time.
-    return dict(zip(jobs, launch(list(jobs.values()), timeout=280, at_once=4), strict=True))
+    return jobs
 
 
 @pytest.mark.parametrize(("phase", "kind", "culprit", "ranks"), MATRIX)

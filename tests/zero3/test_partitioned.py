@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from zero3.farm import Job, Outcome, launch
+from zero3.farm import Job, Outcome, launch_once
 
 import llmload
 
@@ -86,6 +86,12 @@ def flat(outcomes: list[Outcome]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
+    return launch_once(
+        tmp_path_factory, "partitioned", lambda: _jobs(tmp_path_factory), timeout=280
+    )
+
+
+def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     cases = []
     for model_type, kind in ARCHITECTURES.items():
         folder = tmp_path_factory.mktemp(model_type)
@@ -106,7 +112,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome
         architectures.build(kind, model_type).save_pretrained(folder)
         beyond.append({"kind": kind, "folder": str(folder), "dtype": "bfloat16"})
     other = str(tiny.tiny_llama(tmp, name="other", seed=5, pad=True))
-    jobs = {
+    return {
         "variants": Job("zero3.comparing:many", {"cases": list(variants.values())}, timeout=200),
         "head": Job("zero3.finishing:value_head", adapter),
         "state": Job("zero3.finishing:state_dict", adapter | {"other": other}),
@@ -120,7 +126,6 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome
         "auto": Job("zero3.finishing:lora", adapter | {"adapter_dtype": "auto"}),
         "base": Job("zero3.finishing:lora", adapter | {"adapter_dtype": "base"}),
     }
-    return dict(zip(jobs, launch(list(jobs.values()), timeout=280), strict=True))
 
 
 @pytest.mark.parametrize("ranks", ["two", "four"])
