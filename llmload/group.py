@@ -90,10 +90,11 @@ def load_group(
     """
     registry = registry or create_registry()
     start = time.perf_counter()
-    spec = registry.validate_group(source)
-    report = GroupReport(members=_reports(spec))
-    prepared = prepare_group(spec, registry, report.members, weights=True)
-    prepared.plan.raise_for_errors()
+    with registry.telling(source):
+        spec = registry.validate_group(source)
+        report = GroupReport(members=_reports(spec))
+        prepared = prepare_group(spec, registry, report.members, weights=True)
+        prepared.plan.raise_for_errors()
     loaded: dict[str, LoadResult] = {}
     try:
         with undone_on_error():

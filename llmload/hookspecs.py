@@ -384,9 +384,10 @@ def stopped(asked: Mapping[str, Any], error: BaseException) -> None:
     For plugins whose section is a key of the spec, so that one process among several can tell those
     that wait for it. From ``init_context`` on, contexts tell a plugin that the load has failed:
     those that it returned there and, up to the end of the last audit, those on ``ctx.until_end``.
-    ``llmload.plan`` never calls it.
+    ``llmload.plan`` never calls it; a group calls it once, not for each member.
 
-    :param asked: the spec as it was given; no key of it may be valid.
+    :param asked: the spec as it was given, of a group the first member's that has the section; no
+        key of it may be valid.
     :param error: what the load is about to raise.
     :returns: nothing. What it raises is dropped, so that the user sees ``error``.
 

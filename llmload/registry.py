@@ -187,7 +187,10 @@ class Registry:
 
     @contextmanager
     def telling(self, source: specfile.Source) -> Iterator[None]:
-        """Call ``stopped`` of the plugins that a spec names if its planning, the block, fails."""
+        """Call ``stopped`` of the plugins that a spec names if its planning, the block, fails.
+
+        Of a group, with the first member that names the plugin.
+        """
         try:
             yield
         except BaseException as error:
@@ -197,14 +200,17 @@ class Registry:
             raise
 
     def _tell(self, asked: Mapping[str, Any], error: BaseException) -> None:
-        manager = _Manager(GROUP)
-        manager.add_hookspecs(hookspecs)
+        members = asked.get("models")
+        specs = list(members.values()) if isinstance(members, Mapping) else [asked]
         for info in self.plugins:
-            if info.status == "active" and info.name in asked:
-                manager.register(info.plugin, name=info.name)
-        for _, plugin in manager.list_name_plugin():
+            own = next((s for s in specs if isinstance(s, Mapping) and info.name in s), None)
+            if info.status != "active" or own is None:
+                continue
+            manager = _Manager(GROUP)
+            manager.add_hookspecs(hookspecs)
+            manager.register(info.plugin, name=info.name)
             with suppress(Exception):
-                manager.call_one(plugin, "stopped", asked=asked, error=error)
+                manager.call_one(info.plugin, "stopped", asked=own, error=error)
 
     def _refuse_unusable(self, keys: Iterable[str]) -> None:
         """Raise for plugins that this load names and that cannot be had."""

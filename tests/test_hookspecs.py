@@ -173,5 +173,10 @@ def test_example_of_stopped_writes_down_why_a_load_was_refused(
         load_with_example("stopped", folder, refusals=refusals, lora={"target_modules": ["none"]})
     said = (tmp_path / "refusals.txt").read_text().splitlines()
     assert [line.split()[0] for line in said] == ["CheckpointError", "SpecError", "PlanError"]
+    (tmp_path / "refusals.txt").unlink()
+    group = {"models": {"a": {"model": str(folder)}, "b": {"model": "no", "refusals": refusals}}}
+    with pytest.raises(llmload.RequestError):
+        llmload.load_group(group, registry=llmload.create_registry([example_of("stopped")]))
+    assert (tmp_path / "refusals.txt").read_text().startswith("CheckpointError models.b.model: ")
     with pytest.raises(SpecError):  # the error of the plugin itself is not in the way
         load_with_example("stopped", folder, refusals={}, dropout={"q": 1})
