@@ -74,7 +74,9 @@ def saved_adapter(tmp: Path, folder: str) -> str:
         for parameter in made.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.rand(parameter.shape))
-    made.save_pretrained(tmp / "adapter")
+        # PEFT saves the embedding with an adapter where tokens were added, for example.
+        made.get_input_embeddings().weight[5:9] += 1
+    made.save_pretrained(tmp / "adapter", save_embedding_layers=True)
     return str(tmp / "adapter")
 
 

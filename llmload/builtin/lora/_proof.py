@@ -10,6 +10,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from llmload import partitions
 from llmload.audit import some
 from llmload.errors import Problem
 
@@ -113,13 +114,15 @@ def _start_values(
 def _saved_values(request: Request, model: PeftModel, adapter: str) -> Iterator[Problem]:
     """Hold every value against the file's, bit by bit after the cast."""
     assert request.saved is not None
-    held = _resume.allowed(model, adapter)
     saved = translate_weights(model, request.saved.read(), adapter)
-    wrong = [
-        name
-        for name, tensor in saved.items()
-        if not _equal(tensor.to(held[name].dtype), held[name].cpu())
-    ]
+    replaced = saved.keys() - _resume.required(model, adapter).keys()
+    with partitions.whole(_resume.embeddings(model) if replaced else ()):
+        held = _resume.allowed(model, adapter)
+        wrong = [
+            name
+            for name, tensor in saved.items()
+            if not _equal(tensor.to(held[name].dtype), held[name].cpu())
+        ]
     if wrong:
         yield Problem(
             where="lora.adapter",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+from llmload import partitions
 from llmload.audit import some
 from llmload.errors import CheckpointError, Problem
 
@@ -30,12 +31,21 @@ def restore(ctx: LoadContext, saved: SavedAdapter, model: PeftModel, adapter: st
     :raises CheckpointError: a key is missing or left over, or a shape differs.
     """
     outline = translate_weights(model, saved.outline(), adapter)
-    problems = [*_mismatches(saved, model, adapter, outline)]
-    if problems:
-        raise CheckpointError(problems)
-    if not ctx.rehearsing:
-        set_peft_model_state_dict(model, saved.read(), adapter_name=adapter)
-    return sorted(outline.keys() - required(model, adapter).keys())
+    replaced = sorted(outline.keys() - required(model, adapter).keys())
+    with partitions.whole(embeddings(model) if replaced else ()):
+        problems = [*_mismatches(saved, model, adapter, outline)]
+        if problems:
+            raise CheckpointError(problems)
+        if not ctx.rehearsing:
+            set_peft_model_state_dict(model, saved.read(), adapter_name=adapter)
+    return replaced
+
+
+def embeddings(model: PeftModel) -> list[torch.Tensor]:
+    """Return the base's parameters that PEFT may save with an adapter; partitioned under ZeRO-3."""
+    base = model.get_base_model()
+    modules = (base.get_input_embeddings(), base.get_output_embeddings())
+    return [p for module in modules if module is not None for p in module.parameters()]
 
 
 def required(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
