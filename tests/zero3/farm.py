@@ -113,6 +113,9 @@ def main() -> None:
         importlib.import_module(name)
     for job in jobs:
         importlib.import_module(job.call.partition(":")[0])
+    # Compiled here, if it must be: a rank that is killed meanwhile would leave a lock behind, on
+    # which every later run waits for good.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op()
     outcomes = [[asdict(outcome) for outcome in job] for job in _all(jobs, int(sys.argv[2]))]
     Path(sys.argv[1]).write_text(json.dumps(outcomes))
 
