@@ -198,7 +198,7 @@ def resume(folder: str, adapter: str, dtype: str) -> dict[str, Any]:
     refused = ""
     try:  # the copy is in the model's dtype, as the saved adapter alone knows
         llmload.load(spec | {"zero3": {"config": config}})
-    except llmload.AuditError as error:
+    except llmload.LoadFailedError as error:  # or that the other rank failed so
         refused = str(error)
     spec["lora"] = {"adapter": adapter, "adapter_dtype": "base"}
     result = llmload.load(spec | {"zero3": {"config": config}})
