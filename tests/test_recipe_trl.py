@@ -1,4 +1,4 @@
-"""examples/trl_sft.yaml and trl_sft_legacy.yaml prepare a QLoRA base as the two generations of TRL.
+"""examples/trl_sft.yaml, trl_dpo.yaml and their legacy kin prepare QLoRA as two generations of TRL.
 
 Written down here from trl f2cd57710 (after 1.9) and from 0.23.1. That TRL itself trains such a
 model as its own is in test_kbit_trl.py.
@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 import llmload
 
 MODEL = "meta-llama/Llama-3.1-8B"
+INSTRUCT = "meta-llama/Llama-3.1-8B-Instruct"
 LORA: dict[str, Any] = {
     "r": 16,
     "lora_alpha": 32,
@@ -119,6 +120,38 @@ def test_the_profiles_differ_in_what_is_float32(folder: Path) -> None:
     assert found["trl_sft_legacy"] == {
         name for name in stored(folder) if not name.endswith((*quantised, *narrow))
     }
+
+
+# --- DPO ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "restated"),
+    [("trl_dpo", as_trl_does), ("trl_dpo_legacy", as_legacy_trl_does)],
+    ids=["current", "legacy"],
+)
+def test_policy_and_reference_are_those_of_dpo(folder: Path, name: str, restated: Any) -> None:
+    """Every dropout module is off, the adapter's too; the reference is the base model."""
+    torch.manual_seed(42)
+    group = llmload.load_group(recipe(name, {INSTRUCT: folder}))
+    torch.manual_seed(42)
+    theirs = restated(folder)
+    for module in theirs.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0
+    policy, reference = group["policy"].model, group["reference"].model
+    mine, other = dict(policy.named_parameters()), dict(theirs.named_parameters())
+    assert list(mine) == list(other)
+    for key, parameter in mine.items():
+        assert same(parameter, other[key]), key
+        assert parameter.requires_grad == other[key].requires_grad, key
+    rates = [m.p for m in policy.modules() if isinstance(m, nn.Dropout)]
+    assert set(rates) <= {0.0}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert losses(policy, 2) == losses(theirs, 2)
+    # What it computes is in test_groups.py; bitsandbytes' kernel for eval on the CPU packs anew.
+    assert (reference.model, reference.adapter) == (policy, None)
+    assert list(reference.parameters()) == []
 
 
 @pytest.mark.parametrize("pad", [False, True])
