@@ -1,7 +1,7 @@
 """Everything that is checked, each in an environment of its own.
 
-``nox`` runs what CI runs; ``zero3_architectures``, ``zero3_disk``, ``kbit_architectures`` and
-``benchmarks`` are run by hand with ``nox -s``.
+``nox`` runs what CI runs; ``zero3_architectures``, ``zero3_disk``, ``two_hosts``,
+``kbit_architectures`` and ``benchmarks`` are run by hand with ``nox -s``.
 """
 
 import sys
@@ -119,6 +119,13 @@ def zero3_disk(session: nox.Session) -> None:
     """ZeRO-3 with partitions on a disk; needs libaio-dev, and compiles an operator first."""
     session.install("-c", MODERN, *GROUPS["test"], ".[all]")
     session.run("pytest", "tests/zero3/sweep_disk.py", *session.posargs)
+
+
+@nox.session(default=False)
+def two_hosts(session: nox.Session) -> None:
+    """ZeRO-3 on two hosts, each a network namespace of this machine: needs root and iproute2."""
+    session.install("-c", MODERN, *GROUPS["test"], ".[all]")
+    session.run("pytest", "tests/zero3/two_hosts.py", *session.posargs)
 
 
 @nox.session(default=False)

@@ -15,6 +15,7 @@ TOPICS = (
     "kbit",
     "groups",
     "colossalai",
+    "zero3",
 )
 """Modules of this package that have a ``TITLE`` and ``CASES``, in the order in which they run."""
 

@@ -63,6 +63,7 @@ def compare(
                 row["sides"][side]["phases"], run(side, pss=True).phases, strict=True
             ):
                 told["pss_mib"] = phase.pss_mib
+                told["pss_before_mib"] = phase.pss_before_mib
     return row
 
 

@@ -42,6 +42,8 @@ class Phase:
     """The largest rank's peak of anonymous memory, likewise."""
     pss_mib: float | None = None
     """Sum over the ranks of each one's peak proportional set size, in all."""
+    pss_before_mib: float | None = None
+    """The same sum before the first phase."""
     figures: dict[str, float] = field(default_factory=dict)
     """What the side measured itself, on rank 0."""
 
@@ -91,7 +93,7 @@ def run_ranks(
         ]
         _answers(processes, pss=False)  # all are ready
         for process in processes:
-            process.before = process.memory()
+            process.before = process.memory() | ({"Pss": process.pss()} if pss else {})
         phases: list[Phase] = []
         touched = 0.0
         while True:
@@ -166,13 +168,14 @@ class _Rank:
         found = self.memory()
         self.peak = {name: max(peak, found.get(name, 0)) for name, peak in self.peak.items()}
         if pss:
-            self.peak_pss = max(self.peak_pss, self._pss())
+            self.peak_pss = max(self.peak_pss, self.pss())
 
     def memory(self) -> dict[str, int]:
         """Return the memory lines of its status in bytes; none for a process that ended."""
         return _fields(Path(f"/proc/{self.popen.pid}/status"), _FIELDS)
 
-    def _pss(self) -> int:
+    def pss(self) -> int:
+        """Return its proportional set size in bytes; 0 for a process that ended."""
         return _fields(Path(f"/proc/{self.popen.pid}/smaps_rollup"), ("Pss",)).get("Pss", 0)
 
     def said(self) -> str:
@@ -226,6 +229,7 @@ def _phase(ranks: Sequence[_Rank], answers: Sequence[dict[str, Any]], pss: bool)
         peak_rss_mib=max(r.peak["VmHWM"] - r.before["VmRSS"] for r in ranks) / _MIB,
         peak_anon_mib=max(r.peak["RssAnon"] - r.before["RssAnon"] for r in ranks) / _MIB,
         pss_mib=sum(r.peak_pss for r in ranks) / _MIB if pss else None,
+        pss_before_mib=sum(r.before["Pss"] for r in ranks) / _MIB if pss else None,
         figures=answers[0]["figures"],
     )
 

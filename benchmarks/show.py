@@ -91,10 +91,17 @@ def _rows(row: Row, mark: str) -> Iterator[str]:
                 _range(phase["peak_rss_mib"]),
                 _range(phase["peak_anon_mib"]),
                 "" if share is None else f"{share:.3f}",
-                f"{phase['pss_mib']:.0f}" if phase.get("pss_mib") else "",
+                _pss(phase),
                 "; ".join(f"{key} {_range(value)}" for key, value in phase["figures"].items()),
             )
             yield f"| {' | '.join(cells)} |"
+
+
+def _pss(phase: Row) -> str:
+    if not phase.get("pss_mib"):
+        return ""
+    before = phase.get("pss_before_mib")
+    return f"{phase['pss_mib']:.0f}" + (f" (before: {before:.0f})" if before else "")
 
 
 def _range(summary: dict[str, Any]) -> str:

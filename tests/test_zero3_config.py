@@ -199,12 +199,21 @@ def test_plan_says_what_each_rank_will_read(
     spec = {"model": str(tiny.tiny_llama(tmp_path)), "zero3": {}}
     plan = llmload.plan(spec)
     assert plan.loader == "streaming"
-    assert "each rank reads and keeps its own part of every tensor" in notes(plan)
+    assert notes(plan)[-4:] == [
+        "each rank reads and keeps its own part of every tensor",
+        "each of 2 ranks reads 17,568 of 35,136 bytes and keeps 17,584",
+        "each of 4 ranks reads 8,784 of 35,136 bytes and keeps 8,800",
+        "each of 8 ranks reads 4,392 of 35,136 bytes and keeps 4,408",
+    ]
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert ("each of 8 ranks reads 4,392 of 35,136 bytes, its own part of every tensor") in notes(
-        llmload.plan(spec)
+    assert notes(llmload.plan(spec))[-1] == (
+        "each of 8 ranks reads 4,392 of 35,136 bytes and keeps 4,408"
+    )
+    assert (
+        "rank 0 reads and from_pretrained partitions: the plugin `streaming` is not selected"
+        in (notes(llmload.plan(spec, registry=llmload.create_registry(block={"streaming"}))))
     )
 
 

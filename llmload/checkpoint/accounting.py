@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmload.checkpoint.header import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,3 +25,7 @@ class Accounting:
     where a parameter of floating point would be filled with integers."""
     failed: Mapping[str, str]
     """Name -> why transformers could not convert its tensors."""
+    as_stored: Mapping[str, TensorInfo]
+    """Name in the model -> the tensor of the file that it is, whole and unchanged."""
+    converted: tuple[TensorInfo, ...]
+    """Tensors of the file that are merged, split or otherwise changed on the way."""

@@ -15,15 +15,22 @@ if TYPE_CHECKING:
     from llmload.checkpoint.mapped import MappedCheckpoint
     from llmload.checkpoint.placing import Placer
 
+Taken = list[tuple["TensorInfo", "torch.Tensor"]]
+"""Tensors of the file that were asked for since the last target was finished."""
+
 Receive = Callable[[str, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor]"]
 """Takes the first target's name and the finished tensors by name; returns what to set there."""
 
 
 class Outline:
-    """Stands for a tensor in the rehearsal: shape and dtype, no values."""
+    """Stands for a tensor in the rehearsal: shape and dtype, no values.
 
-    def __init__(self, info: TensorInfo) -> None:
+    :param taken: remembers that transformers asked for it.
+    """
+
+    def __init__(self, info: TensorInfo, taken: Taken) -> None:
         self._info = info
+        self._taken = taken
 
     def get_shape(self) -> list[int]:
         """As a safetensors slice has it."""
@@ -34,31 +41,36 @@ class Outline:
         return self._info.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        import torch
-
-        dtype = torch_dtype(self._info.dtype)
-        return torch.empty(self._info.shape, dtype=dtype, device="meta")[index]
-
-
-class View(Outline):
-    """A tensor that is mapped when transformers asks for it; ``taken`` remembers that it did."""
-
-    def __init__(
-        self,
-        info: TensorInfo,
-        files: MappedCheckpoint,
-        taken: list[tuple[TensorInfo, torch.Tensor]],
-    ) -> None:
-        super().__init__(info)
-        self._files = files
-        self._taken = taken
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor = self._files.tensor(self._info)
+        tensor = self._tensor()
         if index is not Ellipsis:
             tensor = tensor[index]
         self._taken.append((self._info, tensor))
         return tensor
+
+    def _tensor(self) -> torch.Tensor:
+        import torch
+
+        dtype = torch_dtype(self._info.dtype)
+        return torch.empty(self._info.shape, dtype=dtype, device="meta")
+
+
+class View(Outline):
+    """A tensor that is mapped when transformers asks for it."""
+
+    def __init__(self, info: TensorInfo, taken: Taken, files: MappedCheckpoint) -> None:
+        super().__init__(info, taken)
+        self._files = files
+
+    def _tensor(self) -> torch.Tensor:
+        return self._files.tensor(self._info)
+
+
+def as_stored(taken: Taken, values: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo] | None:
+    """Return which tensor of the file each value is; None where they were made of several."""
+    infos = {id(tensor): info for info, tensor in taken}
+    if not infos.keys() >= {id(value) for value in values.values()}:
+        return None
+    return {name: infos[id(value)] for name, value in values.items()}
 
 
 class Handover:
@@ -105,7 +117,7 @@ class Receiver:
         self,
         placer: Placer,
         plan: Mapping[str, torch.dtype],
-        taken: list[tuple[TensorInfo, torch.Tensor]],
+        taken: Taken,
     ) -> None:
         from transformers.core_model_loading import build_glob_alternation
 
@@ -124,14 +136,14 @@ class Receiver:
     def _receive(self, first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         read = self._taken.copy()
         self._taken.clear()
-        infos = {id(tensor): info for info, tensor in read}
         dtype = self._dtype(first)
-        if infos.keys() >= {id(value) for value in values.values()}:
+        infos = as_stored(read, values)
+        if infos is not None:
             return {
-                name: self._placer.place(name, dtype, value, infos[id(value)])
+                name: self._placer.place(name, dtype, value, infos[name])
                 for name, value in values.items()
             }
-        behind = list(infos.values())
+        behind = [info for info, _ in read]
         self._placer.read_for_conversion(behind)
         if not _share_storage(values.values(), (tensor for _, tensor in read)):
             self._placer.drop(behind)

@@ -6,16 +6,20 @@ the file nor any other load of it, and pages that were only read are shared by a
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import sys
+import weakref
 from contextlib import AbstractContextManager, ExitStack
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.description import Checkpoint, CheckpointFile, identity
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.folder import refuse, regular_file
+from llmload.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +29,9 @@ if TYPE_CHECKING:
 # mmap names this flag from Python 3.13 on. Without it Linux refuses a private mapping larger than
 # the machine's memory, though no page of it may ever be written.
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+_PRIVATE = mmap.MAP_PRIVATE | NO_RESERVE
+_READ_AND_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 # Reading one page maps the 16 around it if they are in the page cache, over a tensor's ends.
 _FAULT_AROUND = 16 * mmap.PAGESIZE
@@ -42,6 +49,8 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
         self.checkpoint = checkpoint
         self.bytes_read = dict.fromkeys((file.path for file in checkpoint.files), 0)
         """Bytes of tensors handed out, by file; each tensor counts as often as it was asked for."""
+        self.reads = dict.fromkeys(self.bytes_read, 0)
+        """Pieces in which they were handed out, by file."""
         self._files = {file.path: file for file in checkpoint.files}
         self._open: dict[Path, _MappedFile] = {}
         self._stack = ExitStack()
@@ -76,9 +85,30 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
         """Where in memory the tensor's first byte is mapped: proof that a tensor lies there."""
         return self._file(info.file).address + info.start
 
-    def count(self, info: TensorInfo, nbytes: int) -> None:
-        """Note that ``nbytes`` of a tensor are read."""
+    def count(self, info: TensorInfo, nbytes: int, first: int = 0) -> None:
+        """Note that ``nbytes`` of a tensor, from byte ``first`` on, are read in one piece."""
         self.bytes_read[info.file] += nbytes
+        self.reads[info.file] += nbytes > 0
+
+    def read(self, info: TensorInfo, first: int, out: torch.Tensor) -> None:
+        """Fill ``out``, contiguous and on the CPU, with a tensor's bytes from ``first`` on.
+
+        No page of the file is mapped, so none counts as this process's. Raises ``CheckpointError``
+        where the file ends before.
+        """
+        import torch
+
+        if out.numel():
+            memory = out.view(-1).view(torch.uint8).numpy().data
+            self._file(info.file).read(info.start + first, memory)
+
+    def part(self, info: TensorInfo, first: int, nbytes: int) -> torch.Tensor:
+        """Bytes of a tensor over pages that are mapped for them alone, flat, as uint8.
+
+        The pages leave the process with the last tensor over them, whatever becomes of the rest of
+        the file. Nothing is read before its values are used; the kernel is told to fetch them.
+        """
+        return self._file(info.file).part(info.start + first, nbytes)
 
     def drop(self, info: TensorInfo) -> None:
         """Take the tensor's pages out of this process; they stay in the page cache.
@@ -109,8 +139,8 @@ class _MappedFile:
         self._buffer = mmap.mmap(
             descriptor,
             file.size,
-            flags=mmap.MAP_PRIVATE | NO_RESERVE,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            flags=_PRIVATE,
+            prot=_READ_AND_WRITE,
         )
         self.address = torch.frombuffer(self._buffer, dtype=torch.uint8, count=1).data_ptr()
 
@@ -119,16 +149,52 @@ class _MappedFile:
         self._refuse_if_changed()
         return self._buffer
 
+    def read(self, start: int, into: memoryview) -> None:
+        while into:
+            count = os.preadv(self._descriptor, [into], start)
+            if not count:
+                raise self._changed()
+            start, into = start + count, into[count:]
+
+    def part(self, start: int, nbytes: int) -> torch.Tensor:
+        import torch
+
+        self._refuse_if_changed()
+        offset = start // mmap.PAGESIZE * mmap.PAGESIZE
+        length = start + nbytes - offset
+        # Not Python's mmap, each of which keeps a file descriptor: thousands of parts may live.
+        address = _libc().mmap(None, length, _READ_AND_WRITE, _PRIVATE, self._descriptor, offset)
+        if address == ctypes.c_void_p(-1).value:
+            raise OSError(ctypes.get_errno(), "a file of weights cannot be mapped")
+        memory = (ctypes.c_ubyte * length).from_address(address)
+        weakref.finalize(memory, _libc().munmap, address, length).atexit = False
+        _libc().madvise(address, length, mmap.MADV_WILLNEED)
+        return torch.frombuffer(memory, dtype=torch.uint8, offset=start - offset, count=nbytes)
+
     def _refuse_if_changed(self) -> None:
         state = os.fstat(self._descriptor)
         if (state.st_size, identity(state)) != (self._file.size, self._file.identity):
-            raise refuse(
-                self._file.path,
-                "the file changed while it was being loaded",
-                "Load again when nothing writes to the folder.",
-            )
+            raise self._changed()
+
+    def _changed(self) -> CheckpointError:
+        return refuse(
+            self._file.path,
+            "the file changed while it was being loaded",
+            "Load again when nothing writes to the folder.",
+        )
 
     def drop(self, start: int, stop: int) -> None:
         start = max(0, start - _FAULT_AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
         stop = min(stop + _FAULT_AROUND, self._file.size)
         self._buffer.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+
+@cache
+def _libc() -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    libc.mmap.restype = address
+    libc.mmap.argtypes = [address, size, number, number, number, ctypes.c_int64]
+    libc.munmap.argtypes = [address, size]
+    libc.madvise.argtypes = [address, size, number]
+    return libc

@@ -59,6 +59,7 @@ class Source:
         asked: Callable[[torch.Tensor], None],
         release: Callable[[], None],
         fill: Callable[[torch.Tensor, torch.Tensor], None],
+        own: Callable[[torch.Tensor], torch.Tensor | None],
         origin: TensorInfo | None = None,
     ) -> None:
         self.origin = origin
@@ -67,6 +68,7 @@ class Source:
         self._asked = asked
         self._release = release
         self._fill = fill
+        self._own = own
 
     @property
     def shape(self) -> torch.Size:
@@ -105,6 +107,18 @@ class Source:
         part = self._tensor if (start, stop) == (0, None) else self._tensor.reshape(-1)[start:stop]
         self._asked(part)
         self._fill(out, part)
+
+    def mapped(self, start: int, stop: int) -> torch.Tensor | None:
+        """Elements ``start`` to ``stop``, flat, over file pages that end with this tensor.
+
+        Writing to it changes neither the file nor the source. None where the value was converted:
+        it then lies in memory, not in the file.
+        """
+        part = self._tensor.reshape(-1)[start:stop]
+        owned = self._own(part)
+        if owned is not None:
+            self._asked(part)
+        return owned
 
     def release(self) -> None:
         """Say that what was asked for has been copied: the pages behind it leave the process."""

@@ -82,22 +82,35 @@ class Placer(AbstractContextManager["Placer"]):
 
         def asked(part: torch.Tensor) -> None:
             if info is not None:  # a converted value was counted when its tensors were read
-                self._files.count(info, part.nbytes)
+                self._files.count(info, part.nbytes, _first_byte(part, value))
             reading.add(part)
 
         def release() -> None:
             reading.wait()
             self.drop(behind if info is None else [info])
 
+        address = None if info is None else self._files.address(info)
+
+        def own(part: torch.Tensor) -> torch.Tensor | None:
+            nonlocal address
+            if info is None or value.shape != info.shape or info.start % part.itemsize:
+                return None
+            owned = self._files.part(info, _first_byte(part, value), part.nbytes).view(part.dtype)
+            address = owned.data_ptr()
+            return owned
+
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        source = Source(value, asked, release, lambda *copy: copies.append(copy), info)
+        source = Source(value, asked, release, lambda *copy: copies.append(copy), own, info)
         placed = self._placement.place(target, source)
         stored = placed.stored if isinstance(placed, Part) else placed
-        self._proof.count(name, stored, None if info is None else self._files.address(info))
+        self._proof.count(name, stored, address)
 
         def copy() -> None:
             for out, part in copies:
-                out.copy_(part)
+                if info is not None and _is_read_as_it_is(out, part, value, info):
+                    self._files.read(info, _first_byte(part, value), out)
+                else:
+                    out.copy_(part)
             release()
             self._proof.compare(name, stored, reading)
 
@@ -118,6 +131,23 @@ class Placer(AbstractContextManager["Placer"]):
         """Take the pages of tensors of the file out of this process."""
         for info in infos:
             self._files.drop(info)
+
+
+def _first_byte(part: torch.Tensor, value: torch.Tensor) -> int:
+    """Return where in ``value`` a part of it begins; both are contiguous."""
+    return int(part.storage_offset() - value.storage_offset()) * part.itemsize
+
+
+def _is_read_as_it_is(
+    out: torch.Tensor, part: torch.Tensor, value: torch.Tensor, info: TensorInfo
+) -> bool:
+    """Whether ``out`` takes the very bytes of the file: nothing to cast, to lay out or to slice."""
+    return (
+        out.dtype == part.dtype
+        and out.is_contiguous()
+        and part.is_contiguous()
+        and value.shape == info.shape
+    )
 
 
 def _in_this_mode(job: Callable[[], None]) -> Callable[[], None]:

@@ -94,6 +94,7 @@ class Proof(AbstractContextManager["Proof"]):
                 file.name: {
                     "tensor_bytes": held[file.path],
                     "bytes_read": files.bytes_read[file.path],
+                    "reads": files.reads[file.path],
                 }
                 for file in files.checkpoint.files
             },

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import Accounting
-from llmload.checkpoint.handover import AbortError, Handover, Outline, Receive, Receiver, View
+from llmload.checkpoint.handover import (
+    AbortError,
+    Handover,
+    Outline,
+    Receive,
+    Receiver,
+    Taken,
+    View,
+    as_stored,
+)
 from llmload.checkpoint.placement import Plain
 from llmload.checkpoint.placing import Placer
 from llmload.checkpoint.signatures import first_difference
@@ -118,15 +127,25 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found: dict[str, torch.Tensor] = {}
 
+    taken: Taken = []
+    unchanged: dict[str, TensorInfo] = {}
+    converted: list[TensorInfo] = []
+
     def receive(first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found.update(values)
+        infos = as_stored(taken, values)
+        if infos is None:
+            converted.extend(info for info, _ in taken)
+        else:
+            unchanged.update(infos)
+        taken.clear()
         return {}
 
     def fits(name: str, value: torch.Tensor) -> bool:
         is_float = value.is_floating_point() or not state[name].is_floating_point()
         return value.shape == state[name].shape and (is_float or name not in parameters)
 
-    outlines = {info.name: Outline(info) for info in checkpoint.tensors.values()}
+    outlines = {info.name: Outline(info, taken) for info in checkpoint.tensors.values()}
     rules = _rules(model)
     if _leave_alone(rules, model, checkpoint, state):
         receive("", {name: outline[...] for name, outline in outlines.items()})
@@ -150,6 +169,8 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
             if name in state and not fits(name, value)
         ),
         failed=info.conversion_errors,
+        as_stored=unchanged,
+        converted=tuple(converted),
     )
 
 
@@ -197,8 +218,8 @@ def fill(
     devices = expand_device_map(device_map, list(model.state_dict()))
     if isinstance(placement, Plain):  # another may need far less
         caching_allocator_warmup(model, devices, None)
-    taken: list[tuple[TensorInfo, torch.Tensor]] = []
-    views = {info.name: View(info, files, taken) for info in files.checkpoint.tensors.values()}
+    taken: Taken = []
+    views = {info.name: View(info, taken, files) for info in files.checkpoint.tensors.values()}
     with Placer(model, files, placement, proof, devices) as placer:
         receiver = Receiver(placer, model._get_dtype_plan(dtype), taken)
         rules = _rules(model)

@@ -170,6 +170,12 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
         unexpected=tuple(keys.unexpected),
         mismatched=tuple(sorted(mismatched)),
         failed={},
+        as_stored={
+            keys.names[info.name]: info
+            for info in checkpoint.tensors.values()
+            if keys.names.get(info.name) in state
+        },
+        converted=(),
     )
 
 

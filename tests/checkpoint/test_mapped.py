@@ -217,3 +217,58 @@ print(len(os.listdir("/proc/self/fd")) - before)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "0", result.stderr
+
+
+def test_bytes_are_read_into_memory_without_mapping_them(tmp_path: Path) -> None:
+    big = torch.arange(2**22, dtype=torch.int64)
+    save_file({"a": torch.zeros(3), "w": big}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    part = torch.empty(2**20, dtype=torch.int64)
+    before = resident_file_bytes()
+    with MappedCheckpoint(checkpoint) as files:
+        files.read(checkpoint["w"], 8 * 2**21, part)
+        assert resident_file_bytes() - before < 2**20
+    assert torch.equal(part, big[2**21 : 2**21 + 2**20])
+
+
+def test_reading_a_file_that_ends_too_early_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(100)}, path)
+    checkpoint = Checkpoint.open(tmp_path)
+    part = torch.empty(100)
+    with MappedCheckpoint(checkpoint) as files:
+        files.tensor(checkpoint["w"])
+        os.truncate(path, path.stat().st_size - 4)
+        with pytest.raises(CheckpointError, match="the file changed while it was being loaded"):
+            files.read(checkpoint["w"], 0, part)
+
+
+def test_part_keeps_its_own_pages_and_no_descriptor(tmp_path: Path) -> None:
+    big = torch.arange(2**21, dtype=torch.int64)
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(3), "w": big}, path)
+    checkpoint = Checkpoint.open(tmp_path)
+    before, opened = resident_file_bytes(), len(os.listdir("/proc/self/fd"))
+    with MappedCheckpoint(checkpoint) as files:
+        parts = [files.part(checkpoint["w"], 8 * i * 2**20, 8 * 2**20) for i in range(2)]
+    parts = [part.view(torch.int64) for part in parts]
+    assert len(os.listdir("/proc/self/fd")) == opened
+    assert torch.equal(torch.cat(parts), big)
+    assert resident_file_bytes() - before >= 16 * 2**20
+    parts[0].add_(1)  # copy on write
+    parts.pop(1)
+    assert resident_file_bytes() - before < 2**20
+    assert torch.equal(parts[0], big[: 2**20] + 1)
+    with MappedCheckpoint(checkpoint) as files:
+        assert torch.equal(files.tensor(checkpoint["w"]), big)
+
+
+def test_part_of_a_file_that_changed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(100)}, path)
+    checkpoint = Checkpoint.open(tmp_path)
+    with MappedCheckpoint(checkpoint) as files:
+        files.tensor(checkpoint["w"])
+        os.truncate(path, path.stat().st_size - 4)
+        with pytest.raises(CheckpointError, match="the file changed while it was being loaded"):
+            files.part(checkpoint["w"], 0, 8)

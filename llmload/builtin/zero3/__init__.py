@@ -13,13 +13,14 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from llmload import compat
+from llmload.builtin.streaming import StreamingLoader
 from llmload.builtin.transformers import TransformersLoader
 from llmload.builtin.zero3 import config
 from llmload.builtin.zero3.section import Zero3Section
 from llmload.errors import Problem
 from llmload.findings import Conflict, Decline, Note
 from llmload.hookspecs import hookimpl
-from llmload.partitions import Span
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from llmload.builtin.zero3._session import Session
     from llmload.builtin.zero3.config import DeepSpeedConfig
     from llmload.context import LoadContext
+
+
+_EXAMPLES = (2, 4, 8)
+"""Numbers of ranks that a plan tells of where no launcher has started any."""
 
 
 def _partitions(section: Any, other: Any) -> bool:
@@ -88,7 +93,8 @@ class Zero3Plugin:
         if reason:
             yield Note(text=f"rank 0 reads and from_pretrained partitions: {reason}")
         elif ctx.checkpoint is not None and "kbit" not in ctx.active:  # which says it itself
-            yield Note(text=_share(ctx, _launch.world_size()))
+            for text in _shares(ctx, _launch.world_size()):
+                yield Note(text=text)
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> AbstractContextManager[Session]:
@@ -139,14 +145,32 @@ def _name(ctx: LoadContext) -> str:
     return str(ctx.dtype).removeprefix("torch.")
 
 
-def _share(ctx: LoadContext, ranks: int | None) -> str:
-    """Say how much of the checkpoint each rank reads."""
+def _shares(ctx: LoadContext, ranks: int | None) -> Iterator[str]:
+    """Say how much of the checkpoint each rank reads, and what it keeps."""
+    from llmload.builtin.zero3.shares import forecast
+
     assert ctx.checkpoint is not None
+    reason = _streaming_declines(ctx)
+    if reason:
+        yield f"rank 0 reads and from_pretrained partitions: {reason}"
+        return
+    accounting = compat.seam().rehearse(ctx.blank, ctx.checkpoint)
     if ranks is None:
-        return "each rank reads and keeps its own part of every tensor"
-    read = 0
-    for info in ctx.checkpoint.tensors.values():
-        span = Span.of(info.numel, 0, ranks)
-        read += span.length * info.nbytes // max(info.numel, 1)
-    total = ctx.checkpoint.total_bytes
-    return f"each of {ranks} ranks reads {read:,} of {total:,} bytes, its own part of every tensor"
+        yield "each rank reads and keeps its own part of every tensor"
+    for number in _EXAMPLES if ranks is None else (ranks,):
+        expected = forecast(ctx, accounting, 0, number)
+        converted = ""
+        if expected.converted:
+            converted = f" ({expected.converted:,} of tensors that are converted, whole)"
+        yield (
+            f"each of {number} ranks reads {expected.read:,} of {ctx.checkpoint.total_bytes:,}"
+            f" bytes{converted} and keeps {expected.kept:,}"
+        )
+
+
+def _streaming_declines(ctx: LoadContext) -> str | None:
+    """Return why the streaming loader will not take our placement, or None."""
+    if StreamingLoader.name not in ctx.active:
+        return "the plugin `streaming` is not selected"
+    found = StreamingLoader().check(ctx)
+    return next((each.reason for each in found if isinstance(each, Decline)), None)

@@ -20,6 +20,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
 from torch import nn
 
+from llmload.builtin.zero3.shares import dtype_of, share
 from llmload.checkpoint.placement import Part
 from llmload.partitions import Span
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
     from llmload.builtin.zero3._ranks import Ranks
     from llmload.checkpoint.placement import Source, Target
+
+_WORTH_MAPPING = 2**16
+"""Bytes below which mapping a part takes longer than copying it."""
 
 
 class Partitioned:
@@ -53,8 +57,7 @@ class Partitioned:
     def place(self, target: Target, source: Source) -> torch.Tensor | Part:
         """Return a parameter without storage of its own; only its part is read.
 
-        Buffers are not partitioned. DeepSpeed gives every parameter of floating point its own one
-        dtype, modules that transformers would keep in float32 included.
+        Buffers are not partitioned.
         """
         self._ranks.look()
         device = self._init.local_device
@@ -62,14 +65,23 @@ class Partitioned:
             value = source.whole().to(device, target.dtype, copy=True)
             source.release()
             return value
-        floating = target.like.is_floating_point()
-        dtype = self._init.dtype if floating else target.dtype
-        parameter = nn.Parameter(
-            torch.empty(1, dtype=dtype, device=device).expand(source.shape), requires_grad=floating
+        ghost = torch.empty(1, dtype=dtype_of(target.like, self._init.dtype), device=device)
+        parameter: Any = nn.Parameter(
+            ghost.expand(source.shape), requires_grad=target.like.is_floating_point()
         )
-        part = self.part(parameter, source.flat)
-        source.release()
-        return part
+        self._init._convert_to_deepspeed_param(parameter)
+        init, elements = self._init, parameter.ds_numel
+        span = share(target.module, target.attribute, elements, init.rank, init.dp_world_size)
+        partition = self._mapped(parameter, source, span)
+        if partition is None:
+            partition = self._empty(parameter, span)
+            kept = partition[: span.length]
+            if kept.device.type == "cpu":
+                source.fill(kept, span.start, span.stop)
+            else:
+                kept.copy_(source.flat(span.start, span.stop))
+                source.release()
+        return self._keep(parameter, partition, span)
 
     @property
     def device(self) -> torch.device:
@@ -83,25 +95,49 @@ class Partitioned:
         """
         self._init._convert_to_deepspeed_param(parameter)
         span = Span.of(parameter.ds_numel, self._init.rank, self._init.dp_world_size)
-        partition = self._partition(parameter, span)
-        with torch.no_grad():
-            partition[: span.length].copy_(values(span.start, span.stop))
-            partition[span.length :].zero_()
-        return Part(parameter, partition[: span.length])
+        partition = self._empty(parameter, span)
+        partition[: span.length].copy_(values(span.start, span.stop))
+        return self._keep(parameter, partition, span)
 
-    def _partition(self, parameter: Any, span: Span) -> Any:
-        """Give the parameter the storage of its partition, where DeepSpeed would have it."""
-        init = self._init
-        device = init.local_device if parameter.ds_persist else init.remote_device
-        partition: Any = torch.empty(span.size, dtype=parameter.dtype, device=device)
-        if init.pin_memory and device == OffloadDeviceEnum.cpu:
+    def _mapped(self, parameter: Any, source: Source, span: Span) -> torch.Tensor | None:
+        """Return the file's own pages, mapped for this partition alone, or None.
+
+        Where nothing needs to be cast, moved or padded they cost no copy, and DeepSpeed lets go of
+        them one by one when ``initialize`` lays all partitions out anew.
+        """
+        if (
+            torch.device(self._device(parameter)).type != "cpu"
+            or self._pins(parameter)
+            or source.dtype != parameter.dtype
+            or span.length != span.size
+            or span.size * parameter.element_size() < _WORTH_MAPPING
+        ):
+            return None
+        return source.mapped(span.start, span.stop)
+
+    def _empty(self, parameter: Any, span: Span) -> torch.Tensor:
+        """Return memory for a partition where DeepSpeed would have it, its padding zero."""
+        device = self._device(parameter)
+        partition = torch.empty(span.size, dtype=parameter.dtype, device=device)
+        if self._pins(parameter):
             partition = get_accelerator().pin_memory(partition)
+        partition[span.length :].zero_()
+        return partition
+
+    def _device(self, parameter: Any) -> Any:
+        return self._init.local_device if parameter.ds_persist else self._init.remote_device
+
+    def _pins(self, parameter: Any) -> bool:
+        return bool(self._init.pin_memory) and self._device(parameter) == OffloadDeviceEnum.cpu
+
+    def _keep(self, parameter: Any, partition: Any, span: Span) -> Part:
+        """Give the parameter its partition."""
         partition.ds_numel = span.size
         partition.status = PartitionedParamStatus.AVAILABLE
         partition.final_location = None  # a disk is DeepSpeed's own affair
         parameter.ds_tensor = partition
-        parameter.ds_numel_aligned = span.size * init.dp_world_size
-        return partition
+        parameter.ds_numel_aligned = span.size * self._init.dp_world_size
+        return Part(parameter, partition[: span.length])
 
     def finish(self, model: PreTrainedModel) -> None:
         """Drop what stood for whole parameters, and give all ranks rank 0's missing weights."""

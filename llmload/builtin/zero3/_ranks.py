@@ -124,6 +124,7 @@ class Ranks(AbstractContextManager["Ranks"]):
             self._failure = "this rank failed"
         finally:
             self._stopped.set()
+            self._noticed.set()  # the guard looks at once whether there is anything left to guard
             if self._store_answers:
                 for thread in self._threads:
                     thread.join()

@@ -1,0 +1,62 @@
+"""What each rank reads and keeps of a model: one rule for the load, its plan and simulations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmload import compat
+from llmload.partitions import Span
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from llmload.checkpoint.accounting import Accounting
+    from llmload.context import LoadContext
+
+
+def share(module: nn.Module, attribute: str, elements: int, rank: int, ranks: int) -> Span:
+    """Return a rank's part of a weight: of a parameter one of ``ranks``, of a buffer all of it."""
+    if attribute in module._buffers:
+        return Span.of(elements, 0, 1)
+    return Span.of(elements, rank, ranks)
+
+
+def dtype_of(like: torch.Tensor, model: torch.dtype) -> torch.dtype:
+    """Return a partition's dtype.
+
+    DeepSpeed gives every parameter of floating point the model's, modules that transformers would
+    keep in float32 included.
+    """
+    return model if like.is_floating_point() else like.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What one rank will read and keep."""
+
+    read: int
+    """Bytes of the checkpoint. Tensors that transformers converts are read whole by every rank."""
+    converted: int
+    """Those among them."""
+    kept: int
+    """Bytes of the partitions, padding included, tied ones once, and of the buffers."""
+
+
+def forecast(ctx: LoadContext, accounting: Accounting, rank: int, ranks: int) -> Forecast:
+    """Say beforehand what a rank will read and keep, from headers and the model without storage."""
+    model = ctx.blank
+    converted = sum(info.nbytes for info in accounting.converted)
+    read = converted
+    for name, info in accounting.as_stored.items():
+        path, _, attribute = name.rpartition(".")
+        span = share(model.get_submodule(path), attribute, info.numel, rank, ranks)
+        read += span.length * info.nbytes // max(info.numel, 1)
+    tied = compat.tied_names(model)
+    kept = sum(buffer.nbytes for buffer in model.buffers())
+    for name, parameter in model.named_parameters():
+        if name not in tied:
+            size = Span.of(parameter.numel(), rank, ranks).size
+            kept += size * dtype_of(parameter, ctx.dtype).itemsize
+    return Forecast(read, converted, kept)

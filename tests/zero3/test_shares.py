@@ -1,0 +1,122 @@
+"""What the plan and the simulation say of each rank is what real loads count."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import architectures
+import pytest
+import tiny
+import torch
+from zero3.farm import Job, Outcome, launch
+
+from llmload import compat, planning
+from llmload.builtin.zero3.shares import Forecast, forecast
+from llmload.registry import create_registry
+
+RANKS = {"two": 2, "four": 4, "merged": 2}
+"""``merged`` has experts that transformers makes one parameter of."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    llama = tiny.tiny_llama(tmp_path_factory.mktemp("llama"), shards=2)
+    mixtral = tmp_path_factory.mktemp("mixtral")
+    architectures.build("causal_lm", "mixtral").save_pretrained(mixtral)
+    # Parts large enough to stay on the file's pages; those that are padded are copied.
+    wide = tiny.tiny_llama(
+        tmp_path_factory.mktemp("wide"),
+        dtype=torch.bfloat16,
+        hidden_size=256,
+        intermediate_size=513,
+        vocab_size=1025,
+    )
+    return {"two": Path(llama), "four": Path(llama), "merged": mixtral, "wide": Path(wide)}
+
+
+@pytest.fixture(scope="module")
+def outcomes(folders: dict[str, Path]) -> dict[str, list[Outcome]]:
+    jobs = [
+        Job("zero3.reading:load", {"folder": str(folders[name]), "dtype": "bfloat16"}, ranks=ranks)
+        for name, ranks in RANKS.items()
+    ]
+    case = {"kind": "causal_lm", "folder": str(folders["wide"]), "dtype": "bfloat16"}
+    jobs.append(Job("zero3.comparing:many", {"cases": [case | {"threshold": None}]}, timeout=100))
+    return dict(zip([*RANKS, "wide"], launch(jobs, timeout=200), strict=True))
+
+
+def forecasts(folder: Path, ranks: int) -> list[Forecast]:
+    registry = create_registry()
+    spec = registry.validate({"model": str(folder), "dtype": "bfloat16", "zero3": {}})
+    ctx = planning.prepare(spec, registry, weights=False).ctx
+    assert ctx.checkpoint
+    accounting = compat.seam().rehearse(ctx.blank, ctx.checkpoint)
+    return [forecast(ctx, accounting, rank, ranks) for rank in range(ranks)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RANKS)
+def test_plan_foretells_what_each_rank_reads_and_keeps(
+    outcomes: dict[str, list[Outcome]], folders: dict[str, Path], name: str
+) -> None:
+    expected = forecasts(folders[name], RANKS[name])
+    for rank, outcome in enumerate(outcomes[name]):
+        assert outcome.code == 0, outcome.output
+        counted: dict[str, Any] = outcome.result
+        assert sum(f["bytes_read"] for f in counted["files"].values()) == expected[rank].read
+        assert counted["kept"] == expected[rank].kept
+        assert f"ranks reads {expected[0].read:,} of" in counted["note"]
+    assert (expected[0].converted > 0) == (name == "merged")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two", "four"])
+def test_simulation_reads_file_by_file_what_real_ranks_read(
+    outcomes: dict[str, list[Outcome]],
+    folders: dict[str, Path],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    simulation = importlib.import_module("benchmarks.simulate")
+    (together,) = simulation.simulate(folders[name], [RANKS[name]])
+    for simulated, outcome in zip(together.ranks, outcomes[name], strict=True):
+        assert outcome.code == 0, outcome.output
+        found = {
+            file.name: (simulated.read[file], simulated.reads[file]) for file in simulated.read
+        }
+        assert found == {
+            file: (facts["bytes_read"], facts["reads"])
+            for file, facts in outcome.result["files"].items()
+        }
+        assert simulated.kept == outcome.result["partitions"]
+
+
+def test_simulation_notices_bytes_that_are_read_twice_or_not_at_all(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    simulation = importlib.import_module("benchmarks.simulate")
+    from llmload.checkpoint import Checkpoint
+
+    tensors = Checkpoint.open(folders["two"]).tensors
+    (together,) = simulation.simulate(folders["two"], [3])
+    assert together.faults(tensors.values()) == []
+    first, second = list(tensors)[:2]
+    together.pieces[first].pop()
+    together.pieces[second].append((0, 2))
+    assert together.faults(tensors.values()) == [first, second]
+
+
+@pytest.mark.slow
+def test_parts_on_the_pages_of_the_file_train_as_those_of_transformers(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    for outcome in outcomes["wide"]:
+        assert outcome.code == 0, outcome.output
+        (answer,) = outcome.result
+        assert answer["differences"] == []
+        mine, other = answer["losses"]
+        assert mine == other
