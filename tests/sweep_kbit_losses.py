@@ -24,7 +24,13 @@ from llmload.errors import LlmloadError
 STEPS = 5
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 8, "target_modules": "all-linear"}
 SECTIONS = pytest.mark.parametrize("section", [{"double_quant": True}, {"bits": 8}], ids=["4", "8"])
-TYPES = [name for name in architectures.causal_lm_types() if name not in EXCLUDED]
+OTHER_DRAWS = {
+    "diffllama": "its class draws while it is built, not as often here as by from_pretrained, so"
+    " that the adapter starts from other values",
+}
+TYPES = [
+    name for name in architectures.causal_lm_types() if name not in EXCLUDED.keys() | OTHER_DRAWS
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -54,8 +60,9 @@ def _trained_here(folder: Path, section: dict[str, Any]) -> tuple[list[str], lis
 def _trained_by_peft(
     folder: Path, section: dict[str, Any]
 ) -> tuple[list[str], list[float]] | Exception:
-    base = plain(folder, section)
+    # Before the load: what draws while a model is built is part of it.
     torch.manual_seed(5)
+    base = plain(folder, section)
     config = peft.LoraConfig(task_type="CAUSAL_LM", **copy.deepcopy(LORA))
     try:
         with warnings.catch_warnings():
