@@ -186,6 +186,30 @@ def test_what_a_placement_raises_comes_out_as_the_cause(tmp_path: Path) -> None:
     assert isinstance(caught.value.__cause__, MemoryError)
 
 
+def test_a_placement_is_not_passed_over_where_the_streaming_loader_declines(tmp_path: Path) -> None:
+    registry = llmload.create_registry(plugins=[PlacesByOptions])
+    folder = tiny_llama(tmp_path)
+    assert refusal(folder, registry) == (
+        "Watching places the weights of this load, and only the streaming loader asks it, which"
+        " declined. See in the plan why it declined, or leave out the plugin that sets the"
+        " placement."
+    )
+    PlacesByOptions.placement.replaceable = True
+    assert load(folder, registry).report.loader == "transformers"
+
+
+class PlacesByOptions:
+    """Places the weights, and sets an option that the streaming loader does not know."""
+
+    name = "places_by_options"
+    placement: Any = Watching()
+
+    @llmload.hookimpl
+    def init_context(self, ctx: llmload.LoadContext) -> None:
+        ctx.placement = self.placement
+        ctx.load_options["offload_buffers"] = True
+
+
 # --- keys -------------------------------------------------------------------------------------
 
 

@@ -38,7 +38,17 @@ class TransformersLoader:
 
     @hookimpl
     def load(self, ctx: LoadContext) -> PreTrainedModel:
-        """Load as transformers does, and account for every key."""
+        """Load as transformers does, and account for every key.
+
+        :raises CheckpointError: a plugin places the weights, which only the streaming loader asks.
+        """
+        if ctx.placement is not None and not getattr(ctx.placement, "replaceable", False):
+            raise CheckpointError(
+                f"{type(ctx.placement).__name__} places the weights of this load, and only the"
+                " streaming loader asks it, which declined",
+                fix="See in the plan why it declined, or leave out the plugin that sets the"
+                " placement.",
+            )
         return self._random(ctx) if ctx.checkpoint is None else self._pretrained(ctx)
 
     def _random(self, ctx: LoadContext) -> PreTrainedModel:

@@ -126,7 +126,12 @@ class Source:
 
 
 class Placement(Protocol):
-    """Decides where and how each weight is stored."""
+    """Decides where and how each weight is stored.
+
+    Where the streaming loader declines, no other loader asks it, so the load is refused. A
+    placement that only saves memory, or whose plugin tells ``from_pretrained`` the same through
+    ``ctx.load_options``, has an attribute ``replaceable = True`` and lets it go ahead.
+    """
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Change the model, built on the meta device, before anything is placed.

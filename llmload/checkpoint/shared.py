@@ -138,6 +138,8 @@ class Shared(Plain):
         depends on beside the name.
     """
 
+    replaceable = True
+
     def __init__(self, pool: Pool, model: str, names: Collection[str], kind: Hashable) -> None:
         self._pool = pool
         self._model = model

@@ -174,6 +174,8 @@ def keep_dtype(lazy: Any, dtype: torch.dtype) -> None:
 class LazyPlacement(Plain):
     """Fills lazy tensors with ordinary ones, in place; what the file lacks is replayed."""
 
+    replaceable = True
+
     def __init__(self, ctx: LoadContext) -> None:
         self._missing = ctx.newly_initialised
         self._dtype = ctx.dtype

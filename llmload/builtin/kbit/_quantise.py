@@ -79,6 +79,8 @@ def quantised_layers(model: nn.Module) -> Iterator[tuple[str, QuantisedLayer]]:
 class KbitPlacement:
     """Quantises each weight as it is read; the others go straight to the dtype they end up with."""
 
+    replaceable = True
+
     def __init__(self, ctx: LoadContext, section: KbitSection, config: BitsAndBytesConfig) -> None:
         self._ctx = ctx
         self._section = section

@@ -42,6 +42,8 @@ class Partitioned:
     :param done: called with the model once every parameter is partitioned.
     """
 
+    replaceable = True
+
     def __init__(
         self, config: dict[str, Any], ranks: Ranks, done: Callable[[PreTrainedModel], None]
     ) -> None:

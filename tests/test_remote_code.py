@@ -1,0 +1,105 @@
+"""``trust_remote_code``: a folder whose config and model class are its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from sameness import differences, from_pretrained
+from transformers import AutoModelForCausalLM
+
+import llmload
+
+CONFIGURATION = """
+from transformers import PretrainedConfig
+
+
+class OwnConfig(PretrainedConfig):
+    model_type = "own_remote"
+
+    def __init__(self, width=8, vocab_size=32, **kwargs):
+        self.width = width
+        self.vocab_size = vocab_size
+        super().__init__(**kwargs)
+"""
+
+MODELING = """
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from .configuration_own import OwnConfig
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+    base_model_prefix = "body"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.gamma = nn.Parameter(torch.ones(config.width))
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.register_buffer("scale", torch.full((1,), 2.0))
+        self.post_init()
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Embedding, nn.Linear)):
+            module.weight.data.normal_(0, 0.02)
+
+    def forward(self, input_ids, **kwargs):
+        hidden = self.embed(input_ids) * self.gamma * self.scale
+        return CausalLMOutput(logits=self.head(hidden))
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint whose code lies beside it; transformers copies the code to its module cache."""
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    made = tmp_path / "own"
+    made.mkdir()
+    (made / "configuration_own.py").write_text(CONFIGURATION)
+    (made / "modeling_own.py").write_text(MODELING)
+    auto_map = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnModel",
+    }
+    config = {"model_type": "own_remote", "architectures": ["OwnModel"], "auto_map": auto_map}
+    (made / "config.json").write_text(json.dumps(config))
+    weights = {
+        "embed.weight": torch.randn(32, 8),
+        "gamma": torch.randn(8),
+        "head.weight": torch.randn(32, 8),
+        "scale": torch.tensor([3.0]),
+    }
+    save_file(weights, made / "model.safetensors", metadata={"format": "pt"})
+    return made
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_trusted_folders_own_class_is_streamed_as_from_pretrained_loads_it(
+    dtype: str, folder: Path
+) -> None:
+    result = llmload.load({"model": str(folder), "trust_remote_code": True, "dtype": dtype})
+    assert type(result.model).__name__ == "OwnModel"
+    assert result.report.loader == "streaming"
+    options = {"trust_remote_code": True, "dtype": dtype}
+    assert differences(result.model, from_pretrained(AutoModelForCausalLM, folder, **options)) == []
+    assert result.report.audit[0] == "no tensor is on the meta device"
+
+
+def test_an_untrusted_folders_code_does_not_run(folder: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\n" + CONFIGURATION
+    (folder / "configuration_own.py").write_text(code)
+    with pytest.raises(llmload.CheckpointError, match="set `trust_remote_code: true` if you trust"):
+        llmload.load({"model": str(folder)})
+    assert not ran.exists()
