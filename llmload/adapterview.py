@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from . import compat
 from .errors import LoadFailedError
 from .partitions import is_partitioned
 
@@ -100,7 +100,9 @@ class AdapterView(nn.Module):
             for layer, _, active in switches:
                 layer._disable_adapters = self.adapter is None
                 if self.adapter is not None and active:
-                    layer._active_adapter = [self.adapter]
+                    # A name or a list of names, depending on layer and version of peft.
+                    one = isinstance(active, str)
+                    layer._active_adapter = self.adapter if one else [self.adapter]
             with torch.no_grad():
                 yield self.model
         finally:
@@ -111,7 +113,7 @@ class AdapterView(nn.Module):
 
 
 def _switches(module: Any) -> bool:
-    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    return isinstance(module, BaseTunerLayer | compat.auxiliary_wrapper())
 
 
 def unsuited(model: nn.Module) -> str | None:
@@ -155,8 +157,9 @@ def sizes(model: PeftModel) -> Sizes:
 
 
 def _of_adapters(model: PeftModel) -> Iterator[nn.Parameter]:
+    wrapper = compat.auxiliary_wrapper()
     for module in model.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        if isinstance(module, wrapper):
             base = {id(p) for p in module.original_module.parameters()}
         elif isinstance(module, BaseTunerLayer):
             base = {id(p) for p in module.get_base_layer().parameters()}

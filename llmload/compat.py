@@ -299,6 +299,14 @@ def frame_texts(tokenizer: PreTrainedTokenizerBase, *, bos: bool, eos: bool) -> 
     )
 
 
+def auxiliary_wrapper() -> type[Any]:
+    """Return PEFT's class around what it trains beside its layers; before 0.16 there was but one,
+    for ``modules_to_save``."""
+    from peft.utils import other
+
+    return getattr(other, "AuxiliaryTrainingWrapper", other.ModulesToSaveWrapper)  # type: ignore[no-any-return]
+
+
 class default_dtype(AbstractContextManager[None]):  # noqa: N801 - reads as a function
     """Set torch's default dtype and restore it, whatever happens."""
 
