@@ -1,7 +1,6 @@
 """Everything that is checked, each in an environment of its own.
 
-``nox`` runs what CI runs; ``zero3_architectures``, ``zero3_disk``, ``two_hosts``,
-``kbit_architectures`` and ``benchmarks`` are run by hand with ``nox -s``.
+``nox`` runs what CI runs; sessions with ``default=False`` are run by hand with ``nox -s NAME``.
 """
 
 import sys
@@ -62,7 +61,7 @@ def tests(session: nox.Session) -> None:
     _pytest(session, "modern")
 
 
-@nox.session
+@nox.session(default=False)
 def colossalai(session: nox.Session) -> None:
     """Tests on the stack that ColossalAI 0.5.0 pins: about 6 GB to install.
 
@@ -73,9 +72,9 @@ def colossalai(session: nox.Session) -> None:
     _pytest(session, "colossalai", *(f"--ignore={file}" for file in SWEEPS))
 
 
-@nox.session(venv_backend="none")
+@nox.session(default=False, venv_backend="none")
 def skips(session: nox.Session) -> None:
-    """No test is skipped on both stacks, by what the two sessions before this one wrote."""
+    """No test is skipped on both stacks, by what ``tests`` and ``colossalai`` wrote before."""
     files = [str(OUTCOMES / f"{stack}.xml") for stack in ("modern", "colossalai")]
     session.run(sys.executable, "tests/skipped_everywhere.py", *files, external=True)
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from .docstrings import of_attributes
 from .groupspec import ADAPTER_OF, LIKE, MODELS, NAME, AdapterSpec, GroupSpec
 from .spec import LoadSpec
 
@@ -39,7 +40,7 @@ def file_schema(sections: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
         "type": "object",
         "properties": {
             MODELS: {
-                "description": GroupSpec.model_fields[MODELS].description,
+                "description": of_attributes(GroupSpec)[MODELS],
                 "type": "object",
                 "propertyNames": {"pattern": f"^{NAME}$"},
                 "minProperties": 1,

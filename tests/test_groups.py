@@ -13,6 +13,7 @@ import pytest
 import torch
 from leftovers import snapshot
 from sameness import differences, from_pretrained
+from stacks import needs_bitsandbytes
 from tiny import IDS, losses, tiny_llama
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -88,8 +89,12 @@ def test_members_keep_the_order_of_the_file_whatever_needs_what(folder: Path) ->
 
 @pytest.mark.parametrize(
     "section",
-    [{}, {"lora": LORA}, {"kbit": {"bits": 4}, "lora": LORA}, {"dropout": {"p": 0.0}}],
-    ids=["plain", "adapter", "kbit", "dropout"],
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"lora": LORA}, id="adapter"),
+        pytest.param({"kbit": {"bits": 4}, "lora": LORA}, id="kbit", marks=needs_bitsandbytes),
+        pytest.param({"dropout": {"p": 0.0}}, id="dropout"),
+    ],
 )
 def test_a_member_that_is_not_trainable_is_in_eval_mode_and_requires_no_gradients(
     folder: Path, section: dict[str, Any]

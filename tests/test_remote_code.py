@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sameness import differences, from_pretrained
+from stacks import IS_MODERN
 from transformers import AutoModelForCausalLM
 
 import llmload
@@ -84,7 +85,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return made
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+says_no_dtype = pytest.mark.skipif(
+    not IS_MODERN, reason="4.51.3 leaves a config that declares no dtype as it is"
+)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("auto", marks=says_no_dtype), "bfloat16"])
 def test_a_trusted_folders_own_class_is_streamed_as_from_pretrained_loads_it(
     dtype: str, folder: Path
 ) -> None:

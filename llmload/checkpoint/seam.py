@@ -165,7 +165,7 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
         unexpected=tuple(sorted(info.unexpected_keys)),
         mismatched=tuple(
             (name, _outline(value), _outline(state[name]))
-            for name, value in found.items()
+            for name, value in sorted(found.items())
             if name in state and not fits(name, value)
         ),
         failed=info.conversion_errors,
