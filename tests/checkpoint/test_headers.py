@@ -324,9 +324,9 @@ def test_mutated_headers_are_refused_or_read_as_the_reference_reads_them(tmp_pat
             else:
                 del mutant[place]
         overwrite(path, mutant)
-        begin = time.perf_counter()
+        begin = time.process_time()
         mine = ours(path)  # anything but a CheckpointError fails the test
-        slowest = max(slowest, time.perf_counter() - begin)
+        slowest = max(slowest, time.process_time() - begin)
         if mine is not None:
             accepted += 1
             assert mine == reference(path), bytes(mutant)

@@ -69,6 +69,10 @@ def ours(
     return result.model
 
 
+PADDING = "padding is not zero"
+"""Ours is; DeepSpeed, which partitions for from_pretrained, leaves whatever the memory held."""
+
+
 def differences(mine: torch.nn.Module, other: torch.nn.Module) -> list[str]:
     """List in what the parts, attributes and buffers of two partitioned models differ."""
     found = []
@@ -115,7 +119,7 @@ def _parameter(mine: Any, other: Any) -> list[str]:
     if not torch.equal(_bytes(a[:length]), _bytes(b[:length])):
         found.append("other values in the part")
     if a[length:].any():
-        found.append("padding is not zero")
+        found.append(PADDING)
     return found
 
 
@@ -187,7 +191,13 @@ def compare(
             "theirs": f"{type(error).__name__}: {error}"[:300],
             "differences": unlike_the_whole(kind, folder, dtype),
         }
-    answer: dict[str, Any] = {"differences": differences(mine, other)}
+    answer: dict[str, Any] = {
+        "differences": [
+            fault
+            for fault in differences(mine, other)
+            if loader == "streaming" or PADDING not in fault
+        ]
+    }
     if train:
         answer["losses"] = [_losses_or_why_not(model, kind, config) for model in (mine, other)]
         # DeepSpeed marks them in `initialize`.
