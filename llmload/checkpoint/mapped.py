@@ -7,6 +7,7 @@ the file nor any other load of it, and pages that were only read are shared by a
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import sys
@@ -102,11 +103,12 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
             memory = out.view(-1).view(torch.uint8).numpy().data
             self._file(info.file).read(info.start + first, memory)
 
-    def part(self, info: TensorInfo, first: int, nbytes: int) -> torch.Tensor:
+    def part(self, info: TensorInfo, first: int, nbytes: int) -> torch.Tensor | None:
         """Bytes of a tensor over pages that are mapped for them alone, flat, as uint8.
 
         The pages leave the process with the last tensor over them, whatever becomes of the rest of
         the file. Nothing is read before its values are used; the kernel is told to fetch them.
+        None where the process may have no more mappings (Linux, ``vm.max_map_count``).
         """
         return self._file(info.file).part(info.start + first, nbytes)
 
@@ -156,7 +158,7 @@ class _MappedFile:
                 raise self._changed()
             start, into = start + count, into[count:]
 
-    def part(self, start: int, nbytes: int) -> torch.Tensor:
+    def part(self, start: int, nbytes: int) -> torch.Tensor | None:
         import torch
 
         self._refuse_if_changed()
@@ -165,6 +167,8 @@ class _MappedFile:
         # Not Python's mmap, each of which keeps a file descriptor: thousands of parts may live.
         address = _libc().mmap(None, length, _READ_AND_WRITE, _PRIVATE, self._descriptor, offset)
         if address == ctypes.c_void_p(-1).value:
+            if ctypes.get_errno() == errno.ENOMEM:
+                return None
             raise OSError(ctypes.get_errno(), "a file of weights cannot be mapped")
         memory = (ctypes.c_ubyte * length).from_address(address)
         weakref.finalize(memory, _libc().munmap, address, length).atexit = False

@@ -111,8 +111,8 @@ class Source:
     def mapped(self, start: int, stop: int) -> torch.Tensor | None:
         """Elements ``start`` to ``stop``, flat, over file pages that end with this tensor.
 
-        Writing to it changes neither the file nor the source. None where the value was converted:
-        it then lies in memory, not in the file.
+        Writing to it changes neither the file nor the source. None where the value was converted,
+        which then lies in memory, not in the file, or where the process may have no more mappings.
         """
         part = self._tensor.reshape(-1)[start:stop]
         owned = self._own(part)

@@ -95,9 +95,11 @@ class Placer(AbstractContextManager["Placer"]):
             nonlocal address
             if info is None or value.shape != info.shape or info.start % part.itemsize:
                 return None
-            owned = self._files.part(info, _first_byte(part, value), part.nbytes).view(part.dtype)
-            address = owned.data_ptr()
-            return owned
+            pages = self._files.part(info, _first_byte(part, value), part.nbytes)
+            if pages is None:
+                return None
+            address = pages.data_ptr()
+            return pages.view(part.dtype)
 
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         source = Source(value, asked, release, lambda *copy: copies.append(copy), own, info)
