@@ -58,6 +58,8 @@ class TransformersLoader:
         return model.eval()
 
     def _pretrained(self, ctx: LoadContext) -> PreTrainedModel:
+        from llmload.checkpoint.counted import CountedReads
+
         checkpoint = ctx.checkpoint
         options: dict[str, Any] = {
             "config": ctx.config,
@@ -69,12 +71,16 @@ class TransformersLoader:
             **ctx.load_options,
         }
         assert checkpoint is not None
+        counts = CountedReads(checkpoint)
         try:
             if checkpoint.as_stored and ctx.spec.weights_from is None:
                 options["use_safetensors"] = checkpoint.format == "safetensors"
-                model, info = ctx.model_class.from_pretrained(ctx.folder, **options)
+                with counts:
+                    model, info = ctx.model_class.from_pretrained(ctx.folder, **options)
             else:
                 model, info = self._from_tensors(ctx, checkpoint, options)
+                left = {*info["unexpected_keys"]}
+                counts.count_tensors(t for n, t in checkpoint.tensors.items() if n not in left)
         except RuntimeError as error:
             if "size" not in str(error) and "shape" not in str(error):
                 raise
@@ -85,6 +91,7 @@ class TransformersLoader:
                     fix="Check that config.json and weights belong together.",
                 )
             ) from error
+        ctx.record(self.name, counts.facts())
         for name in info["missing_keys"]:
             ctx.newly_initialised[name] = ctx.to_initialise.get(name, audit.MISSING)
         ctx.unexpected += sorted(info["unexpected_keys"])

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmload.checkpoint.counted import per_file
 from llmload.errors import LoadFailedError
 
 if TYPE_CHECKING:
@@ -86,18 +87,8 @@ class Proof(AbstractContextManager["Proof"]):
 
     def facts(self, files: MappedCheckpoint) -> dict[str, Any]:
         """Everything for the report, as JSON values."""
-        held = dict.fromkeys(files.bytes_read, 0)
-        for tensor in files.checkpoint.tensors.values():
-            held[tensor.file] += tensor.nbytes
         facts: dict[str, Any] = {
-            "files": {
-                file.name: {
-                    "tensor_bytes": held[file.path],
-                    "bytes_read": files.bytes_read[file.path],
-                    "reads": files.reads[file.path],
-                }
-                for file in files.checkpoint.files
-            },
+            "files": per_file(files.checkpoint, files.bytes_read, files.reads),
             "mapped": self.mapped,
             "copied": self.copied,
             "converted": self.converted,

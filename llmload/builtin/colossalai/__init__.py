@@ -136,8 +136,12 @@ class ColossalaiPlugin:
     def load(self, ctx: LoadContext) -> PreTrainedModel:
         """Build the model that a Booster will fill."""
         from llmload.builtin.colossalai import _booster
+        from llmload.checkpoint.counted import per_file
 
+        assert ctx.checkpoint is not None
         ctx.awaiting = "Booster.boost"
+        nothing = dict.fromkeys((file.path for file in ctx.checkpoint.files), 0)
+        ctx.record(self.name, {"files": per_file(ctx.checkpoint, nothing, nothing)})
         return _booster.hand_over(ctx, compat.fillable(ctx))
 
     @hookimpl
