@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
     from .spec import LoadSpec
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a load, or all loads of one group, begin and end with."""
+
+    until_end: ExitStack = field(default_factory=ExitStack)
+    """Left when the last audit is over, or with the error that ended it all."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What plugins have in common for all members, by plugin name."""
 
 
 class LoadContext:
@@ -106,9 +117,9 @@ class LoadContext:
         """JSON-able facts for the report, by plugin name."""
         self.handed_on: dict[str, Any] = {}
         """What a plugin's ``check`` found out for its own later hooks, by plugin name."""
-        self.until_end = ExitStack()
-        """Contexts that outlast those of ``init_context``: left when the audit is over, or with the
-        error that ended the load. What they raise then fails the load."""
+        self.scope = Scope()
+        """Of this load alone, or of the group that the model is a member of. What a plugin leaves
+        in ``scope.kept`` under its name, the members after this one find there."""
         self.kept_alive: list[object] = []
         self._stored = checkpoint
         self._read: set[str] = set()
@@ -116,6 +127,12 @@ class LoadContext:
         self._probed: ProbeResult | None = None
         self._pristine = copy.deepcopy(config)
         self._blank: PreTrainedModel | None = None
+
+    @property
+    def until_end(self) -> ExitStack:
+        """Contexts that outlast those of ``init_context``: left when the audit is over, in a group
+        the last member's, or with the error that ended it. What they raise then fails the load."""
+        return self.scope.until_end
 
     def section(self, kind: type[SectionT]) -> SectionT:
         """Return this load's section of the given model: what the spec says, or its defaults.
@@ -227,7 +244,7 @@ class LoadContext:
         loading.without_memory = None
         loading.awaiting = None
         loading.facts = {}
-        loading.until_end = ExitStack()
+        loading.scope = Scope()
         loading.kept_alive = []
         loading._probed = None
         return loading

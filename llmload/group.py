@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pydantic import BaseModel, ConfigDict, Field
 
 from . import specfile
+from .context import Scope
 from .groupplan import GroupPlan, PreparedGroup, prepare_group
 from .groupspec import AdapterSpec, GroupSpec, naming
 from .pipeline import LoadResult, execute, undone_on_error
@@ -97,8 +98,9 @@ def load_group(
         prepared.plan.raise_for_errors()
     loaded: dict[str, LoadResult] = {}
     try:
-        with undone_on_error():
-            found = _load_models(prepared, loaded, report, prove=prove)
+        scope, begun = Scope(), set[str]()
+        with undone_on_error(), registry.telling(source, begun), scope.until_end:
+            found = _load_models(prepared, loaded, report, scope, begun, prove=prove)
             for name, member in spec.models.items():
                 if isinstance(member, AdapterSpec):
                     with naming(name):
@@ -117,9 +119,18 @@ def _reports(spec: GroupSpec) -> dict[str, Report]:
 
 
 def _load_models(
-    prepared: PreparedGroup, loaded: dict[str, LoadResult], report: GroupReport, *, prove: bool
+    prepared: PreparedGroup,
+    loaded: dict[str, LoadResult],
+    report: GroupReport,
+    scope: Scope,
+    begun: set[str],
+    *,
+    prove: bool,
 ) -> list[Sharing]:
-    """Load the members that have a model of their own, and return what they did not cast again."""
+    """Load the members that have a model of their own, and return what they did not cast again.
+
+    :param begun: gets the plugins that take part in a member whose load has begun.
+    """
     from .checkpoint import shared
 
     found: list[Sharing] = []
@@ -132,9 +143,10 @@ def _load_models(
             placement = None
             if name in once:
                 placement = shared.Shared(pool, name, once[name], conversion(member.ctx))
+            begun.update(member.host.names)
             with naming(name):
                 loaded[name] = execute(
-                    member, report.members[name], prove=prove, placement=placement
+                    member, report.members[name], prove=prove, placement=placement, scope=scope
                 )
             for other, size in placement.found.items() if placement is not None else ():
                 found.append(Sharing(member=name, of=other, how="one cast", saved_bytes=size))

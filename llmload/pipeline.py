@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .checkpoint.placement import Placement
+    from .context import Scope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,17 +74,25 @@ def load(
 
 
 def execute(
-    prepared: Prepared, report: Report, *, prove: bool, placement: Placement | None = None
+    prepared: Prepared,
+    report: Report,
+    *,
+    prove: bool,
+    placement: Placement | None = None,
+    scope: Scope | None = None,
 ) -> LoadResult:
     """Carry out a plan without errors.
 
     :param placement: where the streaming loader stores weights, unless a plugin says otherwise.
+    :param scope: of the group that the model is a member of, which outlasts this load.
     """
     plan, host = prepared.plan, prepared.host
     ctx = prepared.ctx.for_loading()
     ctx.placement = placement
+    if scope is not None:
+        ctx.scope = scope
     ledger = Ledger()
-    with undone_on_error(), ctx.until_end:
+    with undone_on_error(), ctx.until_end if scope is None else nullcontext():
         with ExitStack() as contexts:
             for plugin in host.implementing("init_context"):
                 with report.phase("init_context", plugin):

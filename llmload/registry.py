@@ -9,7 +9,7 @@ becomes plan order.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -186,25 +186,28 @@ class Registry:
         return Host(spec, [taking_part[name] for name in order], sections)
 
     @contextmanager
-    def telling(self, source: specfile.Source) -> Iterator[None]:
-        """Call ``stopped`` of the plugins that a spec names if its planning, the block, fails.
+    def telling(self, source: specfile.Source, begun: Collection[str] = ()) -> Iterator[None]:
+        """Call ``stopped`` of the plugins that a spec names if the block fails.
 
         Of a group, with the first member that names the plugin.
+
+        :param begun: plugins that need not be told, since a load that they take part in has begun.
+            May be filled while the block runs.
         """
         try:
             yield
         except BaseException as error:
             # Whatever goes wrong here, the error itself is what the caller must see.
             with suppress(Exception):
-                self._tell(specfile.read(source).data, error)
+                self._tell(specfile.read(source).data, error, begun)
             raise
 
-    def _tell(self, asked: Mapping[str, Any], error: BaseException) -> None:
+    def _tell(self, asked: Mapping[str, Any], error: BaseException, begun: Collection[str]) -> None:
         members = asked.get("models")
         specs = list(members.values()) if isinstance(members, Mapping) else [asked]
         for info in self.plugins:
             own = next((s for s in specs if isinstance(s, Mapping) and info.name in s), None)
-            if info.status != "active" or own is None:
+            if info.status != "active" or own is None or info.name in begun:
                 continue
             manager = _Manager(GROUP)
             manager.add_hookspecs(hookspecs)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 import warnings
 from typing import Any
 
@@ -11,8 +13,10 @@ import torch
 from deepspeed.runtime.zero import GatheredParameters
 from transformers.integrations import is_deepspeed_zero3_enabled
 from zero3.comparing import deepspeed_config, losses
+from zero3.faults import fault
 
 import llmload
+from llmload.builtin.zero3._launch import connect
 from llmload.partitions import is_partitioned
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -130,4 +134,52 @@ def second_fails(folder: str) -> dict[str, Any]:
         "as before": torch.nn.functional.linear is linear
         and torch.equal(torch.get_rng_state(), random)
         and not is_deepspeed_zero3_enabled(),
+    }
+
+
+def one_fails(folder: str, first: str, kind: str, culprit: int, deadline: float) -> dict[str, Any]:
+    """Let the whole reference fail on one rank, before or after the policy is partitioned."""
+
+    class Failing:
+        name = "failing"
+
+        class Section(llmload.Section):
+            pass
+
+        @llmload.hookimpl
+        def post_load(self, ctx: Any, model: Any) -> Any:
+            if not ctx.rehearsing and int(os.environ["RANK"]) == culprit:
+                fault(kind)
+            return model
+
+    zero3 = {"config": deepspeed_config("bfloat16"), "deadline": deadline}
+    policy = {"model": folder, "zero3": zero3}
+    reference = {"model": folder, "trainable": False, "failing": {}}
+    models = {"policy": policy, "reference": reference}
+    if first == "reference":
+        models = dict(reversed(models.items()))
+    if kind == "exit":  # rank 0 too, which keeps the store that the ranks come together by
+        connect()
+        torch.distributed.barrier()
+    start = time.monotonic()
+    registry = llmload.create_registry([Failing])
+    message = ""
+    try:
+        llmload.load_group({"models": models}, registry=registry)
+    except llmload.LoadFailedError as error:
+        message = str(error)
+    return {"message": message, "seconds": time.monotonic() - start}
+
+
+def two_partitioned(folder: str) -> dict[str, Any]:
+    """Partition both members, which agree in turn, and train neither."""
+    models = {"policy": {"model": folder, "zero3": {}}, "reference": {"like": "policy"}}
+    models["reference"]["dtype"] = "float32"
+    loaded = llmload.load_group({"models": models})
+    same = llmload.load({"model": folder, "dtype": "float32"}).model
+    return {
+        "partitioned": [
+            name for name, r in loaded.items() if all(map(is_partitioned, r.model.parameters()))
+        ],
+        "as the whole": digests(loaded["reference"].model) == digests(same),
     }

@@ -22,6 +22,13 @@ CASES = {
 }
 
 
+DEADLINE = 6.0
+ALONE = list(product(("policy", "reference"), ("exception", "exit"), (0, 1)))
+"""The member that is loaded first, what goes wrong in the whole one, and on which rank."""
+PREFIX = {"policy": "", "reference": "models.policy: "}
+"""Where the others learn of it: at the end of the group, or where they agree on the policy."""
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     folder = str(tiny.tiny_llama(tmp_path_factory.mktemp("members"), dtype=torch.bfloat16))
@@ -32,6 +39,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     jobs |= {
         f"view-{dtype}": Job("zero3.grouping:view", {"folder": folder, "dtype": dtype})
         for dtype in ("float32", "bfloat16")
+    }
+    jobs["two partitioned"] = Job("zero3.grouping:two_partitioned", {"folder": folder})
+    jobs |= {
+        one: Job(
+            "zero3.grouping:one_fails",
+            {"folder": folder, "deadline": DEADLINE}
+            | dict(zip(("first", "kind", "culprit"), one, strict=True)),
+        )
+        for one in ALONE
     }
     jobs["second fails"] = Job("zero3.grouping:second_fails", {"folder": folder})
     return dict(zip(jobs, launch(list(jobs.values()), timeout=280), strict=True))
@@ -72,8 +88,44 @@ def test_where_the_second_member_fails_the_first_ones_traces_are_gone_too(
     outcomes: dict[str, list[Outcome]],
 ) -> None:
     for answer in results(outcomes["second fails"]):
-        assert answer["message"] == (
+        # Either rank's word: both fail, and each may hear of the other before it has its say.
+        assert answer["message"].endswith(
             "models.reference: plugin 'failing' (given as an object) failed in init_context:"
             " RuntimeError: no"
         )
         assert answer["as before"]
+
+
+@pytest.mark.slow
+def test_two_partitioned_members_agree_one_after_the_other(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    for answer in results(outcomes["two partitioned"]):
+        assert answer == {"partitioned": ["policy", "reference"], "as the whole": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "kind", "culprit"), ALONE)
+def test_a_rank_that_fails_alone_in_a_whole_member_stops_the_others(
+    outcomes: dict[Any, list[Outcome]], first: str, kind: str, culprit: int
+) -> None:
+    found = outcomes[first, kind, culprit]
+    survivor = found[1 - culprit]
+    own = (
+        "models.reference: plugin 'failing' (given as an object) failed in post_load:"
+        " RuntimeError: the disk is on fire"
+    )
+    if kind == "exception":
+        assert [rank.code for rank in found] == [0, 0], survivor.output
+        assert found[culprit].result["message"] == own
+        said = survivor.result["message"]
+        assert said == f"{PREFIX[first]}rank {culprit} failed: LoadFailedError: {own}"
+        assert survivor.result["seconds"] < 30
+    else:
+        assert found[culprit].code == 3
+        assert survivor.code in (0, 1), survivor.output  # 1: it was stuck, and said why
+        said = survivor.result["message"] if survivor.code == 0 else survivor.output
+        if culprit == 0:  # which keeps the store
+            assert "the process that keeps the ranks' common store" in said
+        else:
+            assert f"rank {culprit} failed: it " in said

@@ -37,7 +37,7 @@ _T = TypeVar("_T")
 
 
 class Ranks(AbstractContextManager["Ranks"]):
-    """The ranks of one load, from the point where they agree until it has ended on all of them.
+    """The ranks of one load, or of the loads of one group, until all of it has ended on all ranks.
 
     Leaving the ``with`` block is a meeting point too: either all ranks leave it well, or all raise.
 
@@ -52,6 +52,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         self._notices = Notices(store, self.rank, self.size, deadline * _SILENCE)
         self._store = self._notices.store
         self._failure: str | None = None
+        self._load = 0
         self._noticed = threading.Event()
         self._stopped = threading.Event()
         self._store_answers = True
@@ -74,11 +75,13 @@ class Ranks(AbstractContextManager["Ranks"]):
         :raises RequestError: it differs from rank 0's.
         :raises LoadFailedError: another rank's differs, or it failed, ended or hangs.
         """
+        self._load += 1
+        key = f"request/{self._load}"
         if self.rank == 0:
-            self._store.set("request", json.dumps(request))
-        while not self._asked(lambda: self._store.check(["request"])):
+            self._store.set(key, json.dumps(request))
+        while not self._asked(lambda: self._store.check([key])):
             self._wait()
-        theirs: dict[str, str] = json.loads(self._store.get("request"))
+        theirs: dict[str, str] = json.loads(self._store.get(key))
         differing = [
             f"{name} is {request.get(name, 'absent')} here and {theirs.get(name, 'absent')} there"
             for name in sorted(request.keys() | theirs.keys())
@@ -92,12 +95,13 @@ class Ranks(AbstractContextManager["Ranks"]):
         self.meet("agreed")
 
     def meet(self, point: str) -> None:
-        """Wait until every rank has come to this point.
+        """Wait until every rank has come to this point of the load that was agreed on last.
 
         :raises LoadFailedError: one of them failed, ended or hangs.
         """
-        self._asked(lambda: self._store.add(point, 1))
-        while self._asked(lambda: self._store.add(point, 0)) < self.size:
+        key = f"{point}/{self._load}"
+        self._asked(lambda: self._store.add(key, 1))
+        while self._asked(lambda: self._store.add(key, 0)) < self.size:
             self._wait()
 
     def look(self) -> None:

@@ -45,8 +45,13 @@ class Session(AbstractContextManager["Session"]):
             stack.enter_context(self._global)
             if self._config.stage == 3:
                 connect(self._section.deadline)
-                # Until the last plugin's audit: a rank that fails there stops the others too.
-                ranks = self._ctx.until_end.enter_context(Ranks(self._section.deadline))
+                # Until the last plugin's audit, in a group the last member's: a rank that fails
+                # there, in a member that is not partitioned too, stops the others.
+                kept, until_end = self._ctx.scope.kept, self._ctx.until_end
+                ranks: Ranks = kept.get("zero3") or until_end.enter_context(
+                    Ranks(self._section.deadline)
+                )
+                kept["zero3"] = ranks
                 ranks.agree(request_of(self._ctx, self._config))
                 if self._config.beyond_us() is None:
                     self._ctx.placement = Partitioned(
