@@ -23,11 +23,10 @@ def put(
     ctx: LoadContext, layout: Layout, section: Any, base: PreTrainedModel, plugin: str
 ) -> nn.Module:
     """Return ``base`` with a head on it, under ZeRO-3 partitioned like it."""
-    from ._models import head_size
-
-    dtype = ctx.dtype if section.dtype is None else getattr(torch, section.dtype)
+    name = section.dtype or layout.dtype
+    dtype = ctx.dtype if name is None else getattr(torch, name)
     with torch.device("meta") if ctx.rehearsing else nullcontext():
-        head = layout.make_head(head_size(base.config), section).to(dtype)
+        head = layout.make_head(base.config, section).to(dtype)
     if not ctx.rehearsing:
         head.to(_device(base))
     head.train(base.training)

@@ -31,10 +31,12 @@ class Layout:
     """Goes before the head's keys in the system's files, and its attribute in the model."""
     parts: tuple[str, ...]
     """The head's parameters below it."""
-    make_head: Callable[[int, Any], nn.Module]
-    """Takes the width of the transformer's output and the section; returns a new head."""
+    make_head: Callable[[Any, Any], nn.Module]
+    """Takes the transformer's config and the section; returns a new head."""
     make_model: Callable[[LoadContext, PreTrainedModel, nn.Module, Any], nn.Module]
     """Takes the load, the transformer, the head and the section; returns the model."""
+    dtype: str | None = None
+    """Dtype of the system's head, whatever the transformer's; None where it has the same."""
 
     @property
     def head_keys(self) -> dict[str, str]:
@@ -42,31 +44,41 @@ class Layout:
         return {part: f"{self.head}.{part}" for part in self.parts}
 
 
-def _linear(size: int, section: HeadSection) -> nn.Module:
+def _linear(config: Any, section: HeadSection) -> nn.Module:
     from torch import nn
 
-    return nn.Linear(size, 1)
+    from ._models import head_size
+
+    return nn.Linear(head_size(config), 1)
 
 
-def _linear_without_bias(size: int, section: HeadSection) -> nn.Module:
+def _linear_without_bias(config: Any, section: HeadSection) -> nn.Module:
     from torch import nn
 
-    return nn.Linear(size, 1, bias=False)
+    from ._models import head_size
+
+    return nn.Linear(head_size(config), 1, bias=False)
 
 
-def _coati_reward_head(size: int, section: HeadSection) -> nn.Module:
+def _coati_reward_head(config: Any, section: HeadSection) -> nn.Module:
     """Make a linear layer with weights from N(0, 1 / (size + 1)), the second the deviation."""
     from torch import nn
 
+    from ._models import head_size
+
+    size = head_size(config)
     head = nn.Linear(size, 1)
     _draw(head.weight, 1 / (size + 1))
     return head
 
 
-def _trl_head(size: int, section: Any) -> nn.Module:
-    from ._models import ValueHead
+def _trl_head(config: Any, section: Any) -> nn.Module:
+    from ._models import ValueHead, head_size
 
-    head = ValueHead(size, section.summary_dropout_prob)
+    dropout = section.summary_dropout_prob
+    if dropout is None:
+        dropout = getattr(config, "summary_dropout_prob", 0.1)
+    head = ValueHead(head_size(config), dropout)
     if section.v_head_init_strategy == "normal":
         _draw(head.summary.weight, section.v_head_initializer_range)
         head.summary.bias.data.zero_()
@@ -147,4 +159,5 @@ TRL = Layout(
     parts=("summary.weight", "summary.bias"),
     make_head=_trl_head,
     make_model=_trl,
+    dtype="float32",
 )

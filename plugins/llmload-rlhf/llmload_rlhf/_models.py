@@ -1,7 +1,7 @@
 """The models: a transformer and a head on it, with names, outputs and files of their systems.
 
 Facts from DeepSpeedExamples 45b4b715 (applications/DeepSpeed-Chat), ColossalAI 4f9953be3 and v0.3.4
-(coati) and TRL (``AutoModelForCausalLMWithValueHead``, which left it with v1.0).
+(coati) and TRL 0.11.4 (trl/models/modeling_value_head.py; the class left TRL with v1.0).
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class DeepSpeedChatModel(HeadedModel):
     """DeepSpeed-Chat's ``RewardModel``: reward model of step 2, critic and reward model of step 3.
 
     Under ``compute_fp32_loss`` the loss, not the scores, is computed in float32. Other than
-    upstream's, it leaves ``config.n_embd`` alone and refuses a batch that is no batch of pairs.
+    upstream's, it leaves ``config.n_embd`` alone, hands ``position_ids`` on to the transformer and
+    refuses a batch that is no batch of pairs. The loss is upstream's up to rounding.
 
     :param pad_id: the pad token's id, by which the end of each sequence is found.
     :param num_padding_at_beginning: pad tokens with which every sequence begins.
@@ -214,11 +215,13 @@ class DeepSpeedChatModel(HeadedModel):
         return_value_only: bool = False,
         prompt_length: int = 0,
         use_cache: bool = False,
+        **others: Any,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Return the values of all tokens, and the scores at the ends of the answers.
 
         :param prompt_length: tokens of the prompt, padding included; an answer ends at the first
             pad token after it.
+        :param others: what else the transformer takes, such as ``head_mask``.
         :returns: (rows, length) with ``return_value_only``; otherwise ``values``, the same, and
             ``chosen_end_scores``, (rows,).
         :raises ValueError: scores are asked for, and ``prompt_length`` is not above 1.
@@ -230,6 +233,7 @@ class DeepSpeedChatModel(HeadedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **others,
         )
         if return_value_only:
             return values
@@ -285,8 +289,9 @@ class ValueHead(nn.Module):
         self.summary = nn.Linear(size, 1)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return (..., 1), in the head's dtype."""
-        return self.summary(self.dropout(hidden))  # type: ignore[no-any-return]
+        """Return (..., 1), in the head's dtype; what is dropped is dropped before the cast."""
+        dropped = self.dropout(hidden)
+        return self.summary(dropped.to(next(self.summary.parameters()).dtype))  # type: ignore[no-any-return]
 
 
 class TrlModel(HeadedModel):
@@ -310,7 +315,7 @@ class TrlModel(HeadedModel):
             past_key_values=past_key_values,
             **(others | {"output_hidden_states": True}),
         )
-        value = self.scores(outputs.hidden_states[-1])
+        value = self.v_head(outputs.hidden_states[-1]).squeeze(-1)
         found = (outputs.logits.float(), outputs.loss, value)
         return (*found, outputs.past_key_values) if return_past_key_values else found
 

@@ -17,7 +17,7 @@ class HeadSection(Section):
     trainable: bool = True
     """Whether the head requires gradients. LoRA freezes it unless it is in ``modules_to_save``."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Dtype of the head's parameters; null for the model's."""
+    """Dtype of the head's parameters; null for the model's, and for TRL's head float32."""
 
 
 class ScoreSection(HeadSection):
@@ -50,8 +50,9 @@ class ValueHeadSection(HeadSection):
 
     layout: Literal["trl"] = "trl"
     """Whose model it is: TRL's ``AutoModelForCausalLMWithValueHead``."""
-    summary_dropout_prob: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
-    """Dropout before the head."""
+    summary_dropout_prob: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Dropout before the head; null for the config's ``summary_dropout_prob``, without which it is
+    0.1. TRL asks the config first."""
     v_head_init_strategy: Literal["normal"] | None = None
     """``normal``: weights from N(0, ``v_head_initializer_range``), bias zero; null: torch's own."""
     v_head_initializer_range: Annotated[float, Field(gt=0.0)] = 0.2

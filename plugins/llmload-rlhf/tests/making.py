@@ -46,8 +46,9 @@ def saved(
     tiny_checkpoint(folder, model_type, pad=True, dtype=dtype)
     model = tiny_model(model_type, seed=9, dtype=dtype)
     torch.manual_seed(1)
-    theirs = SYSTEMS[layout](model if layout == "trl" else systems.base_of(model)).to(dtype)
-    theirs.eval()
+    theirs = SYSTEMS[layout](model if layout == "trl" else systems.base_of(model)).eval()
+    if layout != "trl":  # whose head stays float32
+        theirs.to(dtype)
     if layout == "trl":
         tensors = {name: value.clone() for name, value in theirs.file().items()}
         if model.config.tie_word_embeddings:

@@ -1,7 +1,7 @@
 """The seed systems told anew, slowly and row by row, from what is known of their code.
 
 DeepSpeedExamples 45b4b715 (dschat/utils/model/reward_model.py), ColossalAI 4f9953be3 (coati/models)
-and TRL (models/modeling_value_head.py). Nothing here is ours: plain torch and transformers.
+and TRL 0.11.4 (models/modeling_value_head.py). Nothing here is ours: plain torch and transformers.
 """
 
 from __future__ import annotations
@@ -93,12 +93,13 @@ class TrlValueHead(nn.Module):
         super().__init__()
         self.pretrained_model = model
         self.v_head = nn.Module()
+        self.v_head.dropout = nn.Dropout(getattr(model.config, "summary_dropout_prob", 0.1))
         self.v_head.summary = nn.Linear(width(model.config), 1)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         outputs = self.pretrained_model(ids, attention_mask=mask, output_hidden_states=True)
-        values = self.v_head.summary(outputs.hidden_states[-1]).squeeze(-1)
-        return outputs.logits.float(), values
+        dropped = self.v_head.dropout(outputs.hidden_states[-1])
+        return outputs.logits.float(), self.v_head.summary(dropped.float()).squeeze(-1)
 
     def file(self) -> dict[str, torch.Tensor]:
         state = dict(self.pretrained_model.state_dict())

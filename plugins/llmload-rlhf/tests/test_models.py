@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from making import CASES, IDS, MASK, PAD, load, saved
-from tiny import tiny_checkpoint
+from tiny import edit_config, tiny_checkpoint
 from transformers import AutoModelForSequenceClassification
 
 CHAT = ("reward_head", "deepspeed_chat")
@@ -110,6 +110,31 @@ def test_trls_model_gives_logits_loss_and_values(tmp_path: Path) -> None:
     assert torch.equal(made, expected)
 
 
+@pytest.mark.parametrize("asked", [None, 0.0, 0.25])
+@pytest.mark.parametrize("configured", [None, 0.5])
+def test_trls_head_is_float32_and_drops_what_the_config_says(
+    configured: float | None, asked: float | None, tmp_path: Path
+) -> None:
+    folder, theirs = saved(tmp_path, "trl", dtype=torch.bfloat16)
+    if configured is not None:
+        edit_config(folder, summary_dropout_prob=configured)
+    keys = {} if asked is None else {"head_summary_dropout_prob": asked}
+    model = load(folder, ("value_head", "trl"), **keys).model
+    assert {p.dtype for p in model.v_head.parameters()} == {torch.float32}
+    assert model.pretrained_model.dtype == torch.bfloat16
+    p = asked if asked is not None else configured if configured is not None else 0.1
+    theirs.v_head.dropout.p = p
+    assert getattr(model.v_head.dropout, "p", 0.0) == p
+    model.v_head.train()
+    theirs.v_head.train()
+    values = []
+    for one in (lambda: model(IDS, attention_mask=MASK)[2], lambda: theirs(IDS, MASK)[1]):
+        torch.manual_seed(3)
+        values.append(one())
+    assert values[0].dtype == torch.float32
+    assert torch.equal(*values)
+
+
 def test_a_classifiers_score_is_transformers_own(tmp_path: Path) -> None:
     folder = tiny_checkpoint(
         tmp_path, "llama", auto_class="sequence_classification", num_labels=1, pad=True
@@ -154,7 +179,7 @@ def test_a_new_head_has_its_systems_size_and_spread(
     plugin = {p.name: p for p in (CriticHeadPlugin, RewardHeadPlugin, ValueHeadPlugin)}[case[0]]
     layout, section = plugin.layouts[case[1]], plugin.Section(layout=case[1], **keys)
     torch.manual_seed(0)
-    head = layout.make_head(size, section)
+    head = layout.make_head(config, section)
     weight = head.get_parameter(layout.parts[0])
     assert weight.shape == (1, size)
     assert weight.std().item() == pytest.approx(deviation(size), rel=0.1)
