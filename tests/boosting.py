@@ -1,6 +1,6 @@
-"""One load, boosted on every rank and held against an ordinary one.
+"""Loads, each boosted on every rank and held against an ordinary one.
 
-Run by ``torchrun`` from :mod:`test_colossalai_booster`; prints one JSON object a rank.
+Run by ``torchrun`` from :mod:`test_colossalai_booster`; prints one JSON object a rank and job.
 """
 
 from __future__ import annotations
@@ -27,10 +27,18 @@ LEARNING_RATE = 0.1
 ON_GPU = torch.cuda.is_available()
 
 
-def main(
+def main(jobs: list[dict[str, Any]]) -> None:
+    colossalai.launch_from_torch(backend="nccl" if ON_GPU else "gloo", seed=1, verbose=False)
+    for number, job in enumerate(jobs):
+        answer = {"rank": dist.get_rank(), "job": number, **boosted_and_compared(**job)}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def boosted_and_compared(
     spec: dict[str, Any], plugin: str, options: dict[str, Any], materialize: bool, step: bool
 ) -> dict[str, Any]:
-    colossalai.launch_from_torch(backend="nccl" if ON_GPU else "gloo", seed=1, verbose=False)
     torch.manual_seed(0)
     section = {"materialize": materialize, "plugin": plugin, "tp_size": options.get("tp_size", 1)}
     model = llmload.load({**spec, "colossalai": section}).model
@@ -41,11 +49,7 @@ def main(
     optimiser = torch.optim.SGD(trainable(model), lr=LEARNING_RATE) if step else None
     boosted, optimiser, *_ = booster.boost(model, optimiser)
     held = boosted.unwrap(False) if plugin == "HybridParallelPlugin" else boosted.unwrap()
-    found = {
-        "rank": dist.get_rank(),
-        "lazy": was_lazy,
-        "tensors": len(tensors(held)),
-    }
+    found: dict[str, Any] = {"lazy": was_lazy, "tensors": len(tensors(held))}
     if ON_GPU:  # where it may be cut up, so that only what is saved can be compared
         found["different when saved"] = different_when_saved(booster, boosted, eager)
         eager.cuda()
@@ -64,8 +68,6 @@ def main(
         found["losses"] = [loss.item(), expected.item()]
         if not ON_GPU:
             found["different after a step"] = different(held, eager)
-    dist.barrier()
-    dist.destroy_process_group()
     return found
 
 
@@ -104,4 +106,4 @@ def _different(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(main(**json.loads(sys.argv[1]))) + "\n")
+    main(json.loads(sys.argv[1]))

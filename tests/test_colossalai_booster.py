@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from once import once
 from tiny import save_checkpoint, tiny_llama, tiny_model
 from torch import nn
 
@@ -30,31 +31,34 @@ LORA = {"r": 2, "target_modules": "all-linear"}
 LAZY = {"colossalai": {"materialize": False}}
 
 
-def boost(
+def job(
     folder: Path,
     *,
-    ranks: int = 1,
     step: bool = True,
     dtype: str = "float32",
     plugin: str = "HybridParallelPlugin",
     options: dict[str, Any] | None = None,
     materialize: bool = False,
     **keys: Any,
-) -> list[dict[str, Any]]:
-    """Boost on so many ranks; returns what each found, in the order of ranks."""
+) -> dict[str, Any]:
+    """What to load, how to boost it, and whether to train it a step."""
     if plugin == "HybridParallelPlugin":
         # Any other precision has the Booster cast everything, buffers too.
         options = {"tp_size": 1, "pp_size": 1, "precision": "fp32", **(options or {})}
-    job = {
+    return {
         "spec": {"model": str(folder), "dtype": dtype, **keys},
         "plugin": plugin,
         "options": options or {},
         "materialize": materialize,
         "step": step,
     }
+
+
+def boost(jobs: list[dict[str, Any]], *, ranks: int) -> list[list[dict[str, Any]]]:
+    """Do jobs one after another on so many ranks; returns what each rank found, by job."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     run = subprocess.run(
-        [*torchrun, f"--nproc-per-node={ranks}", "boosting.py", json.dumps(job)],
+        [*torchrun, f"--nproc-per-node={ranks}", "boosting.py", json.dumps(jobs)],
         cwd=Path(__file__).parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -64,20 +68,48 @@ def boost(
     )
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith('{"rank"')]
-    assert len(lines) == ranks, run.stdout
-    return sorted(lines, key=lambda line: int(line["rank"]))
+    assert len(lines) == ranks * len(jobs), run.stdout
+    lines.sort(key=lambda line: (line["job"], line["rank"]))
+    return [lines[start : start + ranks] for start in range(0, len(lines), ranks)]
 
 
 # --- boosted on CPU with gloo -------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def boosted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list[Any]]:
+    """What each rank found, by job and number of ranks."""
+    return once(tmp_path_factory, "boosted", lambda: _boosted(tmp_path_factory.mktemp("models")))
+
+
+def _boosted(tmp: Path) -> dict[tuple[str, int], list[Any]]:
+    untied, tied = (tiny_llama(tmp, name=str(tied), tied=tied, shards=2) for tied in (False, True))
+    stages = {"pp_size": 2, "num_microbatches": 2}
+    jobs = {
+        ("untied", 1): job(untied),
+        ("tied", 1): job(tied),
+        ("lora", 1): job(untied, lora=LORA),
+        ("cast", 1): job(untied, dtype="bfloat16", step=False),
+        ("untied", 2): job(untied),
+        ("tied", 2): job(tied),
+        # Its step needs an accelerator: stages talk over a group that colossalai takes for NCCL's.
+        ("stages", 2): job(untied, step=False, options=stages),
+        ("ddp", 2): job(untied, plugin="TorchDDPPlugin", materialize=True),
+    }
+    found = {}
+    for ranks in (1, 2):
+        names = [name for name in jobs if name[1] == ranks]
+        found |= zip(names, boost([jobs[name] for name in names], ranks=ranks), strict=True)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["untied", "tied"])
 def test_a_lazy_model_is_boosted_to_the_checkpoint_and_takes_the_eager_models_step(
-    tmp_path: Path, ranks: int, tied: bool
+    boosted: dict[tuple[str, int], list[Any]], name: str, ranks: int
 ) -> None:
-    for found in boost(tiny_llama(tmp_path, tied=tied, shards=2), ranks=ranks):
+    for found in boosted[name, ranks]:
         assert found["lazy"] > 0
         assert found["different"] == []
         assert found["losses"][0] == found["losses"][1]
@@ -85,33 +117,40 @@ def test_a_lazy_model_is_boosted_to_the_checkpoint_and_takes_the_eager_models_st
 
 
 @pytest.mark.slow
-def test_lora_on_a_lazy_model_is_boosted_and_takes_the_eager_models_step(tmp_path: Path) -> None:
-    (found,) = boost(tiny_llama(tmp_path), lora=LORA)
+def test_lora_on_a_lazy_model_is_boosted_and_takes_the_eager_models_step(
+    boosted: dict[tuple[str, int], list[Any]],
+) -> None:
+    (found,) = boosted["lora", 1]
+    assert found["lazy"] > 0
     assert found["different"] == []
     assert found["losses"][0] == found["losses"][1]
     assert found["different after a step"] == []
 
 
 @pytest.mark.slow
-def test_a_cast_holds_whatever_the_default_dtype_when_the_model_is_boosted(tmp_path: Path) -> None:
-    (found,) = boost(tiny_llama(tmp_path), dtype="bfloat16", step=False)
+def test_a_cast_holds_whatever_the_default_dtype_when_the_model_is_boosted(
+    boosted: dict[tuple[str, int], list[Any]],
+) -> None:
+    (found,) = boosted["cast", 1]
+    assert found["lazy"] > 0
     assert found["different"] == []
 
 
 @pytest.mark.slow
-def test_each_stage_of_a_pipeline_gets_its_weights(tmp_path: Path) -> None:
-    # Its step needs an accelerator: stages talk over a group that colossalai takes for NCCL's.
-    options = {"pp_size": 2, "num_microbatches": 2}
-    first, second = boost(tiny_llama(tmp_path), ranks=2, step=False, options=options)
+def test_each_stage_of_a_pipeline_gets_its_weights(
+    boosted: dict[tuple[str, int], list[Any]],
+) -> None:
+    first, second = boosted["stages", 2]
     assert first["different"] == second["different"] == []
     assert 0 < first["tensors"] < first["lazy"]
     assert 0 < second["tensors"] < second["lazy"]
 
 
 @pytest.mark.slow
-def test_pytorch_ddp_takes_a_model_that_was_filled_while_loading(tmp_path: Path) -> None:
-    folder = tiny_llama(tmp_path)
-    for found in boost(folder, ranks=2, plugin="TorchDDPPlugin", materialize=True):
+def test_pytorch_ddp_takes_a_model_that_was_filled_while_loading(
+    boosted: dict[tuple[str, int], list[Any]],
+) -> None:
+    for found in boosted["ddp", 2]:
         assert found["lazy"] == 0
         assert found["different"] == found["different after a step"] == []
         assert found["losses"][0] == found["losses"][1]
@@ -132,13 +171,14 @@ def test_booster_plugins_hold_the_checkpoint_on_a_gpu(
     tmp_path: Path, plugin: str, options: dict[str, Any], materialize: bool
 ) -> None:
     folder = tiny_llama(tmp_path, dtype=torch.bfloat16)
-    (found,) = boost(
+    asked = job(
         folder,
         dtype="bfloat16",
         plugin=plugin,
         options=options | ({"precision": "bf16"} if plugin == "HybridParallelPlugin" else {}),
         materialize=materialize,
     )
+    ((found,),) = boost([asked], ranks=1)
     assert found["different when saved"] == []
     assert found["losses"][0] == pytest.approx(found["losses"][1], rel=0.02)
 
@@ -147,7 +187,8 @@ def test_booster_plugins_hold_the_checkpoint_on_a_gpu(
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("options", [{"tp_size": 2}, {"pp_size": 2, "num_microbatches": 2}])
 def test_a_lazy_model_is_cut_over_two_gpus(tmp_path: Path, options: dict[str, int]) -> None:
-    found = boost(tiny_llama(tmp_path), ranks=2, step="tp_size" in options, options=options)
+    asked = job(tiny_llama(tmp_path), step="tp_size" in options, options=options)
+    (found,) = boost([asked], ranks=2)
     assert all(rank["different when saved"] == [] for rank in found)
     if "tp_size" in options:
         losses = found[0]["losses"]

@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import json
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -23,8 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock
 
 if TYPE_CHECKING:
     import pytest
@@ -93,17 +90,14 @@ def launch_once(
     :param name: of the module; the outcomes are kept under it.
     :param make: called in the one process that runs the jobs.
     """
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent
-    file = root / f"{name}.pickle"
-    with FileLock(f"{file}.lock"):
-        if not file.exists():
-            jobs = make()
-            found = launch(list(jobs.values()), timeout=timeout, at_once=at_once)
-            file.write_bytes(pickle.dumps(dict(zip(jobs, found, strict=True))))
-    outcomes: dict[Any, list[Outcome]] = pickle.loads(file.read_bytes())
-    return outcomes
+    from once import once  # not where this module is the script
+
+    def run() -> dict[Any, list[Outcome]]:
+        jobs = make()
+        found = launch(list(jobs.values()), timeout=timeout, at_once=at_once)
+        return dict(zip(jobs, found, strict=True))
+
+    return once(tmp_path_factory, name, run)
 
 
 def main() -> None:
