@@ -7,12 +7,13 @@ from pathlib import Path
 import architectures
 import pytest
 from quantised import load, plain, unlike
-from stacks import needs_bitsandbytes
+from stacks import NO_BITSANDBYTES
 from tiny import save_checkpoint
 
 import llmload
 
-pytestmark = needs_bitsandbytes
+if NO_BITSANDBYTES:  # the module, not each type: some are of that transformers alone
+    pytest.skip(NO_BITSANDBYTES, allow_module_level=True)
 
 VARIANTS = ({"double_quant": True}, {"bits": 8})
 
