@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Container
 from contextlib import AbstractContextManager, ExitStack
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -89,15 +90,30 @@ def meta_contexts(
 
 
 def build_on_meta(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    stored: Container[str] = (),
 ) -> PreTrainedModel:
-    """Build a model as ``from_pretrained`` does before it reads, from a copy of ``config``."""
+    """Build a model as ``from_pretrained`` does before it reads, from a copy of ``config``.
+
+    4.51.3 freezes fixed positions (Marian's, which are never saved) when it initialises them, and
+    since 5.0 the constructor does: so they are frozen here, unless they are among the ``stored``
+    names of the checkpoint.
+    """
     if major("transformers") >= 5 and seam().unsuited() is None:
         return seam().build(model_class, config, dtype)
     with ExitStack() as stack:
         for context in meta_contexts(model_class, dtype):
             stack.enter_context(context)
-        return model_class(copy.deepcopy(config))
+        model = model_class(copy.deepcopy(config))
+    if major("transformers") < 5:
+        unsaved = set(model_class._keys_to_ignore_on_save or ())
+        for path, module in model.named_modules():
+            name = f"{path}.weight"
+            if hasattr(module, "_init_weight") and name in unsaved and name not in stored:
+                module.weight.requires_grad_(False)
+    return model
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:

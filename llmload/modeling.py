@@ -139,8 +139,9 @@ def blank_model(ctx: LoadContext) -> PreTrainedModel:
     :raises CheckpointError: the class refuses the config, for example an attention implementation
         it does not have.
     """
+    stored = () if ctx.checkpoint is None else ctx.checkpoint.names
     try:
-        return compat.build_on_meta(ctx.model_class, ctx.config, ctx.dtype)
+        return compat.build_on_meta(ctx.model_class, ctx.config, ctx.dtype, stored)
     except Exception as error:
         raise CheckpointError(
             Problem(

@@ -167,19 +167,6 @@ def train_one_step(saved: Saved) -> tuple[set[str], set[str]]:
     )
 
 
-def test_a_parameter_that_its_class_freezes_stays_frozen(tmp_path: Path) -> None:
-    built = architectures.build("seq2seq_lm", "marian")
-    frozen = [name for name, p in built.named_parameters() if not p.requires_grad]
-    assert frozen == [
-        "model.encoder.embed_positions.weight",
-        "model.decoder.embed_positions.weight",
-    ]
-    built.save_pretrained(tmp_path)
-    result = llmload.load({"model": str(tmp_path), "auto_class": "seq2seq_lm"})
-    assert result.plan.frozen == frozen
-    assert [n for n, p in result.model.named_parameters() if not p.requires_grad] == frozen
-
-
 def test_every_type_is_built_or_excluded_with_a_reason() -> None:
     mapped = {
         "causal_lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

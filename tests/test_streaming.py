@@ -369,6 +369,19 @@ def test_modules_that_stay_in_float32_do(tmp_path: Path) -> None:
     assert facts(result)["mapped"] > 0
 
 
+def test_a_parameter_that_its_class_freezes_stays_frozen(tmp_path: Path) -> None:
+    built = architectures.build("seq2seq_lm", "marian")
+    frozen = [name for name, p in built.named_parameters() if not p.requires_grad]
+    assert frozen == [
+        "model.encoder.embed_positions.weight",
+        "model.decoder.embed_positions.weight",
+    ]
+    built.save_pretrained(tmp_path)
+    result = llmload.load({"model": str(tmp_path), "auto_class": "seq2seq_lm"})
+    assert result.plan.frozen == frozen
+    assert [n for n, p in result.model.named_parameters() if not p.requires_grad] == frozen
+
+
 def test_the_model_is_in_eval_mode_under_its_own_name_with_its_generation_config(
     tmp_path: Path,
 ) -> None:
