@@ -359,14 +359,6 @@ def test_what_these_layers_do_not_have_is_refused(
     assert refusal(llama, {**LORA, **lora}, coati={}) == message
 
 
-def test_pissa_is_refused_where_no_rank_has_a_whole_weight(llama: Path) -> None:
-    keys: dict[str, Any] = {"coati": {}, "zero3": {"config": {"zero_optimization": {"stage": 3}}}}
-    assert refusal(llama, {**LORA, "init_lora_weights": "pissa_niter_4"}, **keys) == (
-        "lora.init_lora_weights: PiSSA decomposes whole weights, and under ZeRO-3 each rank holds a"
-        " part. Use `init_lora_weights: true`."
-    )
-
-
 def test_the_section_alone_makes_no_adapter(llama: Path) -> None:
     plan = llmload.plan({"model": str(llama), "coati": {}})
     assert [str(problem) for problem in plan.errors] == [

@@ -201,18 +201,52 @@ def resume(folder: str, adapter: str, dtype: str) -> dict[str, Any]:
     except llmload.LoadFailedError as error:  # or that the other rank failed so
         refused = str(error)
     spec["lora"] = {"adapter": adapter, "adapter_dtype": "base"}
-    result = llmload.load(spec | {"zero3": {"config": config}})
-    whole = llmload.load(spec).model
+    model = llmload.load(spec | {"zero3": {"config": config}}).model
+    different = unlike(model, llmload.load(spec).model)
+    found = losses(model, "causal_lm", config)
+    return {"refused": refused, "different": different, "losses": found}
+
+
+def unlike(split: Any, whole: Any) -> list[str]:
+    """List the parameters, some of them partitioned, that differ from those of a whole model."""
     different = []
     for (name, mine), (_, other) in zip(
-        result.model.named_parameters(), whole.named_parameters(), strict=True
+        split.named_parameters(), whole.named_parameters(), strict=True
     ):
         assert mine.requires_grad == other.requires_grad, name
         with GatheredParameters(mine) if partitions.is_partitioned(mine) else torch.no_grad():
             if not torch.equal(mine, other):
                 different.append(name)
-    found = losses(result.model, "causal_lm", config)
-    return {"refused": refused, "different": different, "losses": found}
+    return different
+
+
+def starts(folder: str, dtype: str) -> dict[str, list[list[str]]]:
+    """Adapters that start from the base's weights find them whole, and leave parts of what is left.
+
+    :returns: by initialisation, the parameters unlike those of the whole model, and the parameters
+        of its base that the initialisation changed.
+    """
+    answer = {}
+    for start, keys in (
+        ("pissa", {}),
+        ("pissa_niter_4", {}),
+        ("olora", {}),
+        ("pissa_niter_4", {"coati": {}}),
+    ):
+        lora = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": start}
+        lora["adapter_dtype"] = "base"
+        spec = {"model": folder, "dtype": dtype, "lora": lora, **keys}
+        torch.manual_seed(3)
+        split = llmload.load(spec | {"zero3": {"config": deepspeed_config(dtype, 0)}}).model
+        torch.manual_seed(3)
+        whole = llmload.load(spec).model
+        different = unlike(split, whole)
+        stored = llmload.load({"model": folder, "dtype": dtype}).model
+        base = whole.unload().named_parameters()
+        pairs = zip(base, stored.parameters(), strict=True)
+        changed = [name for (name, left), before in pairs if not torch.equal(left, before)]
+        answer[" ".join((start, *keys))] = [different, changed]
+    return answer
 
 
 def disk(folder: str, path: str, dtype: str) -> dict[str, Any]:

@@ -120,6 +120,7 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         "state": Job("zero3.finishing:state_dict", adapter | {"other": other}),
         "saved": Job("zero3.finishing:modules_to_save", adapter),
         "resumed": Job("zero3.finishing:resume", adapter | {"adapter": saved_adapter(tmp, untied)}),
+        "starts": Job("zero3.finishing:starts", {"folder": untied, "dtype": "float32"}),
         "beyond": Job("zero3.comparing:many_unlike_the_whole", {"cases": beyond}),
         "two": Job("zero3.comparing:many", {"cases": cases}, timeout=250),
         "four": Job("zero3.comparing:many", {"cases": cases[:1]}, ranks=4, timeout=100),
@@ -212,6 +213,16 @@ def test_saved_adapter_goes_on_under_zero3(outcomes: dict[str, list[Outcome]]) -
         assert "zero3: trainable parameters are bfloat16 and float32" in answer["refused"]
         assert answer["different"] == []
         assert answer["losses"] == sorted(answer["losses"], reverse=True)
+
+
+def test_adapters_that_start_from_the_weights_find_them_whole(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    adapted = ("self_attn.q_proj", "mlp.down_proj")
+    changed = [f"model.layers.{n}.{module}.weight" for n in (0, 1) for module in adapted]
+    for answer in flat(outcomes["starts"]):
+        assert answer.keys() == {"pissa", "pissa_niter_4", "olora", "pissa_niter_4 coati"}
+        assert all(found == [[], changed] for found in answer.values()), answer
 
 
 def test_architectures_that_transformers_cannot_partition_equal_the_whole_model(

@@ -83,7 +83,6 @@ class CoatiPlugin:
         except RequestError:  # the plugin `lora` says it
             return
         yield from _beyond(request)
-        yield from _partitioned(ctx, request)
         yield Note(text="ColossalChat's layers: float32 factors lora_A and lora_B in every layer")
         if ctx.section(CoatiSection).faults:
             dropped = ", and pretrained biases are dropped" if _bias(request) == "none" else ""
@@ -101,20 +100,6 @@ class CoatiPlugin:
 
         faults = ctx.section(CoatiSection).faults
         return layer_for(target, adapter_name, config, faults=faults)
-
-
-def _partitioned(ctx: LoadContext, request: Request) -> Iterator[Problem]:
-    if "zero3" not in ctx.active or request.initialisation is True:
-        return
-    from llmload.builtin.zero3.config import stage_of
-    from llmload.builtin.zero3.section import Zero3Section
-
-    if stage_of(ctx.section(Zero3Section)) == 3:
-        yield Problem(
-            where="lora.init_lora_weights",
-            message="PiSSA decomposes whole weights, and under ZeRO-3 each rank holds a part",
-            fix="Use `init_lora_weights: true`.",
-        )
 
 
 def _bias(request: Request) -> Any:

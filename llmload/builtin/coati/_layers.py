@@ -14,6 +14,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
+from llmload import partitions
+
 _FAULTY_ALPHA: Final = 32
 """ColossalChat hands on only rank and initialisation to a linear layer; this is its default."""
 
@@ -156,7 +158,8 @@ class CoatiLinear(CoatiLayer):
 
     def _start(self, adapter: str, how: bool | str) -> None:
         if isinstance(how, str) and not self.weight.is_meta:
-            self._take_from_base(adapter)
+            with partitions.whole([self.weight]):
+                self._take_from_base(adapter)
             return
         nn.init.kaiming_uniform_(self.lora_A[adapter], a=math.sqrt(5))
         nn.init.zeros_(self.lora_B[adapter])
