@@ -27,6 +27,7 @@ needs_kernel_handover = pytest.mark.skipif(
     not hasattr(torch.library, "get_kernel"), reason="torch before 2.9 hands over no kernel"
 )
 
+OPENS_PICKLES = hasattr(torch, "accelerator")
 needs_safe_pickles = pytest.mark.skipif(
-    not hasattr(torch, "accelerator"), reason="torch 2.5 opens no pickle safely"
+    not OPENS_PICKLES, reason="torch 2.5 opens no pickle safely"
 )

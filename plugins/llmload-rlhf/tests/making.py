@@ -7,7 +7,8 @@ from typing import Any
 
 import systems
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from stacks import OPENS_PICKLES
 from tiny import tiny_checkpoint, tiny_model
 from torch import nn
 
@@ -55,9 +56,27 @@ def saved(
             del tensors["lm_head.weight"]  # safetensors holds it once
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     else:
-        (folder / "model.safetensors").unlink()
-        torch.save(theirs.state_dict(), folder / "pytorch_model.bin")
+        write(folder, theirs.state_dict())
     return folder, theirs
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """Write a folder's only weights: a pickle, or what it has to be converted to on torch 2.5."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    if OPENS_PICKLES:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        (folder / "pytorch_model.bin").unlink(missing_ok=True)
+        copies = {name: value.clone() for name, value in tensors.items()}
+        save_file(copies, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """Read them back."""
+    if (folder / "model.safetensors").exists():
+        return load_file(folder / "model.safetensors")
+    return torch.load(folder / "pytorch_model.bin", weights_only=True)
 
 
 def load(folder: Path, case: tuple[str, str], **keys: Any) -> llmload.LoadResult:
@@ -71,6 +90,11 @@ def load(folder: Path, case: tuple[str, str], **keys: Any) -> llmload.LoadResult
         section: {"layout": layout, **mine},
     }
     return llmload.load(spec | keys)
+
+
+def alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Hold outputs of equal weights to each other: sums differ by where in memory weights lie."""
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=1e-3)
 
 
 def refusal(*args: Any, error: type[Exception] = llmload.RequestError, **keys: Any) -> str:

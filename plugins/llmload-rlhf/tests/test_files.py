@@ -8,18 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from making import CASES, load, refusal, saved
-from safetensors.torch import load_file, save_file
+from making import CASES, load, read, refusal, saved, write
+from safetensors.torch import save_file
+from stacks import needs_safe_pickles
 from tiny import tiny_checkpoint
 from transformers import AutoModelForSequenceClassification
 
 MODEL_TYPES = ["llama", "gpt2", "opt"]
-
-
-def read(folder: Path) -> dict[str, torch.Tensor]:
-    if (folder / "model.safetensors").exists():
-        return load_file(folder / "model.safetensors")
-    return torch.load(folder / "pytorch_model.bin", weights_only=True)
 
 
 def rewrite(folder: Path, change: Any) -> Path:
@@ -28,9 +23,8 @@ def rewrite(folder: Path, change: Any) -> Path:
     change(tensors)
     if (folder / "model.safetensors").exists():
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    else:
-        torch.save(tensors, folder / "pytorch_model.bin")
-    return folder
+        return folder
+    return write(folder, tensors)
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -55,6 +49,8 @@ def test_a_round_trip_through_the_systems_files_changes_no_bit(
     assert_same(read(tmp_path / "out"), read(folder))
     for file in folder.glob("tokenizer*"):
         shutil.copy(file, tmp_path / "out")
+    if case[1] != "trl":
+        write(tmp_path / "out", read(tmp_path / "out"))
     assert_same(load(tmp_path / "out", case).model.state_dict(), theirs.state_dict())
 
 
@@ -74,7 +70,7 @@ def test_a_classifier_with_one_label_is_transformers_own(model_type: str, tmp_pa
 def test_deepspeed_chats_misspelt_files_load_with_the_rule_for_them(tmp_path: Path) -> None:
     folder, theirs = saved(tmp_path, "deepspeed_chat")
     old = {k.replace("rwtransformer", "rwtranrsformer"): v for k, v in read(folder).items()}
-    torch.save(old, folder / "pytorch_model.bin")
+    write(folder, old)
     case = ("critic_head", "deepspeed_chat")
     assert "strict: the model has no place for 'rwtranrsformer." in refusal(folder, case)
     result = load(folder, case, key_rules=["deepspeed_chat"])
@@ -89,7 +85,7 @@ def test_the_files_with_which_old_coati_lost_its_weights_load_whole(
     """Saved without the first ``model.``, loaded back with ``strict=False``: only the head was."""
     folder, theirs = saved(tmp_path, "coati", model_type)
     short = {k.replace("model.", "", 1): v for k, v in read(folder).items()}
-    torch.save(short, folder / "pytorch_model.bin")
+    write(folder, short)
     for rules in ([], ["coati"]):
         result = load(folder, (section, "coati"), key_rules=rules)
         assert_same(result.model.state_dict(), theirs.state_dict())
@@ -106,7 +102,8 @@ def test_trls_model_loads_from_a_state_dict_of_the_whole_wrapper(tmp_path: Path)
 def test_a_head_may_come_from_a_file_beside_its_folder(tmp_path: Path) -> None:
     folder, theirs = saved(tmp_path / "saved", "coati")
     base = tiny_checkpoint(tmp_path / "base", "llama", pad=True)
-    file = (folder / "pytorch_model.bin").rename(tmp_path / "rm.pt")
+    (file,) = [*folder.glob("*.bin"), *folder.glob("*.safetensors")]
+    file = file.rename(tmp_path / {".bin": "rm.pt"}.get(file.suffix, "rm.safetensors"))
     result = load(base, ("reward_head", "coati"), weights_from=file)
     assert_same(result.model.state_dict(), theirs.state_dict())
 
@@ -155,8 +152,9 @@ def test_a_file_without_one_of_the_transformers_weights_is_refused(
 def test_a_head_with_a_bias_too_many_is_refused_by_name(tmp_path: Path) -> None:
     folder, _ = saved(tmp_path, "deepspeed_chat")
     rewrite(folder, lambda tensors: tensors.update({"v_head.bias": torch.ones(1)}))
+    (file,) = [*folder.glob("*.bin"), *folder.glob("*.safetensors")]
     assert refusal(folder, ("reward_head", "deepspeed_chat")) == (
-        f"{folder / 'pytorch_model.bin'}: v_head.bias: a deepspeed_chat head has no 'v_head.bias',"
+        f"{file}: v_head.bias: a deepspeed_chat head has no 'v_head.bias',"
         " only 'v_head.weight'. Choose another `layout` in `reward_head`, or map the key."
     )
 
@@ -169,6 +167,7 @@ def test_a_file_that_is_cut_off_is_refused_by_name(case: tuple[str, str], tmp_pa
     assert refusal(folder, case).startswith(f"{file}: the file is cut off")
 
 
+@needs_safe_pickles
 @pytest.mark.parametrize("layout", ["deepspeed_chat", "coati"])
 def test_a_pickle_wants_leave(layout: str, tmp_path: Path) -> None:
     folder, _ = saved(tmp_path, layout)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from making import CASES, IDS, load, refusal, saved
+from making import CASES, IDS, load, read, refusal, saved, write
 from tiny import tiny_checkpoint, tiny_model
 
 import llmload
@@ -148,9 +148,9 @@ def test_what_is_new_in_the_transformer_is_reported_by_its_name_in_the_model(
     tmp_path: Path,
 ) -> None:
     folder, _ = saved(tmp_path, "coati")
-    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    state = read(folder)
     del state["model.norm.weight"]
-    torch.save(state, folder / "pytorch_model.bin")
+    write(folder, state)
     result = load(folder, ("reward_head", "coati"), strict={"allow_missing": ["^norm"]})
     assert result.report.newly_initialised == {"model.norm.weight": "missing from the checkpoint"}
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from llmload_rlhf.plugins import CriticHeadPlugin, RewardHeadPlugin, ValueHeadPlugin
+from stacks import needs_safe_pickles
 from tiny import tiny_checkpoint
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
+@needs_safe_pickles
 def test_the_snippets_print_what_stands_under_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

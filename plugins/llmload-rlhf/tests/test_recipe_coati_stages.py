@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from making import alike, read, write
 from recipes import parameters, recipe, same, trainable
 from tiny import IDS, tiny_checkpoint
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2Model
 
 import llmload
+from llmload.compat import dtype_option
 
 GPT2 = "openai-community/gpt2"
 
@@ -26,7 +28,7 @@ class Wrapper(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+        self.model = GPT2LMHeadModel.from_pretrained(folder, **dtype_option(torch.float32))
 
 
 class Critic(nn.Module):
@@ -34,7 +36,7 @@ class Critic(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.model = GPT2Model.from_pretrained(folder, dtype=torch.float32)
+        self.model = GPT2Model.from_pretrained(folder, **dtype_option(torch.float32))
         self.value_head = nn.Linear(self.model.config.n_embd, 1)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -60,8 +62,7 @@ def save_pretrained(model: Any, tokenizer: Any, folder: Path) -> Path:
     model.model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     state = {key.replace("model.", "", 1): value for key, value in model.state_dict().items()}
-    torch.save(state, folder / "pytorch_model.bin")
-    return folder
+    return write(folder, state)
 
 
 def moved(model: nn.Module, seed: int) -> nn.Module:
@@ -142,9 +143,9 @@ def test_reward_model_and_critic_are_the_reward_model_of_stage_2(group: Any, sta
         held_to(group[name].model, stages["reward"])
     with torch.no_grad():
         ours = group["reward_model"].model(ids, attention_mask=mask)
-        assert same(ours, stages["reward"](ids, mask))
+        alike(ours, stages["reward"](ids, mask))
         values = group["critic"].model(ids, attention_mask=mask)
-        assert same(values, Critic.forward(stages["reward"], ids, mask))
+        alike(values, Critic.forward(stages["reward"], ids, mask))
 
 
 def test_what_coatis_own_reading_loses_of_the_reward_model_is_there(
@@ -152,8 +153,7 @@ def test_what_coatis_own_reading_loses_of_the_reward_model_is_there(
 ) -> None:
     """Its file has lost ``model.``, so that ``strict=False`` takes the head and nothing else."""
     coatis = RewardModel(base).to(torch.bfloat16)
-    state = torch.load(stages["folders"]["coati/rm"] / "pytorch_model.bin", weights_only=True)
-    found = coatis.load_state_dict(state, strict=False)
+    found = coatis.load_state_dict(read(stages["folders"]["coati/rm"]), strict=False)
     assert set(found.missing_keys) == {n for n in coatis.state_dict() if n.startswith("model.")}
     lost = coatis.model.h[0].attn.c_attn.weight
     assert not torch.equal(lost, stages["reward"].model.h[0].attn.c_attn.weight)

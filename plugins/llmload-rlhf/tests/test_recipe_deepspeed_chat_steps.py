@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from making import alike, write
 from recipes import parameters, recipe, same, trainable
 from tiny import IDS, tiny_checkpoint
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import llmload
+from llmload.compat import dtype_option
 
 RATES = ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout")
 TOKENIZER = "facebook/opt-1.3b"
@@ -35,7 +37,7 @@ def create_hf_model(auto_class: Any, folder: Path, tokenizer: Any, dropout: floa
     for rate in RATES if dropout is not None else ():
         if hasattr(config, rate):
             setattr(config, rate, dropout)
-    model = auto_class.from_pretrained(folder, config=config, dtype=torch.float32)
+    model = auto_class.from_pretrained(folder, config=config, **dtype_option(torch.float32))
     model.config.end_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.config.eos_token_id
     model.resize_token_embeddings(8 * math.ceil(len(tokenizer) / 8.0))
@@ -61,7 +63,7 @@ def save_hf_format(model: Any, folder: Path, *, misspelt: bool = False) -> Path:
     state = model.state_dict()
     if misspelt:  # until 2023-10-08
         state = {k.replace("rwtransformer.", "rwtranrsformer."): v for k, v in state.items()}
-    torch.save(state, folder / "pytorch_model.bin")
+    write(folder, state)
     model.config.to_json_file(folder / "config.json")
     return folder
 
@@ -156,7 +158,7 @@ def test_critic_and_reward_are_the_model_of_step_2(group: Any, steps: Any) -> No
         with torch.no_grad():
             mask = torch.ones_like(IDS)
             ours = model.forward_value(IDS, mask, return_value_only=True)
-            assert same(ours, steps["reward"].values(IDS, mask))
+            alike(ours, steps["reward"].values(IDS, mask))
 
 
 def test_all_but_the_reference_have_the_dropout_of_the_command_line(group: Any) -> None:
