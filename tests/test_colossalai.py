@@ -360,6 +360,6 @@ def test_without_a_booster_a_model_cannot_stay_lazy(folder: Path) -> None:
     (message,) = errors_of(folder, colossalai={"materialize": False})
     assert message.startswith("colossalai: colossalai 0.5.0 does not give a Booster here: ")
     assert message.endswith(
-        "Install the colossalai stack with `pip install 'llmload[colossalai]' -c"
-        " constraints/colossalai.txt`, or use `materialize: true`."
+        "Install the colossalai stack in an environment of its own, in a clone of llmload with `pip"
+        " install -c constraints/colossalai.txt '.[colossalai]'`, or use `materialize: true`."
     )

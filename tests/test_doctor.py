@@ -200,8 +200,8 @@ def test_what_colossalai_can_do_here_is_said_with_the_way_to_the_rest(
     (problem,) = entry["problems"]
     assert problem["message"].startswith("colossalai 0.5.0 does not give a Booster here: ")
     assert problem["fix"] == (
-        "Install the colossalai stack with `pip install 'llmload[colossalai]' -c"
-        " constraints/colossalai.txt`, or use `materialize: true`."
+        "Install the colossalai stack in an environment of its own, in a clone of llmload with `pip"
+        " install -c constraints/colossalai.txt '.[colossalai]'`, or use `materialize: true`."
     )
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmload import compat
-from llmload.builtin.colossalai.section import ColossalaiSection
+from llmload.builtin.colossalai.section import MATERIALISE, ColossalaiSection
 from llmload.errors import Problem
 from llmload.findings import Conflict, Decline, Note
 from llmload.hookspecs import hookimpl
@@ -30,10 +30,9 @@ _LAZY_ONLY = (
     " torch and transformers."
 )
 _WHOLE_STACK = (
-    "Install the colossalai stack with `pip install 'llmload[colossalai]' -c"
-    " constraints/colossalai.txt`, or use `materialize: true`."
+    "Install the colossalai stack in an environment of its own, in a clone of llmload with `pip"
+    " install -c constraints/colossalai.txt '.[colossalai]'`, or use `materialize: true`."
 )
-_MATERIALISE = "Use `materialize: true`."
 
 
 def _stays_lazy(section: Any, other: Any) -> bool:
@@ -78,7 +77,7 @@ class ColossalaiPlugin:
                 key=key,
                 when=_stays_lazy,
                 reason="the Booster finds weights by their names in the checkpoint",
-                fix=_MATERIALISE,
+                fix=MATERIALISE,
             )
             for key in ("key_map", "key_rules", "weights_from")
         ),
@@ -86,7 +85,7 @@ class ColossalaiPlugin:
             key="embeddings",
             when=_stays_lazy,
             reason="embeddings are resized with the weights that the Booster has yet to load",
-            fix=_MATERIALISE,
+            fix=MATERIALISE,
         ),
     )
 

@@ -22,6 +22,7 @@ from llmload.builtin.colossalai._lazy import (
     lazy_tensors,
     materialise,
 )
+from llmload.builtin.colossalai.section import MATERIALISE, ColossalaiSection
 from llmload.builtin.streaming import account
 from llmload.checkpoint.folder import main_file
 from llmload.errors import Problem, RequestError
@@ -30,10 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload.builtin.colossalai.section import ColossalaiSection
     from llmload.context import LoadContext
-
-FIX = "Use `materialize: true`."
 
 _NEVER_MATERIALISES = {
     "TorchDDPPlugin": "ends the process on a lazy model, with a segmentation fault",
@@ -65,7 +63,7 @@ def check(ctx: LoadContext, section: ColossalaiSection) -> Iterator[Problem]:
             where="colossalai.materialize",
             message="the Booster would open the pickled weights with torch.load, which runs"
             " whatever code is in them",
-            fix=FIX,
+            fix=MATERIALISE,
         )
     kept = ctx.blank._keep_in_fp32_modules
     if kept and ctx.dtype == torch.float16:
@@ -94,7 +92,7 @@ def _adapter_problems(ctx: LoadContext) -> Iterator[Problem]:
             where="colossalai.materialize",
             message=f"the adapter starts from the base's values ({', '.join(what)}), which come"
             " with Booster.boost",
-            fix=FIX,
+            fix=MATERIALISE,
         )
     if request.section.adapter_name != "default":
         yield Problem(
@@ -114,7 +112,7 @@ def plugin_problems(section: ColossalaiSection) -> Iterator[Problem]:
         yield Problem(
             where=where,
             message=f"{section.plugin} {_NEVER_MATERIALISES[section.plugin]}",
-            fix=FIX,
+            fix=MATERIALISE,
         )
     if get_accelerator().name != "cpu":
         return
@@ -169,27 +167,24 @@ def hand_over(ctx: LoadContext, model: PreTrainedModel) -> PreTrainedModel:
 
 def audit_lazy(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
     """Find the weights that the Booster would leave without a value, or with another."""
+    assert ctx.checkpoint is not None  # with `weights: random` there is a conflict
     weights = dict(_weights_to_load(model))
-    found = _as_loaded(model, {name: info.shape for name, info in _tensors(ctx).items()})
+    stored = {name: info.shape for name, info in ctx.checkpoint.tensors.items()}
+    found = _as_loaded(model, stored)
     lost = [name for name, lazy in weights.items() if found.get(name) != tuple(lazy.shape)]
     if lost:
         yield Problem(
             message=f"Booster.boost would load nothing into {audit.some(lost)}: it finds weights"
             " by their names in the checkpoint",
-            fix=FIX,
+            fix=MATERIALISE,
         )
     used = [name for name, lazy in weights.items() if _computed_with(lazy)]
     if used:
         yield Problem(
             message=f"{audit.some(used)} were changed or computed with before Booster.boost loads"
             " their values",
-            fix=FIX,
+            fix=MATERIALISE,
         )
-
-
-def _tensors(ctx: LoadContext) -> Any:
-    assert ctx.checkpoint is not None
-    return ctx.checkpoint.tensors
 
 
 def _weights_to_load(model: nn.Module) -> Iterator[tuple[str, Any]]:

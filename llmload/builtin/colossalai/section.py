@@ -8,6 +8,9 @@ from pydantic import Field
 
 from llmload.spec import Section
 
+MATERIALISE = "Use `materialize: true`."
+"""The way out of all that a lazy model cannot have."""
+
 
 class ColossalaiSection(Section):
     """Lazy initialisation, and who ends it."""
