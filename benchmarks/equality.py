@@ -30,8 +30,9 @@ DEFAULT = "default"
 """Stands for DeepSpeed's own ``stage3_param_persistence_threshold``."""
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def compare(
+    context: typer.Context,
     ranks: Annotated[list[int] | None, typer.Option(help="Numbers of ranks.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Dtypes of the model.")] = None,
     threshold: Annotated[list[str] | None, typer.Option(help="Elements, or `default`.")] = None,
@@ -41,6 +42,8 @@ def compare(
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("benchmarks/results"),
 ) -> None:
     """Load and train both ways and compare every rank's digests and losses."""
+    if context.invoked_subcommand:
+        return
     from . import results
 
     made, failed = folder(work, size, "bfloat16"), False
