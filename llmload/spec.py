@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -27,25 +27,22 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from .errors import Problem, SpecError
-from .explain import InvalidValueError, explain, fields_of, meant, unknown_key
-from .suggest import nearest
+from .explain import InvalidValueError, explain, fields_of, unknown_key
+from .specvalues import (
+    AUTO_CLASSES,
+    CLASS_PATH,
+    auto_class_name,
+    device_name,
+    device_or_spread,
+    regex,
+    replacements,
+)
 
 if TYPE_CHECKING:
     from pydantic import GetJsonSchemaHandler
     from pydantic.json_schema import JsonSchemaValue
 
     from .specfile import Document
-
-AUTO_CLASSES: Final = (
-    "causal_lm",
-    "seq2seq_lm",
-    "sequence_classification",
-    "token_classification",
-    "base",
-)
-_CLASS_PATH: Final = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
-_PLACEMENTS: Final = ("auto", "balanced", "balanced_low_0", "sequential")
-_DEVICES: Final = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "disk")
 
 
 def _make_scalars_strict(schema: Any) -> None:
@@ -98,18 +95,7 @@ class Section(BaseModel):
         return schema
 
 
-def _regex(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise InvalidValueError(
-            f"{pattern!r} is not a regular expression: {error}",
-            fix=f"To match the text as it stands, write {re.escape(pattern)!r}.",
-        ) from None
-    return pattern
-
-
-Regex = Annotated[str, AfterValidator(_regex), Field(json_schema_extra={"format": "regex"})]
+Regex = Annotated[str, AfterValidator(regex), Field(json_schema_extra={"format": "regex"})]
 
 
 class KeyExceptions(Section):
@@ -127,54 +113,6 @@ class KeyExceptions(Section):
     def allows_unexpected(self, key: str) -> bool:
         """Say whether the checkpoint's tensor ``key`` may be absent from the model."""
         return any(re.search(pattern, key) for pattern in self.allow_unexpected)
-
-
-def _auto_class(name: str) -> str:
-    if name in AUTO_CLASSES or re.fullmatch(_CLASS_PATH, name):
-        return name
-    raise InvalidValueError(
-        f"expected {', '.join(map(repr, AUTO_CLASSES))} or 'module:Class', found {name!r}",
-        fix=meant(name, AUTO_CLASSES),
-    )
-
-
-def _device(name: int | str) -> int | str:
-    if isinstance(name, int):
-        if name >= 0:
-            return name
-    elif re.fullmatch(rf"({'|'.join(_DEVICES)})(:\d+)?", name):
-        return name
-    raise InvalidValueError(
-        f"{name!r} is not a device",
-        fix=(isinstance(name, str) and nearest(name, _DEVICES))
-        or "Write one such as cpu, cuda, cuda:0 or 0.",
-    )
-
-
-def _device_map(value: int | str) -> int | str:
-    if value in _PLACEMENTS:
-        return value
-    try:
-        return _device(value)
-    except InvalidValueError:
-        raise InvalidValueError(
-            f"{value!r} is neither a device nor a way to spread the model",
-            fix=(isinstance(value, str) and nearest(value, (*_PLACEMENTS, *_DEVICES)))
-            or f"Write {', '.join(_PLACEMENTS)}, a device such as cuda:0, or a mapping of modules"
-            " to devices.",
-        ) from None
-
-
-def _key_map(rules: Mapping[str, str]) -> Mapping[str, str]:
-    for pattern, replacement in rules.items():
-        try:
-            re.sub(pattern, replacement, "")
-        except (re.error, IndexError) as error:
-            raise InvalidValueError(
-                f"the replacement {replacement!r} does not fit the pattern {pattern!r}: {error}",
-                fix="Number the groups of the pattern from \\1, and write a backslash as \\\\.",
-            ) from None
-    return rules
 
 
 def _as_text(value: object) -> object:
@@ -205,8 +143,8 @@ class LoadSpec(Section):
     """Folder inside the repository or model folder that holds the model."""
     auto_class: Annotated[
         str,
-        AfterValidator(_auto_class),
-        WithJsonSchema({"anyOf": [{"enum": list(AUTO_CLASSES)}, {"pattern": _CLASS_PATH}]}),
+        AfterValidator(auto_class_name),
+        WithJsonSchema({"anyOf": [{"enum": list(AUTO_CLASSES)}, {"pattern": CLASS_PATH}]}),
     ] = "causal_lm"
     """What the model is for, or its class as ``module:Class``."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -218,8 +156,8 @@ class LoadSpec(Section):
     gives config and tokenizer. Also the archive of the DPO reference code, behind
     ``allow_pickle``."""
     device_map: (
-        Annotated[int | str, AfterValidator(_device_map)]
-        | Mapping[str, Annotated[int | str, AfterValidator(_device)]]
+        Annotated[int | str, AfterValidator(device_or_spread)]
+        | Mapping[str, Annotated[int | str, AfterValidator(device_name)]]
         | None
     ) = None
     """A device, ``auto`` and the like, or a mapping of module names to devices, as in transformers;
@@ -236,7 +174,7 @@ class LoadSpec(Section):
     cache_dir: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_text)] = None
     """Folder for downloads, or candidates of which the first that exists is taken; null for the
     hub's own cache."""
-    key_map: Annotated[Mapping[Regex, str], AfterValidator(_key_map)] = {}
+    key_map: Annotated[Mapping[Regex, str], AfterValidator(replacements)] = {}
     """Renames checkpoint keys: regular expression to replacement, as in ``re.sub``, applied one
     after the other in this order. One that matches no key is an error."""
     key_rules: tuple[Literal["deepspeed_chat", "ddp", "compiled", "peft", "coati"], ...] = ()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llmload import source
-from llmload.builtin import _token_ids
+from llmload.builtin import _token_ids, _tokenizer_files
 from llmload.builtin._tokenizer_changes import change
-from llmload.errors import CheckpointError, Problem, RequestError
+from llmload.errors import Problem
 from llmload.explain import InvalidValueError
 from llmload.findings import Note
 from llmload.hookspecs import hookimpl
@@ -19,13 +17,9 @@ from llmload.spec import Section
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
     from llmload.context import LoadContext
 
-# Any of these makes a folder one with a tokenizer; the first alone holds no vocabulary.
-_CONFIG = "tokenizer_config.json"
-_FILES = (_CONFIG, "tokenizer*", "vocab.*", "*.model", "tekken.json")
 _SHOWN = 3
 
 
@@ -129,10 +123,10 @@ class TokenizerPlugin:
     def check(self, ctx: LoadContext) -> Iterator[Note | Problem]:
         """Load the tokenizer, change it as asked, and set ``ctx.tokenizer``."""
         section = ctx.section(TokenizerSection)
-        folder = _folder(ctx, section)
-        if not _files(folder):
+        folder = _tokenizer_files.locate(ctx, section)
+        if not _tokenizer_files.names(folder):
             if self.name in ctx.spec.sections:
-                raise _refusal(
+                raise _tokenizer_files.refusal(
                     "name_or_path",
                     f"the folder {str(folder)!r} holds no tokenizer files",
                     "Name a folder or hub id that holds some in `tokenizer.name_or_path`, or remove"
@@ -140,7 +134,7 @@ class TokenizerPlugin:
                 )
             yield Note(text="no tokenizer: the folder holds no tokenizer files")
             return
-        tokenizer = _load(folder, ctx, section)
+        tokenizer = _tokenizer_files.load(folder, ctx, section)
         before = dict(tokenizer.get_vocab())
         ctx.tokenizer = tokenizer
         if not section.use_fast and tokenizer.is_fast:
@@ -153,8 +147,8 @@ class TokenizerPlugin:
             )
         yield from change(tokenizer, section)
         trained = before
-        if folder != ctx.folder and _files(ctx.folder):
-            trained = _load(ctx.folder, ctx, section).get_vocab()
+        if folder != ctx.folder and _tokenizer_files.names(ctx.folder):
+            trained = _tokenizer_files.load(ctx.folder, ctx, section).get_vocab()
             yield from _compare(before, trained)
         known = set(trained.values())
         ctx.new_tokens = {
@@ -201,84 +195,6 @@ class TokenizerPlugin:
         fields = ctx.section(TokenizerSection).eos_config_fields
         assert ctx.tokenizer is not None  # the callers saw to it
         return _token_ids.misfits(model, ctx.tokenizer, eos_config_fields=fields)
-
-
-def _refusal(key: str, message: str, fix: str) -> RequestError:
-    return RequestError(Problem(where=f"tokenizer.{key}", message=message, fix=fix))
-
-
-def _folder(ctx: LoadContext, section: TokenizerSection) -> Path:
-    """Return the folder of the tokenizer: the model's, or the one that is asked for."""
-    if section.name_or_path is None:
-        if section.revision is not None:
-            raise _refusal(
-                "revision",
-                f"revision {section.revision!r} was asked for without `tokenizer.name_or_path`",
-                "Name the hub id of the tokenizer, or set the model's `revision`.",
-            )
-        return ctx.folder
-    place = {"model": section.name_or_path, "revision": section.revision}
-    try:
-        folder = source.locate(ctx.spec.model_copy(update=place), weights=False)
-        if (folder / source.CONFIG).is_file():
-            # transformers reads it to choose the tokenizer's class.
-            source.read_config(folder, ctx.spec)
-    except CheckpointError as error:
-        keys = {"model": "tokenizer.name_or_path", "revision": "tokenizer.revision"}
-        raise RequestError(
-            problem.model_copy(update={"where": keys.get(problem.where, problem.where)})
-            for problem in error.problems
-        ) from None
-    return folder
-
-
-def _files(folder: Path) -> set[str]:
-    return {path.name for pattern in _FILES for path in folder.glob(pattern)}
-
-
-def _load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a local folder, without asking any network.
-
-    transformers 5 makes a tokenizer of nothing but special tokens where the vocabulary is missing;
-    here that is refused.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder,
-            use_fast=section.use_fast,
-            trust_remote_code=ctx.spec.trust_remote_code,
-            local_files_only=True,
-        )
-    except Exception as error:  # transformers raises many kinds for a bad file
-        if _files(folder) == {_CONFIG}:
-            raise _no_vocabulary(folder, []) from error
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _refusal(
-            "name_or_path",
-            f"the tokenizer in {str(folder)!r} cannot be loaded: {first}",
-            "Save or download it again, or name another in `tokenizer.name_or_path`.",
-        ) from error
-    if tokenizer is False:  # what transformers 4.51 gives where a slow one's files are missing
-        raise _refusal(
-            "use_fast",
-            f"the folder {str(folder)!r} holds no files of a slow tokenizer",
-            "Remove `tokenizer.use_fast`.",
-        )
-    expected = list(tokenizer.vocab_files_names.values())
-    if expected and _files(folder) == {_CONFIG}:
-        raise _no_vocabulary(folder, [*dict.fromkeys([*expected, "tokenizer.json"])])
-    return tokenizer
-
-
-def _no_vocabulary(folder: Path, expected: list[str]) -> RequestError:
-    none_of = f": none of {', '.join(expected)}" if expected else ""
-    return _refusal(
-        "name_or_path",
-        f"the folder {str(folder)!r} holds a {_CONFIG}, but no vocabulary{none_of}",
-        "Save or download it again, or name another in `tokenizer.name_or_path`.",
-    )
 
 
 def _compare(vocabulary: Mapping[str, int], trained: Mapping[str, int]) -> Iterator[Problem]:

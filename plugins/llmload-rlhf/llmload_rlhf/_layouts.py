@@ -93,7 +93,7 @@ def _draw(weight: torch.Tensor, deviation: float) -> None:
 
 
 def _deepspeed_chat(ctx: LoadContext, base: Any, head: nn.Module, section: Any) -> nn.Module:
-    from ._models import DeepSpeedChatModel
+    from ._chat_model import DeepSpeedChatModel
 
     return DeepSpeedChatModel(
         base,
