@@ -9,12 +9,14 @@ it would only put the copy off.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict
 
+from . import compat
 from .checkpoint import shared as memory
 from .checkpoint.dtypes import torch_dtype
 
@@ -38,9 +40,8 @@ class Sharing(BaseModel):
     """``checkpoint pages``: both map the files; ``one cast``: both map one cast copy; ``adapter
     off`` and ``frozen copy``: both run the same base weights."""
     saved_bytes: int
-    """Bytes that the member would take with a copy of its own. A plan goes by names and the model's
-    dtype: what transformers only renames counts as cast, and what it keeps in float32 as narrower.
-    A report counts the casts that were found there, and everything else as planned."""
+    """Bytes that the member would take with a copy of its own. A report counts the casts that were
+    found there, and everything else as planned."""
     lasting: bool = True
     """False where training ends it: a step writes all these weights, and each page that is written
     becomes the writer's own. The other member's values never change."""
@@ -54,11 +55,13 @@ class Entry:
     shape: tuple[int, ...]
     elements: int
     size: int
-    """Bytes at the member's dtype."""
+    """Bytes at its final dtype."""
     origin: Hashable
     """Where it lies in the files, or what decides how it is made of what lies there."""
     mapped: bool
     """It will lie on the checkpoint's own pages."""
+    dtype: str
+    """The final one; modules that stay float32 considered."""
     kept: bool
     """The finished model has it as it was loaded, and does not train it."""
 
@@ -82,24 +85,27 @@ class Weights:
     @classmethod
     def of(cls, prepared: Prepared) -> Weights:
         """Read them off the rehearsal, the checkpoint's headers and the plan."""
-        ctx, rehearsal = prepared.ctx, prepared.rehearsal
-        source, entries = None, {}
-        if ctx.checkpoint is not None:
-            files = tuple((str(file.path), file.identity) for file in ctx.checkpoint.files)
-            source = files
-            if rehearsal is not None:
-                entries = _entries(ctx, rehearsal)
+        alone, entries = _why_alone(prepared), {}
+        if not alone and prepared.ctx.checkpoint is not None:
+            assert prepared.rehearsal is not None  # else it is alone
+            entries = _entries(prepared.ctx, prepared.rehearsal)
         return cls(
-            dtype=str(ctx.dtype).removeprefix("torch."),
-            source=source,
+            dtype=str(prepared.ctx.dtype).removeprefix("torch."),
+            source=_files(prepared.ctx),
             entries=entries,
-            alone=_why_alone(prepared),
+            alone=alone,
         )
 
     def elements(self, found: Iterable[str]) -> dict[str, int]:
         """Return some of its entries by their names in the member's base model -> elements."""
         held = [self.entries[one] for one in found]
         return {name: entry.elements for entry in held for name in entry.names}
+
+
+def _files(ctx: LoadContext) -> Hashable:
+    if ctx.checkpoint is None:
+        return None
+    return tuple((str(file.path), file.identity) for file in ctx.checkpoint.files)
 
 
 def _why_alone(prepared: Prepared) -> str:
@@ -126,32 +132,33 @@ def conversion(ctx: LoadContext) -> str:
 
 def _entries(ctx: LoadContext, rehearsal: Rehearsal) -> dict[str, Entry]:
     assert ctx.checkpoint is not None
-    prefix = f"{ctx.model_class.base_model_prefix}."
-    stored = {i.name.removeprefix(prefix): i for i in ctx.checkpoint.tensors.values()}
+    seam = compat.seam()
+    accounting = seam.rehearse(ctx.blank, ctx.checkpoint)
+    dtypes = seam.final_dtypes(ctx.blank, accounting, ctx.dtype)
+    stored, missing = accounting.as_stored, {*accounting.missing, *accounting.excused}
     aliases: dict[int, list[str]] = {}
     for name, parameter in rehearsal.base.items():
         aliases.setdefault(id(parameter), []).append(name)
-    # With a place for each of its keys, the checkpoint has nothing that could be converted into
-    # what it lacks.
-    plain = stored.keys() <= {name.removeprefix(prefix) for name in rehearsal.base}
     kept = rehearsal.kept()
+    prefix = f"{ctx.model_class.base_model_prefix}."
     naming = conversion(ctx)
     entries = {}
     for names in aliases.values():
         parameter = rehearsal.base[names[0]]
-        found = [stored[n.removeprefix(prefix)] for n in names if n.removeprefix(prefix) in stored]
-        if plain and not found:
+        found = [name for name in names if name in stored]
+        if missing.issuperset(names):
             continue
+        # Of tied ones it is the first that stays.
+        dtype = dtypes[(found or names)[0]]
         entries[names[0].removeprefix(prefix)] = Entry(
             names=tuple(names),
             shape=tuple(parameter.shape),
             elements=parameter.numel(),
-            size=parameter.numel() * parameter.element_size(),
-            origin=frozenset((str(info.file), info.start) for info in found) or naming,
-            mapped=any(
-                info.shape == tuple(parameter.shape) and torch_dtype(info.dtype) == parameter.dtype
-                for info in found
-            ),
+            size=parameter.numel() * dtype.itemsize,
+            origin=frozenset((str(stored[name].file), stored[name].start) for name in found)
+            or naming,
+            mapped=any(torch_dtype(stored[name].dtype) == dtypes[name] for name in found),
+            dtype=str(dtype).removeprefix("torch."),
             kept=names[0] in kept,
         )
     return entries
@@ -170,15 +177,21 @@ class Found:
 
 def find(members: Mapping[str, Prepared]) -> Found:
     """Compare every member with those that will be loaded before it."""
-    weights = {name: Weights.of(made) for name, made in members.items()}
+    files = {name: _files(made.ctx) for name, made in members.items()}
+    read_by = Counter(files.values())
+    weights = {
+        name: Weights.of(made)
+        for name, made in members.items()
+        if files[name] is not None and read_by[files[name]] > 1
+    }
     shared: list[Sharing] = []
     apart: dict[str, str] = {}
-    together: dict[str, set[str]] = {name: set() for name in members}
+    together: dict[str, set[str]] = {name: set() for name in weights}
     for at, (name, mine) in enumerate(weights.items()):
         left, reason = dict(mine.entries), ""
-        for other in list(members)[:at]:
+        for other in list(weights)[:at]:
             theirs = weights[other]
-            if mine.source is None or theirs.source != mine.source:
+            if theirs.source != mine.source:
                 continue
             if mine.alone or theirs.alone:
                 reason = reason or mine.alone or f"of {other!r}: {theirs.alone}"
@@ -207,9 +220,13 @@ def _common(
     }
     pages = {one for one in both if mine.entries[one].mapped and theirs.entries[one].mapped}
     others = both - pages
-    casts = set()
-    if mine.dtype == theirs.dtype:
-        casts = {one for one in others if mine.entries[one].kept and theirs.entries[one].kept}
+    casts = {
+        one
+        for one in others
+        if mine.entries[one].kept
+        and theirs.entries[one].kept
+        and mine.entries[one].dtype == theirs.entries[one].dtype
+    }
     return pages, casts, others - casts
 
 

@@ -107,24 +107,38 @@ class AbortError(BaseException):
         self.cause = cause
 
 
+class Dtypes:
+    """Decides on final dtypes as transformers does: by its plan, else by what the model declares.
+
+    :param plan: pattern of names -> dtype.
+    :param state: the model's tensors by name.
+    """
+
+    def __init__(self, plan: Mapping[str, torch.dtype], state: Mapping[str, torch.Tensor]) -> None:
+        from transformers.core_model_loading import build_glob_alternation
+
+        self._plan = plan
+        self._state = state
+        self._pattern, self._pattern_of_group, _ = build_glob_alternation(list(plan))
+
+    def of(self, name: str) -> torch.dtype:
+        """Return the final dtype of a parameter or buffer."""
+        match = self._pattern.search(name) if self._plan else None
+        if match is None:
+            return self._state[name].dtype
+        return self._plan[self._pattern_of_group[match.lastgroup]]
+
+
 class Receiver:
-    """Finds out the dtype of each finished tensor and what it was made of, and has it placed.
+    """Finds out what each finished tensor was made of, and has it placed.
 
     :param taken: the tensors of the file that were asked for since the last one was finished.
     """
 
-    def __init__(
-        self,
-        placer: Placer,
-        plan: Mapping[str, torch.dtype],
-        taken: Taken,
-    ) -> None:
-        from transformers.core_model_loading import build_glob_alternation
-
+    def __init__(self, placer: Placer, dtypes: Dtypes, taken: Taken) -> None:
         self._placer = placer
+        self._dtypes = dtypes
         self._taken = taken
-        self._plan = plan
-        self._pattern, self._pattern_of_group, _ = build_glob_alternation(list(plan))
 
     def __call__(self, first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Place ``values``; raises ``AbortError`` around whatever goes wrong."""
@@ -136,7 +150,7 @@ class Receiver:
     def _receive(self, first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         read = self._taken.copy()
         self._taken.clear()
-        dtype = self._dtype(first)
+        dtype = self._dtypes.of(first)
         infos = as_stored(read, values)
         if infos is not None:
             return {
@@ -152,13 +166,6 @@ class Receiver:
             name: self._placer.place(name, dtype, value, None, behind)
             for name, value in values.items()
         }
-
-    def _dtype(self, first: str) -> torch.dtype:
-        """As transformers decides it: by the plan's pattern, else by what the model declares."""
-        match = self._pattern.search(first) if self._plan else None
-        if match is None:
-            return self._placer.state[first].dtype
-        return self._plan[self._pattern_of_group[match.lastgroup]]
 
 
 def _share_storage(values: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:

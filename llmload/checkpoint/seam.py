@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llmload.checkpoint.accounting import Accounting
 from llmload.checkpoint.handover import (
     AbortError,
+    Dtypes,
     Handover,
     Outline,
     Receive,
@@ -174,6 +175,15 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
     )
 
 
+def final_dtypes(
+    model: PreTrainedModel, accounting: Accounting, dtype: torch.dtype
+) -> dict[str, torch.dtype]:
+    """The dtype that each parameter and buffer will have, by name."""
+    state = model.state_dict()
+    dtypes = Dtypes(model._get_dtype_plan(dtype), state)
+    return {name: dtypes.of(name) for name in state}
+
+
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """Keep transformers from showing a bar for what takes no time."""
@@ -221,7 +231,8 @@ def fill(
     taken: Taken = []
     views = {info.name: View(info, taken, files) for info in files.checkpoint.tensors.values()}
     with Placer(model, files, placement, proof, devices) as placer:
-        receiver = Receiver(placer, model._get_dtype_plan(dtype), taken)
+        dtypes = Dtypes(model._get_dtype_plan(dtype), placer.state)
+        receiver = Receiver(placer, dtypes, taken)
         rules = _rules(model)
         try:
             if _leave_alone(rules, model, files.checkpoint, placer.state):

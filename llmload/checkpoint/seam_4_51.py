@@ -194,6 +194,21 @@ def _outline(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
 
 
+def final_dtypes(
+    model: PreTrainedModel, accounting: Accounting, dtype: torch.dtype
+) -> dict[str, torch.dtype]:
+    """The dtype that each parameter and buffer will have, by name."""
+    import torch
+    from transformers.modeling_utils import _infer_parameter_dtype
+
+    found = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    kept = _kept_in_float32(model, dtype)
+    for name, info in accounting.as_stored.items():
+        value = torch.empty((), dtype=torch_dtype(info.dtype), device="meta")
+        found[name] = _infer_parameter_dtype(model, name, value, kept, None)[1] or value.dtype
+    return found
+
+
 def fill(
     model: PreTrainedModel,
     files: MappedCheckpoint,

@@ -146,8 +146,10 @@ class Shared(Plain):
         self._names = names
         self._kind = kind
         self._mapping = pool.mapping()
+        self._found: dict[int, tuple[str, int]] = {}
         self.found: Counter[str] = Counter()
-        """Bytes that another model had cast before, by its name."""
+        """Bytes of the finished model that another had cast before, by its name; what a tie left
+        behind is not among them."""
 
     def place(self, target: Target, source: Source) -> torch.Tensor:
         """Return the value over the memory file's pages, read and cast only by the first."""
@@ -164,9 +166,15 @@ class Shared(Plain):
             source.fill(out)
         else:
             start, writer = found
-            self.found[writer] += layout.size
-        return layout.over(self._mapping, start)
+        shared = layout.over(self._mapping, start)
+        if found is not None:
+            self._found[shared.data_ptr()] = writer, layout.size
+        return shared
 
     def finish(self, model: PreTrainedModel) -> None:
-        """Let go of what was filled."""
+        """Let go of what was filled, and count what was found."""
         self._pool.written()
+        for parameter in model.parameters():
+            if parameter.data_ptr() in self._found:
+                writer, size = self._found[parameter.data_ptr()]
+                self.found[writer] += size
