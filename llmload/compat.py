@@ -264,6 +264,14 @@ def quantised_by_bitsandbytes(config: PretrainedConfig) -> bool:
     return bool(declared.get("load_in_4bit") or declared.get("load_in_8bit"))
 
 
+def quantises_weight_by_weight() -> bool:
+    """Say whether transformers has bitsandbytes make one weight after the other, on a CPU too.
+
+    Both came with 5.0; before, its quantiser fills layers in ways of its own, on accelerators only.
+    """
+    return major("transformers") >= 5
+
+
 def modules_left_unquantised(model: PreTrainedModel) -> list[str]:
     """Return the modules that transformers does not quantise if it is not told which: the output
     head, what is tied, the last one. The function moved with 5.0."""

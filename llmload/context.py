@@ -88,6 +88,9 @@ class LoadContext:
         self.placed_by: str | None = None
         """The plugin that will set ``placement``, as its ``check`` says: a group then knows that it
         does not decide how this model's weights are stored."""
+        self.splits = False
+        """Set beside ``placed_by`` by a plugin whose placement is a ``Splitting``: another may then
+        change how each weight is stored before it is split."""
         self.new_tokens: dict[str, int] = {}
         """Token -> id of those that the checkpoint's own tokenizer lacks, set with ``tokenizer``:
         their embedding rows are untrained, even where the checkpoint has rows to spare."""
@@ -127,6 +130,7 @@ class LoadContext:
         self._probed: ProbeResult | None = None
         self._pristine = copy.deepcopy(config)
         self._blank: PreTrainedModel | None = None
+        self._blank_draws = False
 
     @property
     def until_end(self) -> ExitStack:
@@ -162,19 +166,35 @@ class LoadContext:
         For ``check``. A loader that fills one takes it with :meth:`take_blank`.
         """
         if self._blank is None:
-            self._blank = modeling.blank_model(self)
+            self._blank, self._blank_draws = self._build_aside()
         return self._blank
+
+    def _build_aside(self) -> tuple[PreTrainedModel, bool]:
+        """Build a blank model that no load hands out, and say whether its class draws meanwhile.
+
+        The random stream does not move: the plan must leave it to the load, which draws as often as
+        ``from_pretrained``. On the meta device few classes draw at all (DiffLlama does).
+        """
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            before = torch.get_rng_state()
+            blank = modeling.blank_model(self)
+            return blank, not torch.equal(before, torch.get_rng_state())
 
     def take_blank(self) -> PreTrainedModel:
         """Return a blank model that belongs to the caller, built from ``config`` as it now is.
 
-        The plan's own, where it was not used up and no plugin has changed the config since.
+        The plan's own, where it was not used up and no plugin has changed the config since. In a
+        load, a class that draws while it is built does so now.
         """
         blank, self._blank = self._blank, None
         # As dicts: comparing configs whose layers differ raises.
         if blank is None or self.config.to_dict() != self._pristine.to_dict():
-            return modeling.blank_model(self)
-        return blank
+            blank = None
+        if self.rehearsing:
+            return self._build_aside()[0] if blank is None else blank
+        return modeling.blank_model(self) if blank is None or self._blank_draws else blank
 
     def probe(self, model: nn.Module) -> ProbeResult:
         """Return what :func:`llmload.probe.probe` finds of the finished model; run once per load.

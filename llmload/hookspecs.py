@@ -381,9 +381,11 @@ def audit(ctx: LoadContext, model: nn.Module) -> Iterable[Problem]:
 def stopped(asked: Mapping[str, Any], error: BaseException) -> None:
     """Learn that a load ends before ``init_context``: its spec or its plan was refused.
 
-    For plugins whose section is a key of the spec, so that one process among several can tell those
+    Or that a member of a group failed before the first member that this plugin takes part in. For
+    plugins whose section is a key of the spec, so that one process among several can tell those
     that wait for it. From ``init_context`` on, contexts tell a plugin that the load has failed:
-    those that it returned there and, up to the end of the last audit, those on ``ctx.until_end``.
+    those that it returned there and, up to the end of the last audit (of a group, that of its last
+    member), those on ``ctx.until_end``.
     ``llmload.plan`` never calls it; a group calls it once, not for each member.
 
     :param asked: the spec as it was given, of a group the first member's that has the section; no

@@ -26,13 +26,7 @@ LORA: dict[str, Any] = {"r": 2, "lora_alpha": 8, "target_modules": "all-linear"}
 SECTIONS = pytest.mark.parametrize("section", [{"double_quant": True}, {"bits": 8}], ids=["4", "8"])
 CANNOT = NO_LORA | {"gemma3n_text": "it clamps a weight in training, which codes cannot be"}
 """Types that PEFT or the model itself cannot train, each with the reason."""
-OTHER_DRAWS = {
-    "diffllama": "its class draws while it is built, not as often here as by from_pretrained, so"
-    " that the adapter starts from other values",
-}
-TYPES = [
-    name for name in architectures.causal_lm_types() if name not in EXCLUDED.keys() | OTHER_DRAWS
-]
+TYPES = [name for name in architectures.causal_lm_types() if name not in EXCLUDED]
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

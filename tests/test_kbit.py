@@ -26,7 +26,9 @@ from transformers import (
 )
 
 import llmload
-from llmload import show
+from llmload import hookimpl, show
+from llmload.checkpoint.mapped import MappedCheckpoint
+from llmload.checkpoint.placement import Plain
 from llmload.errors import AuditError, CheckpointError, RequestError, SpecError
 from llmload.registry import create_registry
 
@@ -814,3 +816,40 @@ def test_the_full_precision_model_never_exists(
     result = load(folder, {"double_quant": True, "prepare": "legacy"}, prove=False)
     final = result.report.parameter_bytes
     assert max(peaks) - before < 1.25 * final < 0.5 * stored
+
+
+@pytest.mark.parametrize("says_so", [True, False], ids=["in its check", "in init_context alone"])
+def test_a_placement_that_takes_no_quantised_weights_is_refused_before_any_is_read(
+    says_so: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Elsewhere:
+        """Stores weights in a way of its own."""
+
+        name = "elsewhere"
+        before = ("kbit",)
+
+        @hookimpl
+        def check(self, ctx: Any) -> None:
+            if says_so:
+                ctx.placed_by = self.name
+
+        @hookimpl
+        def init_context(self, ctx: Any) -> None:
+            ctx.placement = Plain()
+
+    def read(*args: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(MappedCheckpoint, "tensor", read)
+    registry = llmload.create_registry([Elsewhere], environ={})
+    who = "`elsewhere`" if says_so else "`Plain`"
+    expected = (
+        f"kbit: {who} stores the weights in its own way, and takes none that are quantised: it has"
+        " no `part`, as llmload.checkpoint.placement.Splitting has. Leave out one of the two. A"
+        " plugin whose placement has it says so in its `check`: `ctx.splits = True`."
+    )
+    plan = llmload.plan({"model": str(folder), "kbit": {}}, registry=registry)
+    assert [str(problem) for problem in plan.errors] == ([expected] if says_so else [])
+    with pytest.raises(llmload.RequestError) as caught:
+        load(folder, {}, registry=registry)
+    assert str(caught.value) == expected

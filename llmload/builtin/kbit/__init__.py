@@ -66,8 +66,8 @@ class KbitPlugin:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note]:
         """Hold the section to the folder and to what is installed; say what will be done."""
-        ctx.placed_by = self.name
         yield from _check.check(ctx, ctx.section(KbitSection))
+        ctx.placed_by = self.name
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> AbstractContextManager[None] | None:

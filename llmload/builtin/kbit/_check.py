@@ -83,6 +83,7 @@ def check(ctx: LoadContext, section: KbitSection) -> Iterator[Problem | Note]:
     """Yield what stands in the way, and what will be done."""
     yield from backend()
     yield from _devices(ctx, section)
+    yield from _placement(ctx)
     yield from _adapter(ctx, section)
     yield from _deepspeed(ctx, section)
     stored = stored_quantisation(ctx)
@@ -124,7 +125,7 @@ def backend() -> Iterator[Problem]:
         version = version_of("transformers")
         reason = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
         fix = "Run on a device that bitsandbytes supports."
-        if compat.major("transformers") < 5:
+        if not compat.quantises_weight_by_weight():
             # Its own sentence lists sets, in an order that changes from run to run.
             reason = "it finds no accelerator, and does not take the CPU"
             fix = "Run on an accelerator, or use transformers 5, which takes bitsandbytes on a CPU."
@@ -160,6 +161,24 @@ def _devices(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
             message=f"each of {processes} processes would spread its model over all devices",
             fix="Leave `device_map` out: each process then takes the device of its local rank.",
         )
+
+
+def _placement(ctx: LoadContext) -> Iterator[Problem]:
+    """Refuse a plugin that stores weights in a way that quantised ones cannot be stored in."""
+    other = ctx.placed_by
+    if other is not None and not ctx.splits and stored_quantisation(ctx) is None:
+        yield unsuited(f"`{other}`")
+
+
+def unsuited(what: str) -> Problem:
+    """Return the problem that a placement before ours takes no quantised weights."""
+    return Problem(
+        where="kbit",
+        message=f"{what} stores the weights in its own way, and takes none that are quantised: it"
+        " has no `part`, as llmload.checkpoint.placement.Splitting has",
+        fix="Leave out one of the two. A plugin whose placement has it says so in its `check`:"
+        " `ctx.splits = True`.",
+    )
 
 
 def _adapter(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:

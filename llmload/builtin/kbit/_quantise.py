@@ -86,11 +86,14 @@ class KbitPlacement:
         self._section = section
         self._quantiser = quantiser(config, stored=False)
         # Where a plugin before us partitions, it does so with quantised weights too.
+        if ctx.placement is not None and not hasattr(ctx.placement, "part"):
+            raise RequestError(_check.unsuited(f"`{type(ctx.placement).__name__}`"))
         self._splitting: Splitting | None = ctx.placement
         self._others: Placement = ctx.placement or Plain()
         # Spreading a model over devices goes by the sizes of its quantised layers, which only
         # from_pretrained weighs; before transformers 5, it quantises in ways of its own.
-        ours = ctx.spec.device_map not in _check.SPREADING and compat.major("transformers") >= 5
+        one_by_one = compat.quantises_weight_by_weight()
+        ours = ctx.spec.device_map not in _check.SPREADING and one_by_one
         self.honours = frozenset({"quantization_config"}) if ours else frozenset[str]()
 
     def default_device_map(self) -> dict[str, Any]:

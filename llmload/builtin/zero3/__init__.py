@@ -78,7 +78,7 @@ class Zero3Plugin:
             yield Note(text=f"ZeRO stage {resolved.stage}: the model stays whole")
             yield Decline(f"ZeRO stage {resolved.stage} does not partition parameters")
             return
-        ctx.placed_by = self.name
+        ctx.placed_by, ctx.splits = self.name, True
         problem = config.precision_problem(resolved, _name(ctx))
         if problem:
             yield problem
