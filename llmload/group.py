@@ -129,7 +129,7 @@ def _load_models(
 ) -> list[Sharing]:
     """Load the members that have a model of their own, and return what they did not cast again.
 
-    :param begun: gets the plugins that take part in a member whose load has begun.
+    :param begun: gets each plugin when its turn in ``init_context`` of a member has come.
     """
     from .checkpoint import shared
 
@@ -143,10 +143,14 @@ def _load_models(
             placement = None
             if name in once:
                 placement = shared.Shared(pool, name, once[name], conversion(member.ctx))
-            begun.update(member.host.names)
             with naming(name):
                 loaded[name] = execute(
-                    member, report.members[name], prove=prove, placement=placement, scope=scope
+                    member,
+                    report.members[name],
+                    begun,
+                    prove=prove,
+                    placement=placement,
+                    scope=scope,
                 )
             for other, size in placement.found.items() if placement is not None else ():
                 found.append(Sharing(member=name, of=other, how="one cast", saved_bytes=size))

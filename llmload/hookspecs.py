@@ -33,7 +33,7 @@ way of one load::
               wrap_adapter  in order                      the first that does not decline
                                                           contexts left, in reverse
     proof     audit         each plugin, in order         Problems
-    refused   stopped       plugins that the spec names   instead of all that follows the plan
+    refused   stopped       plugins that the spec names   instead of their init_context
 
 The rehearsal runs the real ``post_load`` and ``wrap_adapter`` on a model without storage. That is
 how the plan knows module names, new and trainable parameters before a weight is read. Whatever a
@@ -379,14 +379,14 @@ def audit(ctx: LoadContext, model: nn.Module) -> Iterable[Problem]:
 
 @hookspec
 def stopped(asked: Mapping[str, Any], error: BaseException) -> None:
-    """Learn that a load ends before ``init_context``: its spec or its plan was refused.
+    """Learn that a load ends before this plugin's ``init_context``.
 
-    Or that a member of a group failed before the first member that this plugin takes part in. For
-    plugins whose section is a key of the spec, so that one process among several can tell those
-    that wait for it. From ``init_context`` on, contexts tell a plugin that the load has failed:
-    those that it returned there and, up to the end of the last audit (of a group, that of its last
-    member), those on ``ctx.until_end``.
-    ``llmload.plan`` never calls it; a group calls it once, not for each member.
+    Its spec or its plan was refused, the ``init_context`` of a plugin before it failed, or a member
+    of a group before the first one that this plugin takes part in. For plugins whose section is a
+    key of the spec, so that one process among several can tell those that wait for it. From
+    ``init_context`` on, contexts tell a plugin that the load has failed: those that it returned
+    there and, up to the end of the last audit (of a group, that of its last member), those on
+    ``ctx.until_end``. ``llmload.plan`` never calls it; a group calls it once, not for each member.
 
     :param asked: the spec as it was given, of a group the first member's that has the section; no
         key of it may be valid.

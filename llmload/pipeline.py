@@ -66,16 +66,18 @@ def load(
         default dtype, grad mode and random state are as before.
     """
     registry = registry or create_registry()
-    report = Report()
-    with report.phase("plan"), registry.telling(source):
-        prepared = prepare(registry.validate(source), registry, weights=True)
-        prepared.plan.raise_for_errors()
-    return execute(prepared, report, prove=prove)
+    report, begun = Report(), set[str]()
+    with registry.telling(source, begun):
+        with report.phase("plan"):
+            prepared = prepare(registry.validate(source), registry, weights=True)
+            prepared.plan.raise_for_errors()
+        return execute(prepared, report, begun, prove=prove)
 
 
 def execute(
     prepared: Prepared,
     report: Report,
+    begun: set[str],
     *,
     prove: bool,
     placement: Placement | None = None,
@@ -83,6 +85,7 @@ def execute(
 ) -> LoadResult:
     """Carry out a plan without errors.
 
+    :param begun: gets each plugin when its turn in ``init_context`` has come.
     :param placement: where the streaming loader stores weights, unless a plugin says otherwise.
     :param scope: of the group that the model is a member of, which outlasts this load.
     """
@@ -95,11 +98,13 @@ def execute(
     with undone_on_error(), ctx.until_end if scope is None else nullcontext():
         with ExitStack() as contexts:
             for plugin in host.implementing("init_context"):
+                begun.update(host.names[: host.names.index(plugin) + 1])
                 with report.phase("init_context", plugin):
                     context = steps.call(host, plugin, "init_context", ctx=ctx)
                     if context is not None:
                         contexts.enter_context(context)
 
+            begun.update(host.names)
             model = _base_model(prepared, ctx, report)
             for name, parameter in model.named_parameters(remove_duplicate=False):
                 if name in plan.frozen:

@@ -191,7 +191,7 @@ class Registry:
 
         Of a group, with the first member that names the plugin.
 
-        :param begun: plugins that need not be told, since a load that they take part in has begun.
+        :param begun: plugins that need not be told, as their turn in ``init_context`` had come.
             May be filled while the block runs.
         """
         try:

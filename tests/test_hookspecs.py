@@ -180,3 +180,24 @@ def test_example_of_stopped_writes_down_why_a_load_was_refused(
     assert (tmp_path / "refusals.txt").read_text().startswith("CheckpointError models.b.model: ")
     with pytest.raises(SpecError):  # the error of the plugin itself is not in the way
         load_with_example("stopped", folder, refusals={}, dropout={"q": 1})
+
+
+@pytest.mark.parametrize(("place", "told"), [("before", True), ("after", False)])
+def test_stopped_is_told_of_an_earlier_plugin_whose_context_fails(
+    folder: Path, tmp_path: Path, place: str, told: bool
+) -> None:
+    class Failing:
+        name = "failing"
+
+        @llmload.hookimpl
+        def init_context(self, ctx: Any) -> None:
+            raise RuntimeError("the disk is on fire")
+
+    setattr(Failing, place, ("refusals",))
+    file = tmp_path / "refusals.txt"
+    registry = llmload.create_registry([example_of("stopped"), Failing()], environ={})
+    with pytest.raises(llmload.LoadFailedError, match="the disk is on fire"):
+        llmload.load({"model": str(folder), "refusals": {"file": str(file)}}, registry=registry)
+    assert file.exists() == told
+    if told:
+        assert file.read_text().startswith("LoadFailedError plugin 'failing'")

@@ -21,16 +21,20 @@ def fault(kind: str) -> None:
         raise RuntimeError("the disk is on fire")
     if kind == "exit":
         os._exit(3)
-    os.kill(os.getpid(), signal.SIGSTOP)
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class Faulty:
     """Goes wrong on one rank in one hook."""
 
     name = "faulty"
-    after = ("*",)
+    after: tuple[str, ...] = ("*",)
+    before: tuple[str, ...] = ()
 
     def __init__(self, phase: str, kind: str) -> None:
+        if phase == "before zero3":
+            phase, self.after, self.before = "init_context", (), ("zero3",)
         self._phase = phase
         self._kind = kind
 
@@ -77,7 +81,7 @@ class Faulty:
 
 def load(folder: str, phase: str, kind: str, culprit: int, deadline: float) -> str:
     """Load with a fault on one rank; a survivor returns how long its load took to end."""
-    plugins = [Faulty(phase, kind)] if _rank() == culprit else [Faulty("none", kind)]
+    plugins = [Faulty(phase, kind if _rank() == culprit else "none")]
     spec = {"model": folder, "dtype": "float32", "zero3": {"deadline": deadline}}
     _together()
     llmload.load(spec, registry=create_registry(plugins=plugins))

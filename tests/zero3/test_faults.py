@@ -18,6 +18,8 @@ KINDS = ("exception", "exit", "stop")
 PHASES = ("plan", "init_context", "place", "post_load", "wrap_adapter", "audit")
 MATRIX = [
     *((phase, kind, culprit, 2) for phase in PHASES for kind in KINDS for culprit in (0, 1)),
+    *(("before zero3", kind, 1, 2) for kind in KINDS),
+    ("before zero3", "exception", 0, 2),
     ("plan", "exception", 2, 4),
     ("place", "exit", 3, 4),
     ("post_load", "stop", 1, 4),
@@ -33,7 +35,8 @@ def sentences(phase: str, kind: str, culprit: int) -> list[str]:
         return [f"rank {culprit} failed: LoadFailedError: plugin", "the disk is on fire"]
     if culprit == 0:
         return ["the process that keeps the ranks' common store (rank 0, unless the launcher does)"]
-    silent = "did not come to this load within" if phase == "plan" else "gave no sign of life for"
+    late = phase in ("plan", "before zero3")
+    silent = "did not come to this load within" if late else "gave no sign of life for"
     return [f"rank {culprit} failed: it {silent} 4.2 s"]
 
 
