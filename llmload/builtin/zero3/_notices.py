@@ -62,9 +62,14 @@ class Notices:
 
     def failure(self) -> str | None:
         """Return the first failure that was announced, and let its rank know that we know."""
-        if not self.store.add("failures", 0):
+        numbers = range(1, self.store.add("failures", 0) + 1)
+        # One that is numbered may not be written yet. To wait for it in the store would keep this
+        # process's other threads from asking or telling anything, and it may be one of them.
+        keys = (f"failure/{number}" for number in numbers)
+        written = next((key for key in keys if self.store.check([key])), None)
+        if written is None:
             return None
-        report = json.loads(self.store.get("failure/1"))
+        report = json.loads(self.store.get(written))
         if report["rank"] != self.rank:
             self.store.add("told", 1)
         return f"rank {report['rank']} failed: {report['reason']}"
