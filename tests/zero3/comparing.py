@@ -189,7 +189,7 @@ def compare(
     except Exception as error:
         return {
             "theirs": f"{type(error).__name__}: {error}"[:300],
-            "differences": unlike_the_whole(kind, folder, dtype),
+            "differences": unlike_the_whole(kind, folder, dtype, key_map),
         }
     answer: dict[str, Any] = {
         "differences": [
@@ -229,9 +229,7 @@ def architecture(kind: str, model_type: str, folder: str, **case: Any) -> dict[s
     try:
         answer = compare(kind, folder, **case)
         if answer["differences"] and "theirs" not in answer:
-            whole = llmload.load(
-                {"model": folder, "auto_class": kind, "dtype": case["dtype"], "strict": False}
-            ).model
+            whole = architectures.AUTO_CLASSES[kind].from_pretrained(folder, dtype=case["dtype"])
             answer["whole"] = [
                 f"{name}: buffer {buffer.dtype}" for name, buffer in whole.named_buffers()
             ]
@@ -259,12 +257,13 @@ def every(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return answers
 
 
-def unlike_the_whole(kind: str, folder: str, dtype: str) -> list[str]:
+def unlike_the_whole(
+    kind: str, folder: str, dtype: str, key_map: dict[str, str] | None = None
+) -> list[str]:
     """Load partitioned and whole, gather each parameter, and list those that differ."""
-    split = ours(kind, folder, deepspeed_config(dtype), dtype)
-    whole = llmload.load(
-        {"model": folder, "auto_class": kind, "dtype": dtype, "strict": False}
-    ).model
+    split = ours(kind, folder, deepspeed_config(dtype), dtype, key_map)
+    spec = {"model": folder, "auto_class": kind, "dtype": dtype, "key_map": key_map or {}}
+    whole = llmload.load(spec | {"strict": False}).model
     expected = dict(whole.named_parameters())
     different = sorted(expected.keys() ^ {name for name, _ in split.named_parameters()})
     for name, parameter in split.named_parameters():

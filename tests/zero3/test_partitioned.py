@@ -8,6 +8,7 @@ from typing import Any
 
 import architectures
 import pytest
+import stacks
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -42,6 +43,9 @@ VARIANTS = {
     "other keys": {"folder": "renamed", "key_map": {"^transformer": "model"}},
 }
 """Compared with transformers' own beside the architectures."""
+BEYOND_4_51 = {"other keys": "state dictionary of the model you are trying to load is corrupted"}
+"""Variants that 4.51.3 cannot load: it looks for the base model's prefix before it maps keys. Ours
+is the whole model."""
 PERSISTS = {
     "every parameter persists": True,
     "no parameter persists": False,
@@ -151,6 +155,9 @@ def test_variants_are_those_of_transformers(
     for answers in flat(outcomes["variants"]):
         answer = answers[list(VARIANTS).index(variant)]
         assert answer.get("differences") == [], answer
+        if variant in BEYOND_4_51 and not stacks.IS_MODERN:
+            assert BEYOND_4_51[variant] in answer["theirs"]
+            continue
         assert "theirs" not in answer, answer
         mine, other = answer.get("losses", ([], []))
         assert mine == other
