@@ -91,6 +91,9 @@ class LoadContext:
         self.splits = False
         """Set beside ``placed_by`` by a plugin whose placement is a ``Splitting``: another may then
         change how each weight is stored before it is split."""
+        self.reads = ""
+        """What of the checkpoint this process will read, in words, as the ``check`` of the plugin
+        says that splits the weights; empty for all of it."""
         self.new_tokens: dict[str, int] = {}
         """Token -> id of those that the checkpoint's own tokenizer lacks, set with ``tokenizer``:
         their embedding rows are untrained, even where the checkpoint has rows to spare."""

@@ -101,7 +101,7 @@ def _examine(info: PluginInfo, *, tried: bool) -> Diagnosis:
         try:
             for finding in _findings(info):
                 if isinstance(finding, Note):
-                    found.works.append(finding.text)
+                    found.works.append(str(finding))
                 else:
                     found.problems.append(finding)
         except PluginError as error:

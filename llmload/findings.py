@@ -14,7 +14,12 @@ from typing import Any
 class Note:
     """A line of the plan: what the plugin is going to do in this load."""
 
-    text: str
+    text: str | Callable[[], str]
+    """What the plan shows; a function is called when every plugin has been asked, for what others
+    decide on."""
+
+    def __str__(self) -> str:
+        return self.text if isinstance(self.text, str) else self.text()
 
 
 @dataclass(frozen=True)

@@ -248,18 +248,21 @@ def _broken(registry: Registry) -> Iterable[Problem]:
 
 def _check(host: Host, ctx: LoadContext, plan: Plan) -> None:
     """Ask every plugin what it will do, then list the steps and choose the loader."""
-    notes: dict[str, list[str]] = {}
+    found: list[tuple[str, Note]] = []
     for plugin in host.implementing("check"):
         try:
             for finding in steps.findings(host, plugin, "check", ctx=ctx):
                 if isinstance(finding, Note):
-                    notes.setdefault(plugin, []).append(finding.text)
+                    found.append((plugin, finding))
                 elif isinstance(finding, Decline):
                     plan.declined[plugin] = finding.reason
                 else:
                     plan.problems.append(finding)
         except RequestError as error:
             plan.problems += error.problems
+    notes: dict[str, list[str]] = {}
+    for plugin, note in found:
+        notes.setdefault(plugin, []).append(str(note))
     loaders = [name for name in host.implementing("load") if name not in plan.declined]
     if loaders:
         plan.loader = loaders[0]

@@ -57,7 +57,11 @@ class StreamingLoader:
             return
         assert ctx.checkpoint is not None
         files, size = len(ctx.checkpoint.files), ctx.checkpoint.total_bytes
-        yield Note(text=f"read {size:,} bytes from {files} file(s), each tensor once")
+        yield Note(
+            text=lambda: (
+                f"read {ctx.reads or f'{size:,} bytes'} from {files} file(s), each tensor once"
+            )
+        )
 
     @hookimpl
     def load(self, ctx: LoadContext) -> PreTrainedModel | Decline:

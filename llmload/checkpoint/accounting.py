@@ -27,5 +27,8 @@ class Accounting:
     """Name -> why transformers could not convert its tensors."""
     as_stored: Mapping[str, TensorInfo]
     """Name in the model -> the tensor of the file that it is, whole and unchanged."""
-    converted: tuple[TensorInfo, ...]
-    """Tensors of the file that are merged, split or otherwise changed on the way."""
+    assembled: Mapping[str, int]
+    """Name in the model -> bytes of the value, as stored: put together from several tensors of the
+    file or cut out of one, every element just where it can be computed."""
+    computed: tuple[TensorInfo, ...]
+    """Tensors of the file that are changed in other ways, for which they are read whole."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmload.checkpoint.header import TensorInfo
+    from llmload.checkpoint.joined import Assembled
     from llmload.checkpoint.mapped import MappedCheckpoint
     from llmload.checkpoint.placing import Placer
 
@@ -41,9 +42,19 @@ class Outline:
         return self._info.dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        """Return the tensor for transformers to convert, or to pass on as it is."""
+        from llmload.checkpoint.joined import StandIn
+
         tensor = self._tensor()
         if index is not Ellipsis:
             tensor = tensor[index]
+        return self._take(StandIn(tensor, tensor.device))
+
+    def plain(self) -> torch.Tensor:
+        """Return the tensor where transformers does not come in."""
+        return self._take(self._tensor())
+
+    def _take(self, tensor: torch.Tensor) -> torch.Tensor:
         self._taken.append((self._info, tensor))
         return tensor
 
@@ -71,6 +82,14 @@ def as_stored(taken: Taken, values: Mapping[str, torch.Tensor]) -> dict[str, Ten
     if not infos.keys() >= {id(value) for value in values.values()}:
         return None
     return {name: infos[id(value)] for name, value in values.items()}
+
+
+def assembled(taken: Taken, values: Mapping[str, torch.Tensor]) -> dict[str, Assembled] | None:
+    """Return how each value is put together from tensors of the file; None if one is computed."""
+    from llmload.checkpoint.joined import Assembled
+
+    found = {name: Assembled.of(value, taken) for name, value in values.items()}
+    return None if None in found.values() else found  # type: ignore[return-value]
 
 
 class Handover:
@@ -148,23 +167,32 @@ class Receiver:
             raise AbortError(error) from error
 
     def _receive(self, first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        from llmload.checkpoint.joined import itself
+
         read = self._taken.copy()
         self._taken.clear()
         dtype = self._dtypes.of(first)
         infos = as_stored(read, values)
         if infos is not None:
             return {
-                name: self._placer.place(name, dtype, value, infos[name])
+                name: self._placer.place(name, dtype, itself(value), infos[name])
                 for name, value in values.items()
             }
         behind = [info for info, _ in read]
+        found = assembled(read, values)
+        if found is not None:
+            return {
+                name: self._placer.place(name, dtype, value, None, behind)
+                for name, value in found.items()
+            }
+        made = {name: itself(value) for name, value in values.items()}
         self._placer.read_for_conversion(behind)
-        if not _share_storage(values.values(), (tensor for _, tensor in read)):
+        if not _share_storage(made.values(), (itself(tensor) for _, tensor in read)):
             self._placer.drop(behind)
             behind = []
         return {
             name: self._placer.place(name, dtype, value, None, behind)
-            for name, value in values.items()
+            for name, value in made.items()
         }
 
 

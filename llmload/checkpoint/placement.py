@@ -7,7 +7,7 @@ shares sets its own ``ctx.placement`` in ``init_context``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmload.checkpoint.header import TensorInfo
+    from llmload.checkpoint.joined import Assembled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +56,7 @@ class Source:
 
     def __init__(
         self,
-        tensor: torch.Tensor,
+        value: torch.Tensor | Assembled,
         asked: Callable[[torch.Tensor], None],
         release: Callable[[], None],
         fill: Callable[[torch.Tensor, torch.Tensor], None],
@@ -64,7 +65,7 @@ class Source:
     ) -> None:
         self.origin = origin
         """The tensor of the checkpoint whose bytes these are; None for what was converted."""
-        self._tensor = tensor
+        self._value = value
         self._asked = asked
         self._release = release
         self._fill = fill
@@ -73,29 +74,42 @@ class Source:
     @property
     def shape(self) -> torch.Size:
         """Same as the target's."""
-        return self._tensor.shape
+        return self._value.shape
 
     @property
     def dtype(self) -> torch.dtype:
         """As stored in the checkpoint."""
-        return self._tensor.dtype
+        return self._value.dtype
 
     def empty(self, dtype: torch.dtype) -> torch.Tensor:
         """A tensor on the CPU like the value, for :meth:`fill`."""
         import torch
 
-        return torch.empty_like(self._tensor, dtype=dtype)
+        if isinstance(self._value, torch.Tensor):
+            return torch.empty_like(self._value, dtype=dtype)
+        return torch.empty(self.shape, dtype=dtype)
 
     def whole(self) -> torch.Tensor:
         """The value, on the CPU; over the file's own pages unless it was converted."""
-        self._asked(self._tensor)
-        return self._tensor
+        import torch
+
+        if isinstance(self._value, torch.Tensor):
+            self._asked(self._value)
+            return self._value
+        return self.flat(0, self.shape.numel()).view(self.shape)
 
     def flat(self, start: int, stop: int) -> torch.Tensor:
         """Elements ``start`` to ``stop`` of the value laid out flat; nothing else is read."""
-        part = self._tensor.reshape(-1)[start:stop]
-        self._asked(part)
-        return part
+        import torch
+
+        pieces = list(self._pieces(start, stop))
+        for piece in pieces:
+            self._asked(piece)
+        if len(pieces) == 1:
+            return pieces[0]
+        joined = torch.cat(pieces) if pieces else torch.empty(0, dtype=self.dtype)
+        self._release()
+        return joined
 
     def fill(self, out: torch.Tensor, start: int = 0, stop: int | None = None) -> None:
         """Copy the value, or elements ``start`` to ``stop`` of it laid out flat, into ``out``.
@@ -104,21 +118,41 @@ class Source:
         releases the pages. ``out`` is a tensor on the CPU of any dtype; nobody looks at what is in
         it before ``finish``.
         """
-        part = self._tensor if (start, stop) == (0, None) else self._tensor.reshape(-1)[start:stop]
-        self._asked(part)
-        self._fill(out, part)
+        import torch
+
+        if (start, stop) == (0, None) and isinstance(self._value, torch.Tensor):
+            self._asked(self._value)
+            self._fill(out, self._value)
+            return
+        stop = self.shape.numel() if stop is None else stop
+        for piece in self._pieces(start, stop):
+            self._asked(piece)
+            first, out = out.view(-1).tensor_split([piece.numel()])
+            self._fill(first, piece)
 
     def mapped(self, start: int, stop: int) -> torch.Tensor | None:
         """Elements ``start`` to ``stop``, flat, over file pages that end with this tensor.
 
-        Writing to it changes neither the file nor the source. None where the value was converted,
-        which then lies in memory, not in the file, or where the process may have no more mappings.
+        Writing to it changes neither the file nor the source. None where the value was converted:
+        it then lies in memory, or in several places of the file. None too where the process may
+        have no more mappings.
         """
-        part = self._tensor.reshape(-1)[start:stop]
-        owned = self._own(part)
+        if self.origin is None:
+            return None
+        (piece,) = self._pieces(start, stop)
+        owned = self._own(piece)
         if owned is not None:
-            self._asked(part)
+            self._asked(piece)
         return owned
+
+    def _pieces(self, start: int, stop: int) -> Iterator[torch.Tensor]:
+        """Yield what is asked for as views of what there is."""
+        import torch
+
+        if isinstance(self._value, torch.Tensor):
+            yield self._value.reshape(-1)[start:stop]
+        else:
+            yield from self._value.pieces(start, stop)
 
     def release(self) -> None:
         """Say that what was asked for has been copied: the pages behind it leave the process."""

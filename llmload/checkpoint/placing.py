@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmload.checkpoint.header import TensorInfo
+    from llmload.checkpoint.joined import Assembled
     from llmload.checkpoint.mapped import MappedCheckpoint
     from llmload.checkpoint.placement import Placement
     from llmload.checkpoint.proof import Proof
@@ -57,7 +58,7 @@ class Placer(AbstractContextManager["Placer"]):
         self,
         name: str,
         dtype: torch.dtype,
-        value: torch.Tensor,
+        value: torch.Tensor | Assembled,
         info: TensorInfo | None,
         behind: Iterable[TensorInfo] = (),
     ) -> torch.Tensor:
@@ -68,6 +69,13 @@ class Placer(AbstractContextManager["Placer"]):
         :param behind: for a converted value, the tensors of the file whose pages it lies on.
         """
         import torch
+
+        from llmload.checkpoint.joined import storage_of
+
+        if not isinstance(value, torch.Tensor):
+            places = value.places
+        else:
+            places = {} if info is None else {storage_of(value): info}
 
         path, _, attribute = name.rpartition(".")
         target = Target(
@@ -80,9 +88,13 @@ class Placer(AbstractContextManager["Placer"]):
         )
         reading = self._proof.reading()
 
+        def origin(part: torch.Tensor) -> TensorInfo | None:
+            return places.get(storage_of(part))
+
         def asked(part: torch.Tensor) -> None:
-            if info is not None:  # a converted value was counted when its tensors were read
-                self._files.count(info, part.nbytes, _first_byte(part, value))
+            found = origin(part)
+            if found is not None:  # a computed value was counted when its tensors were read
+                self._files.count(found, part.nbytes, _first_byte(part))
             reading.add(part)
 
         def release() -> None:
@@ -93,9 +105,9 @@ class Placer(AbstractContextManager["Placer"]):
 
         def own(part: torch.Tensor) -> torch.Tensor | None:
             nonlocal address
-            if info is None or value.shape != info.shape or info.start % part.itemsize:
+            if info is None or info.start % part.itemsize:
                 return None
-            pages = self._files.part(info, _first_byte(part, value), part.nbytes)
+            pages = self._files.part(info, _first_byte(part), part.nbytes)
             if pages is None:
                 return None
             address = pages.data_ptr()
@@ -109,16 +121,17 @@ class Placer(AbstractContextManager["Placer"]):
 
         def copy() -> None:
             for out, part in copies:
-                if info is not None and _is_read_as_it_is(out, part, value, info):
-                    self._files.read(info, _first_byte(part, value), out)
+                found = origin(part)
+                if found is not None and _is_read_as_it_is(out, part):
+                    self._files.read(found, _first_byte(part), out)
                 else:
                     out.copy_(part)
             release()
             self._proof.compare(name, stored, reading)
 
         if copies:
-            # A converted value takes memory until it is copied: the next one is made after that.
-            nbytes = 0 if info is None else sum(out.nbytes for out, _ in copies)
+            # A computed value takes memory until it is copied: the next one is made after that.
+            nbytes = sum(out.nbytes for out, _ in copies) if places else 0
             self._copies.add(_in_this_mode(copy), nbytes)
         else:
             self._proof.compare(name, stored, reading)
@@ -135,21 +148,14 @@ class Placer(AbstractContextManager["Placer"]):
             self._files.drop(info)
 
 
-def _first_byte(part: torch.Tensor, value: torch.Tensor) -> int:
-    """Return where in ``value`` a part of it begins; both are contiguous."""
-    return int(part.storage_offset() - value.storage_offset()) * part.itemsize
+def _first_byte(part: torch.Tensor) -> int:
+    """Return where in its tensor of the file a part begins; the storage begins with that tensor."""
+    return int(part.storage_offset()) * part.itemsize
 
 
-def _is_read_as_it_is(
-    out: torch.Tensor, part: torch.Tensor, value: torch.Tensor, info: TensorInfo
-) -> bool:
-    """Whether ``out`` takes the very bytes of the file: nothing to cast, to lay out or to slice."""
-    return (
-        out.dtype == part.dtype
-        and out.is_contiguous()
-        and part.is_contiguous()
-        and value.shape == info.shape
-    )
+def _is_read_as_it_is(out: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether ``out`` takes the very bytes of the file: nothing to cast or to lay out."""
+    return out.dtype == part.dtype and out.is_contiguous() and part.is_contiguous()
 
 
 def _in_this_mode(job: Callable[[], None]) -> Callable[[], None]:

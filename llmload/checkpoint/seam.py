@@ -27,6 +27,7 @@ from llmload.checkpoint.handover import (
     Taken,
     View,
     as_stored,
+    assembled,
 )
 from llmload.checkpoint.placement import Plain
 from llmload.checkpoint.placing import Placer
@@ -130,15 +131,18 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
 
     taken: Taken = []
     unchanged: dict[str, TensorInfo] = {}
-    converted: list[TensorInfo] = []
+    joined: dict[str, int] = {}
+    computed: list[TensorInfo] = []
 
     def receive(first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found.update(values)
         infos = as_stored(taken, values)
-        if infos is None:
-            converted.extend(info for info, _ in taken)
-        else:
+        if infos is not None:
             unchanged.update(infos)
+        elif assembled(taken, values) is not None:
+            joined.update((name, value.nbytes) for name, value in values.items())
+        else:
+            computed.extend(info for info, _ in taken)
         taken.clear()
         return {}
 
@@ -149,7 +153,7 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
     outlines = {info.name: Outline(info, taken) for info in checkpoint.tensors.values()}
     rules = _rules(model)
     if _leave_alone(rules, model, checkpoint, state):
-        receive("", {name: outline[...] for name, outline in outlines.items()})
+        receive("", {name: outline.plain() for name, outline in outlines.items()})
         info = LoadStateDictInfo(set(), set(), set(), [], {}, set())
     else:
         with _no_progress_bar():
@@ -171,7 +175,8 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
         ),
         failed=info.conversion_errors,
         as_stored=unchanged,
-        converted=tuple(converted),
+        assembled=joined,
+        computed=tuple(computed),
     )
 
 
@@ -325,7 +330,7 @@ def _place_by_name(
     info = LoadStateDictInfo(names, set(), set(), [], {}, set())
     handover = Handover(receive)
     for name in logging.tqdm(sorted(views, key=dot_natural_key), desc="Loading weights"):
-        placed = receive(name, {name: views[name][...]})
+        placed = receive(name, {name: views[name].plain()})
         set_param_for_module(model, name, placed[name], info, handover)
     return info
 

@@ -175,7 +175,8 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
             for info in checkpoint.tensors.values()
             if keys.names.get(info.name) in state
         },
-        converted=(),
+        assembled={},
+        computed=(),
     )
 
 

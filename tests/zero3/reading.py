@@ -10,10 +10,11 @@ import llmload
 def load(folder: str, dtype: str) -> dict[str, Any]:
     result = llmload.load({"model": folder, "dtype": dtype, "zero3": {}})
     facts = result.report.facts
-    notes = [note for step in result.plan.steps if step.plugin == "zero3" for note in step.notes]
+    notes = {step.plugin: step.notes for step in result.plan.steps if step.notes}
     return {
         "files": facts["streaming"]["files"],
         "kept": facts["zero3"]["partition_bytes"] + sum(b.nbytes for b in result.model.buffers()),
         "partitions": facts["zero3"]["partition_bytes"],
-        "note": notes[-1],
+        "note": notes["zero3"][-1],
+        "reads": notes["streaming"][-1],
     }

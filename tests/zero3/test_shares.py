@@ -8,23 +8,28 @@ from typing import Any
 
 import architectures
 import pytest
+import stacks
 import tiny
 import torch
 from zero3.farm import Job, Outcome, launch
 
+import llmload
 from llmload import compat, planning
 from llmload.builtin.zero3.shares import Forecast, forecast
 from llmload.registry import create_registry
 
-RANKS = {"two": 2, "four": 4, "merged": 2}
-"""``merged`` has experts that transformers makes one parameter of."""
+COMPUTED = "gpt_oss"
+RANKS = {"two": 2, "four": 4, "merged on two": 2, "merged on four": 4, "computed": 2}
+"""``merged`` has experts that transformers makes one parameter of; of ``computed`` it transposes
+some."""
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     llama = tiny.tiny_llama(tmp_path_factory.mktemp("llama"), shards=2)
-    mixtral = tmp_path_factory.mktemp("mixtral")
-    architectures.build("causal_lm", "mixtral").save_pretrained(mixtral)
+    mixtral, other = tmp_path_factory.mktemp("mixtral"), tmp_path_factory.mktemp("other")
+    architectures.build("causal_lm", "mixtral").save_pretrained(mixtral, max_shard_size="20KB")
+    architectures.build("causal_lm", COMPUTED).save_pretrained(other)
     # Parts large enough to stay on the file's pages; those that are padded are copied.
     wide = tiny.tiny_llama(
         tmp_path_factory.mktemp("wide"),
@@ -33,7 +38,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         intermediate_size=513,
         vocab_size=1025,
     )
-    return {"two": Path(llama), "four": Path(llama), "merged": mixtral, "wide": Path(wide)}
+    return {
+        **dict.fromkeys(["two", "four"], Path(llama)),
+        **dict.fromkeys(["merged on two", "merged on four"], mixtral),
+        "computed": other,
+        "wide": Path(wide),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +78,30 @@ def test_plan_foretells_what_each_rank_reads_and_keeps(
         assert sum(f["bytes_read"] for f in counted["files"].values()) == expected[rank].read
         assert counted["kept"] == expected[rank].kept
         assert f"ranks reads {expected[0].read:,} of" in counted["note"]
-    assert (expected[0].converted > 0) == (name == "merged")
+        assert counted["reads"].startswith(f"read {expected[rank].read:,} of ")
+        computed = f"({expected[0].computed:,} of tensors that others are computed of, whole)"
+        assert (computed in counted["note"]) == (name == "computed" and stacks.IS_MODERN)
+    assert (expected[0].computed > 0) == (name == "computed" and stacks.IS_MODERN)
+
+
+def test_plan_without_ranks_tells_what_each_of_several_would_read(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    plan = llmload.plan({"model": str(folders["two"]), "dtype": "bfloat16", "zero3": {}})
+    notes = {step.plugin: step.notes for step in plan.steps if step.notes}
+    size = f"{plan.checkpoint_bytes:,}"
+    assert notes["streaming"] == [
+        f"read a rank's part of {size} bytes from 2 file(s), each tensor once"
+    ]
+    assert notes["zero3"][0] == "each rank reads and keeps its own part of every tensor"
+    read = [forecasts(folders["two"], ranks)[0].read for ranks in (2, 4, 8)]
+    for ranks, bytes_read, note in zip((2, 4, 8), read, notes["zero3"][1:], strict=True):
+        assert note.startswith(f"each of {ranks} ranks reads {bytes_read:,} of {size} bytes and")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["two", "four"])
+@pytest.mark.parametrize("name", ["two", "four", "merged on two", "merged on four"])
 def test_simulation_reads_file_by_file_what_real_ranks_read(
     outcomes: dict[str, list[Outcome]],
     folders: dict[str, Path],

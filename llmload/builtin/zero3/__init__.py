@@ -93,7 +93,7 @@ class Zero3Plugin:
         if reason:
             yield Note(text=f"rank 0 reads and from_pretrained partitions: {reason}")
         elif ctx.checkpoint is not None and "kbit" not in ctx.active:  # which says it itself
-            for text in _shares(ctx, _launch.world_size()):
+            for text in _shares(ctx, _launch.rank(), _launch.world_size()):
                 yield Note(text=text)
 
     @hookimpl
@@ -145,7 +145,7 @@ def _name(ctx: LoadContext) -> str:
     return str(ctx.dtype).removeprefix("torch.")
 
 
-def _shares(ctx: LoadContext, ranks: int | None) -> Iterator[str]:
+def _shares(ctx: LoadContext, rank: int, ranks: int | None) -> Iterator[str]:
     """Say how much of the checkpoint each rank reads, and what it keeps."""
     from llmload.builtin.zero3.shares import forecast
 
@@ -155,16 +155,20 @@ def _shares(ctx: LoadContext, ranks: int | None) -> Iterator[str]:
         yield f"rank 0 reads and from_pretrained partitions: {reason}"
         return
     accounting = compat.seam().rehearse(ctx.blank, ctx.checkpoint)
+    total = ctx.checkpoint.total_bytes
     if ranks is None:
         yield "each rank reads and keeps its own part of every tensor"
+        ctx.reads = f"a rank's part of {total:,} bytes"
+    else:
+        ctx.reads = f"{forecast(ctx, accounting, rank, ranks).read:,} of {total:,} bytes"
     for number in _EXAMPLES if ranks is None else (ranks,):
         expected = forecast(ctx, accounting, 0, number)
-        converted = ""
-        if expected.converted:
-            converted = f" ({expected.converted:,} of tensors that are converted, whole)"
+        computed = ""
+        if expected.computed:
+            computed = f" ({expected.computed:,} of tensors that others are computed of, whole)"
         yield (
-            f"each of {number} ranks reads {expected.read:,} of {ctx.checkpoint.total_bytes:,}"
-            f" bytes{converted} and keeps {expected.kept:,}"
+            f"each of {number} ranks reads {expected.read:,} of {total:,} bytes{computed}"
+            f" and keeps {expected.kept:,}"
         )
 
 

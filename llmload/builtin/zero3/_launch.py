@@ -28,6 +28,13 @@ def world_size() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if _launched() else None
 
 
+def rank() -> int:
+    """Return this process's rank; 0 where no launcher has started any."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if _launched() else 0
+
+
 def _launched() -> bool:
     return all(name in os.environ for name in _LAUNCHER)
 

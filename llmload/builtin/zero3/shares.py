@@ -37,8 +37,9 @@ class Forecast:
     """What one rank will read and keep."""
 
     read: int
-    """Bytes of the checkpoint. Tensors that transformers converts are read whole by every rank."""
-    converted: int
+    """Bytes of the checkpoint. Tensors that transformers computes others of are read whole by every
+    rank."""
+    computed: int
     """Those among them."""
     kept: int
     """Bytes of the partitions, padding included, tied ones once, and of the buffers."""
@@ -47,16 +48,19 @@ class Forecast:
 def forecast(ctx: LoadContext, accounting: Accounting, rank: int, ranks: int) -> Forecast:
     """Say beforehand what a rank will read and keep, from headers and the model without storage."""
     model = ctx.blank
-    converted = sum(info.nbytes for info in accounting.converted)
-    read = converted
-    for name, info in accounting.as_stored.items():
+    computed = sum(info.nbytes for info in accounting.computed)
+    read = computed
+    stored = {name: info.nbytes for name, info in accounting.as_stored.items()}
+    for name, nbytes in (stored | dict(accounting.assembled)).items():
         path, _, attribute = name.rpartition(".")
-        span = share(model.get_submodule(path), attribute, info.numel, rank, ranks)
-        read += span.length * info.nbytes // max(info.numel, 1)
+        module = model.get_submodule(path)
+        elements = getattr(module, attribute).numel()
+        span = share(module, attribute, elements, rank, ranks)
+        read += span.length * nbytes // max(elements, 1)
     tied = compat.tied_names(model)
     kept = sum(buffer.nbytes for buffer in model.buffers())
     for name, parameter in model.named_parameters():
         if name not in tied:
             size = Span.of(parameter.numel(), rank, ranks).size
             kept += size * dtype_of(parameter, ctx.dtype).itemsize
-    return Forecast(read, converted, kept)
+    return Forecast(read, computed, kept)
