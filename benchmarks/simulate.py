@@ -60,9 +60,29 @@ def llama(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, 
     }
 
 
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "dtype": "bfloat16",
+    "hidden_size": 6144,
+    "intermediate_size": 16384,
+    "num_hidden_layers": 56,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32768,
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "tie_word_embeddings": False,
+}
+"""The config of Mixtral 8x22B, whose experts are stored one by one and merged by transformers."""
+
 MODELS = {
     "Llama 70B": llama(8192, 28672, 80, 64),
     "Llama 405B": llama(16384, 53248, 126, 128),
+    "Mixtral 8x22B": MIXTRAL,
 }
 
 
@@ -108,7 +128,7 @@ class _Recording(MappedCheckpoint):
     who: tuple[Rank, Simulated] | None = None
 
     def count(self, info: TensorInfo, nbytes: int, first: int = 0) -> None:
-        assert self.who, f"{info.name} is converted: read whole by every rank"
+        assert self.who, f"{info.name} is computed with: read whole by every rank"
         if not nbytes:
             return
         rank, together = self.who
@@ -116,6 +136,9 @@ class _Recording(MappedCheckpoint):
         rank.reads[info.file] += 1
         rank.largest = max(rank.largest, nbytes)
         together.pieces.setdefault(info.name, []).append((first, first + nbytes))
+
+    def read(self, info: TensorInfo, first: int, out: torch.Tensor) -> None:
+        pass
 
 
 class _Everyone:
@@ -136,7 +159,8 @@ class _Everyone:
             for number, rank in enumerate(together.ranks):
                 self._files.who = (rank, together)
                 span = share(target.module, target.attribute, elements, number, len(together.ranks))
-                source.flat(span.start, span.stop)
+                untouched = torch.empty(span.length, dtype=source.dtype)
+                source.fill(untouched, span.start, span.stop)
                 rank.kept += span.size * dtype.itemsize
         self._files.who = None
         ghost = torch.empty(1, dtype=dtype).expand(source.shape)
@@ -174,13 +198,14 @@ def simulate(folder: Path, numbers: Sequence[int]) -> list[Simulated]:
 def write_headers(folder: Path, config: dict[str, Any]) -> None:
     """Write config, index and shards of true length that hold nothing but their headers."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     room = SHARD_BYTES
-    for name, tensor in model.state_dict().items():
+    for name, tensor in revert_weight_conversion(model, model.state_dict()).items():
         nbytes = 2 * tensor.numel()
         if nbytes > room and shards[-1]:
             shards.append({})
