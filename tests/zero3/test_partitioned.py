@@ -105,6 +105,8 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         for dtype, threshold in PRECISIONS:
             case = {"kind": kind, "folder": str(folder), "dtype": dtype, "threshold": threshold}
             cases.append(case | {"train": kind == "causal_lm"})
+    merged = list(ARCHITECTURES).index("mixtral") * len(PRECISIONS)
+    on_four = [cases[0], cases[merged]]
     tmp = tmp_path_factory.mktemp("models")
     variants = _variants(tmp_path_factory.mktemp("variants"))
     tied, untied = (
@@ -127,7 +129,7 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         "starts": Job("zero3.finishing:starts", {"folder": untied, "dtype": "float32"}),
         "beyond": Job("zero3.comparing:many_unlike_the_whole", {"cases": beyond}),
         "two": Job("zero3.comparing:many", {"cases": cases}, timeout=250),
-        "four": Job("zero3.comparing:many", {"cases": cases[:1]}, ranks=4, timeout=100),
+        "four": Job("zero3.comparing:many", {"cases": on_four}, ranks=4, timeout=150),
         "tied": Job("zero3.finishing:embeddings", {"folder": tied} | resize),
         "untied": Job("zero3.finishing:embeddings", {"folder": untied} | resize),
         "auto": Job("zero3.finishing:lora", adapter | {"adapter_dtype": "auto"}),
