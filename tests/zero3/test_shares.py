@@ -94,7 +94,7 @@ def test_plan_without_ranks_tells_what_each_of_several_would_read(
     notes = {step.plugin: step.notes for step in plan.steps if step.notes}
     size = f"{plan.checkpoint_bytes:,}"
     assert notes["streaming"] == [
-        f"read a rank's part of {size} bytes from 2 file(s), each tensor once"
+        f"read a rank's part of {size} bytes from 3 file(s), each tensor once"
     ]
     assert notes["zero3"][0] == "each rank reads and keeps its own part of every tensor"
     read = [forecasts(folders["two"], ranks)[0].read for ranks in (2, 4, 8)]
