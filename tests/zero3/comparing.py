@@ -73,6 +73,10 @@ PADDING = "padding is not zero"
 """Ours is; DeepSpeed, which partitions for from_pretrained, leaves whatever the memory held."""
 
 
+WHOLE = "only ours is partitioned"
+"""Ours holds the values of theirs, which DeepSpeed partitions in ``initialize``."""
+
+
 def differences(mine: torch.nn.Module, other: torch.nn.Module) -> list[str]:
     """List in what the parts, attributes and buffers of two partitioned models differ."""
     found = []
@@ -97,8 +101,11 @@ def differences(mine: torch.nn.Module, other: torch.nn.Module) -> list[str]:
 
 
 def _parameter(mine: Any, other: Any) -> list[str]:
-    if hasattr(mine, "ds_tensor") != hasattr(other, "ds_tensor"):
-        return [f"partitioned {hasattr(mine, 'ds_tensor')} for {hasattr(other, 'ds_tensor')}"]
+    if hasattr(mine, "ds_tensor") and not hasattr(other, "ds_tensor"):
+        with deepspeed.zero.GatheredParameters(mine):
+            return [WHOLE] if torch.equal(mine, other) else [WHOLE, "other values"]
+    if not hasattr(mine, "ds_tensor"):
+        return ["not partitioned"]
     facts = ("dtype", "ds_shape", "ds_numel", "ds_numel_aligned", "ds_persist", "requires_grad")
     facts += ("ds_status", "shape", "device")
     found = [

@@ -14,6 +14,7 @@ from typing import Any
 
 import architectures
 import pytest
+from zero3 import comparing
 from zero3.farm import Job, launch
 
 PARTS = 12
@@ -29,19 +30,41 @@ TYPES = [
 PRECISIONS = [("bfloat16", None), ("float32", 0)]
 """Dtype of the model, and DeepSpeed's threshold for parameters that persist."""
 
-NOT_COMPARABLE: dict[tuple[str, str], str] = {}
+NOT_COMPARABLE: dict[tuple[str, str], str] = {
+    (
+        "base",
+        "emu3",
+    ): "Fan in and fan out can not be computed for tensor with fewer than 2",
+}
 """Types that transformers cannot load under ZeRO-3, with what it says; ours are the whole model."""
 
-NOT_TRAINED: dict[tuple[str, str], str] = {}
+NOT_TRAINED: dict[tuple[str, str], str] = {
+    ("causal_lm", "git"): "Expected input batch_size (0) to match target batch_size (14)",
+    ("seq2seq_lm", "longt5"): "'LongT5Config' object has no attribute 'decoder_start_token_id'",
+    ("base", "reformer"): "If you want to train `ReformerModel` and its variations",
+}
 """Types that DeepSpeed cannot train on text alone, with what both models say."""
+
+MIXED = "mixed dtype (CPU): expect parameter to have scalar type of Float"
 
 NOT_TRAINED_IN_BFLOAT16: dict[tuple[str, str], str] = {}
 """The same, in bfloat16 alone: the model mixes dtypes."""
 
-OTHER_BUFFERS: dict[tuple[str, str], tuple[str, str]] = {}
+OTHER_BUFFERS: dict[tuple[str, str], tuple[str, str]] = {
+    ("causal_lm", "xglm"): ("embed_positions.weights", MIXED),
+    ("causal_lm", "zaya"): ("gate.balancing_biases", ""),
+    ("seq2seq_lm", "m2m_100"): ("embed_positions.weights", MIXED),
+}
 """Types with a buffer, by the end of its name, that has another dtype when transformers loads under
 ZeRO-3 than in its plain load; ours is that of the plain load. Then what DeepSpeed says where it
 cannot train theirs."""
+
+
+LATER_PARTITIONED: dict[tuple[str, str], str] = {
+    ("base", "reformer"): "position_embeddings.weights.",
+}
+"""Types with parameters in a ParameterList that is filled after it was made: ``zero.Init``
+overlooks them, and DeepSpeed partitions them in ``initialize``. Ours are partitioned at once."""
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +120,12 @@ def judge(case: tuple[str, str], answer: dict[str, Any], dtype: str) -> tuple[st
         faults = [text for text in differences if not _as_in_plain_load(case, text, answer)]
         if not differences:
             faults.append(f"no buffer {OTHER_BUFFERS[case][0]} differs any more")
+    if case in LATER_PARTITIONED:
+        outcome = "identical but for a part that DeepSpeed makes in `initialize`"
+        later = [f for f in faults if LATER_PARTITIONED[case] in f and f.endswith(comparing.WHOLE)]
+        faults = [fault for fault in faults if fault not in later]
+        if not later:
+            faults.append(f"{LATER_PARTITIONED[case]} is partitioned by zero.Init now")
     mine, other = answer["losses"]
     if case in OTHER_BUFFERS and dtype != "float32" and OTHER_BUFFERS[case][1]:
         if OTHER_BUFFERS[case][1] not in str(other):

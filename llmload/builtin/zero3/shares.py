@@ -58,7 +58,11 @@ def forecast(ctx: LoadContext, accounting: Accounting, rank: int, ranks: int) ->
         span = share(module, attribute, elements, rank, ranks)
         read += span.length * nbytes // max(elements, 1)
     tied = compat.tied_names(model)
-    kept = sum(buffer.nbytes for buffer in model.buffers())
+    dtypes = compat.seam().final_dtypes(model, accounting, ctx.dtype)
+    kept = sum(
+        buffer.numel() * dtypes.get(name, buffer.dtype).itemsize
+        for name, buffer in model.named_buffers()
+    )
     for name, parameter in model.named_parameters():
         if name not in tied:
             size = Span.of(parameter.numel(), rank, ranks).size
