@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
-from . import modeling
+from . import compat, modeling
 
 if TYPE_CHECKING:
     import pluggy
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from .checkpoint import Checkpoint, TensorInfo
+    from .checkpoint.accounting import Accounting
     from .probe import ProbeResult
     from .spec import LoadSpec
 
@@ -134,6 +135,7 @@ class LoadContext:
         self._pristine = copy.deepcopy(config)
         self._blank: PreTrainedModel | None = None
         self._blank_draws = False
+        self._accounting: Accounting | None = None
 
     @property
     def until_end(self) -> ExitStack:
@@ -160,7 +162,7 @@ class LoadContext:
         for config in (self.config, self._pristine):
             for name, value in fields.items():
                 setattr(config, name, value)
-        self._blank = None
+        self._blank = self._accounting = None
 
     @property
     def blank(self) -> PreTrainedModel:
@@ -198,6 +200,19 @@ class LoadContext:
         if self.rehearsing:
             return self._build_aside()[0] if blank is None else blank
         return modeling.blank_model(self) if blank is None or self._blank_draws else blank
+
+    def accounting(self, model: PreTrainedModel) -> Accounting:
+        """Return how the checkpoint's keys fit a blank model; found out once per config.
+
+        For loaders, and for plugins that foretell what one will do.
+        """
+        unchanged = self.config.to_dict() == self._pristine.to_dict()
+        if unchanged and self._accounting is not None:
+            return self._accounting
+        found: Accounting = compat.seam().rehearse(model, self.checkpoint)
+        if unchanged:
+            self._accounting = found
+        return found
 
     def probe(self, model: nn.Module) -> ProbeResult:
         """Return what :func:`llmload.probe.probe` finds of the finished model; run once per load.

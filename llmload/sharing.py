@@ -132,9 +132,8 @@ def conversion(ctx: LoadContext) -> str:
 
 def _entries(ctx: LoadContext, rehearsal: Rehearsal) -> dict[str, Entry]:
     assert ctx.checkpoint is not None
-    seam = compat.seam()
-    accounting = seam.rehearse(ctx.blank, ctx.checkpoint)
-    dtypes = seam.final_dtypes(ctx.blank, accounting, ctx.dtype)
+    accounting = ctx.accounting(ctx.blank)
+    dtypes = compat.seam().final_dtypes(ctx.blank, accounting, ctx.dtype)
     stored, missing = accounting.as_stored, {*accounting.missing, *accounting.excused}
     aliases: dict[int, list[str]] = {}
     for name, parameter in rehearsal.base.items():

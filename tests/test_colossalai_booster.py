@@ -73,6 +73,14 @@ def boost(jobs: list[dict[str, Any]], *, ranks: int) -> list[list[dict[str, Any]
     return [lines[start : start + ranks] for start in range(0, len(lines), ranks)]
 
 
+def test_the_report_says_that_nothing_is_read_before_the_booster_does(tmp_path: Path) -> None:
+    result = llmload.load({"model": str(tiny_llama(tmp_path, shards=2)), **LAZY})
+    files = result.report.facts[result.report.loader]["files"]
+    assert sum(file["tensor_bytes"] for file in files.values()) == result.plan.checkpoint_bytes
+    assert {(file["bytes_read"], file["reads"]) for file in files.values()} == {(0, 0)}
+    assert len(files) > 1
+
+
 # --- boosted on CPU with gloo -------------------------------------------------------------------
 
 

@@ -532,3 +532,99 @@ def test_load_reports_every_member_and_what_they_share(file: str) -> None:
     assert list(report["members"]) == ["policy", "reference", "half", "start"]
     assert report["members"]["policy"]["trainable"] == 2048
     assert sum(s["saved_bytes"] for s in report["shared"]) == 2 * 35136
+
+
+# --- what plugins learn of other members ----------------------------------------------------------
+
+
+class Listening:
+    """Remembers what it is told of a group, and fails in the member that says so."""
+
+    name = "listening"
+
+    class Section(llmload.Section):
+        fails: bool = False
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    @hookimpl
+    def init_context(self, ctx: Any) -> None:
+        self.heard.append(f"begin {ctx.dtype}, kept {sorted(ctx.scope.kept)}")
+        ctx.scope.kept[self.name] = self
+        ctx.until_end.push(lambda kind, error, trace: self.heard.append(f"end {kind}"))
+
+    @hookimpl
+    def stopped(self, asked: Any, error: BaseException) -> None:
+        self.heard.append(f"stopped {asked['dtype']}: {error}")
+
+    @hookimpl
+    def post_load(self, ctx: Any, model: Any) -> Any:
+        if not ctx.rehearsing and ctx.section(self.Section).fails:
+            raise MemoryError("no room")
+        return model
+
+
+class FailsElsewhere:
+    """Fails in the member that has it."""
+
+    name = "fails"
+
+    class Section(llmload.Section):
+        pass
+
+    @hookimpl
+    def init_context(self, ctx: Any) -> None:
+        raise MemoryError("no room")
+
+
+def heard(folder: Path, **models: dict[str, Any]) -> list[str]:
+    listening = Listening()
+    registry = create_registry([listening, FailsElsewhere], environ={})
+    members = {name: {"model": str(folder), **keys} for name, keys in models.items()}
+    try:
+        llmload.load_group({"models": members}, registry=registry)
+    except LoadFailedError:
+        listening.heard.append("failed")
+    return listening.heard
+
+
+ONE, TWO = {"dtype": "float32", "listening": {}}, {"dtype": "float16", "listening": {}}
+
+
+def test_what_lasts_until_the_end_lasts_until_that_of_the_group(folder: Path) -> None:
+    assert heard(folder, one=ONE, two=TWO, three={}) == [
+        "begin torch.float32, kept []",
+        "begin torch.float16, kept ['listening']",
+        "end None",
+        "end None",
+    ]
+
+
+def test_a_context_hears_of_the_failure_of_a_member_without_its_plugin(folder: Path) -> None:
+    error = "<class 'llmload.errors.LoadFailedError'>"
+    assert heard(folder, one=ONE, other={"fails": {}}) == [
+        "begin torch.float32, kept []",
+        f"end {error}",
+        "failed",
+    ]
+
+
+def test_a_plugin_whose_members_come_later_is_told_that_they_will_not(folder: Path) -> None:
+    assert heard(folder, other={"fails": {}}, one=ONE, two=TWO) == [
+        "stopped float32: models.other: plugin 'fails' (given as an object) failed in init_context:"
+        " MemoryError: no room",
+        "failed",
+    ]
+
+
+def test_a_plugin_is_not_told_again_of_what_its_contexts_heard(folder: Path) -> None:
+    error = "<class 'llmload.errors.LoadFailedError'>"
+    failing = {"dtype": "float16", "listening": {"fails": True}}
+    assert heard(folder, one=ONE, two=failing) == [
+        "begin torch.float32, kept []",
+        "begin torch.float16, kept ['listening']",
+        f"end {error}",
+        f"end {error}",
+        "failed",
+    ]

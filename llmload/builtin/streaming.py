@@ -88,7 +88,7 @@ class StreamingLoader:
         )
         if device_map and "disk" in device_map.values():
             return Decline("the device map keeps weights on disk, which accelerate does")
-        accounting = seam.rehearse(model, ctx.checkpoint)
+        accounting = ctx.accounting(model)
         if accounting.failed:
             name, trace = next(iter(accounting.failed.items()))
             reason = trace.splitlines()[-1].removeprefix("Error: ")
