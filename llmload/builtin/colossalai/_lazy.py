@@ -142,12 +142,17 @@ def lazy_tensors(model: nn.Module) -> Iterator[tuple[str, Any]]:
                     yield f"{path}.{name}".lstrip("."), value
 
 
-def materialise(lazy: Any, value: torch.Tensor | None = None) -> torch.Tensor:
+def materialise(
+    lazy: Any, value: torch.Tensor | None = None, *, requires_grad: bool | None = None
+) -> torch.Tensor:
     """Turn a lazy tensor into an ordinary one that holds ``value``, else what was recorded for it.
 
     It stays the same object, so whoever shares it has the value too.
+
+    :param requires_grad: the tensor's; None for the lazy one's.
     """
-    requires_grad = lazy.requires_grad
+    if requires_grad is None:
+        requires_grad = stand_in(lazy).requires_grad
     if value is not None:
         lazy._materialized_data = value
     tensor: torch.Tensor = lazy.materialize().requires_grad_(requires_grad)
@@ -155,6 +160,15 @@ def materialise(lazy: Any, value: torch.Tensor | None = None) -> torch.Tensor:
     for left_over in ("_device", "tolist"):
         vars(tensor).pop(left_over)
     return tensor
+
+
+def stand_in(lazy: Any) -> torch.Tensor:
+    """Return the tensor, most often a meta one, that a lazy one takes its properties from.
+
+    To ask the lazy one itself costs a fifth of a millisecond.
+    """
+    found: torch.Tensor = lazy._meta_data
+    return found if lazy._materialized_data is None else lazy._materialized_data
 
 
 def keep_dtype(lazy: Any, dtype: torch.dtype) -> None:
@@ -204,9 +218,9 @@ class LazyPlacement(Plain):
         lazy = getattr(target.module, target.attribute)
         if not is_lazy(lazy):
             return value
-        if isinstance(lazy, nn.Parameter):
-            lazy.requires_grad_(compat.trains_once_loaded(lazy))
-        return materialise(lazy, value)
+        like = stand_in(lazy)
+        trains = compat.trains_once_loaded(like) if isinstance(lazy, nn.Parameter) else None
+        return materialise(lazy, value, requires_grad=trains)
 
     def finish(self, model: PreTrainedModel) -> None:
         """Make sure that nothing is lazy any more.
