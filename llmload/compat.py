@@ -137,27 +137,19 @@ def seam() -> ModuleType:
 def fillable(ctx: LoadContext) -> PreTrainedModel:
     """Return the model for a loader to fill, its parameters on the meta device.
 
-    In 4.51.3 buffers get their values in the constructor alone, so the plan's blank is of no use.
+    Where a plugin set ``ctx.without_memory``, its context keeps them without memory: in
+    transformers 5 with the meta device beneath it, which every model there is made for; in 4.51.3,
+    which moves each parameter by itself, in the place of that. There buffers get their values in
+    the constructor alone, so the plan's blank is of no use.
     """
-    if ctx.without_memory is not None:
-        return build_without_memory(ctx, ctx.without_memory())
-    if major("transformers") >= 5:
+    context = ctx.without_memory() if ctx.without_memory is not None else None
+    if major("transformers") < 5:
+        asked = ctx.spec.dtype != "auto"
+        return seam().build(ctx.model_class, ctx.config, ctx.dtype, context, asked=asked)
+    if context is None:
         return ctx.take_blank()
-    return seam().build(ctx.model_class, ctx.config, ctx.dtype)
-
-
-def build_without_memory(
-    ctx: LoadContext, without_memory: AbstractContextManager[Any]
-) -> PreTrainedModel:
-    """Build the model under a context that keeps its tensors without memory.
-
-    transformers 5 has its meta device beneath it, which every model there is made for. That of
-    4.51.3 moves each parameter by itself, so the context takes its place.
-    """
-    if major("transformers") >= 5:
-        with without_memory:
-            return seam().build(ctx.model_class, ctx.config, ctx.dtype)
-    return seam().build(ctx.model_class, ctx.config, ctx.dtype, without_memory)
+    with context:
+        return seam().build(ctx.model_class, ctx.config, ctx.dtype)
 
 
 def trains_once_loaded(like: torch.Tensor) -> bool:

@@ -382,6 +382,15 @@ def test_a_parameter_that_its_class_freezes_stays_frozen(tmp_path: Path) -> None
     assert [n for n, p in result.model.named_parameters() if not p.requires_grad] == frozen
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_parts_of_a_config_have_the_dtype_that_from_pretrained_gives_them(
+    tmp_path: Path, dtype: str
+) -> None:
+    folder = save_checkpoint(architectures.build("causal_lm", "mpt").bfloat16(), tmp_path / "mpt")
+    theirs = from_pretrained(AutoModelForCausalLM, folder, dtype)
+    assert differences(load(folder, dtype=dtype).model, theirs) == []
+
+
 def test_the_model_is_in_eval_mode_under_its_own_name_with_its_generation_config(
     tmp_path: Path,
 ) -> None:

@@ -69,10 +69,13 @@ def build(
     config: PretrainedConfig,
     dtype: torch.dtype,
     without_memory: AbstractContextManager[Any] | None = None,
+    *,
+    asked: bool,
 ) -> PreTrainedModel:
     """The model with its parameters on the meta device, tied, as ``from_pretrained`` builds it.
 
     :param without_memory: takes the place of the meta device.
+    :param asked: whether the dtype was asked for; for ``auto`` the parts of a config keep theirs.
     """
     import torch
     from accelerate import init_empty_weights
@@ -89,7 +92,8 @@ def build(
             return model_class(config)
 
     config = copy.deepcopy(config)
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+    parts = (getattr(config, name) for name in config.sub_configs) if asked else ()
+    for part in (config, *parts):
         part.torch_dtype = dtype
     model = construct(config)
     model.tie_weights()
