@@ -1,8 +1,8 @@
 """Names the tests that no stack ran: ``python tests/skipped_everywhere.py RESULTS.xml...``
 
-Each file is what pytest wrote on one stack with ``--junit-xml``. A test may be skipped where it
-makes no sense; one that is skipped on every stack tests nothing. Excepted are those that wait for
-hardware which is not there.
+Each file is what pytest wrote on one stack with ``--junit-xml``; a stack's tests may be spread over
+several. A test may be skipped where it makes no sense; one that is skipped on every stack tests
+nothing. Excepted are those that wait for hardware which is not there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> int:
     found = list(never_run(files))
     for line in found:
         print(line, file=sys.stderr)  # noqa: T201
-    print(f"{len(found)} tests were skipped on each of {len(files)} stacks")  # noqa: T201
+    print(f"{len(found)} tests are skipped on every stack")  # noqa: T201
     return 1 if found else 0
 
 
