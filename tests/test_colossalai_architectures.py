@@ -36,19 +36,12 @@ NOT_LAZY = (
 )
 """Types that ``LazyInitContext`` cannot build, with the reason."""
 
-NOT_SAVED = (
-    {}
-    if IS_MODERN
-    else {("causal_lm", "zamba2"): "4.51.3 cannot save its shared blocks as safetensors"}
-)
-"""Types of which no folder can be made, with the reason."""
-
 TYPES = [
     *(("causal_lm", name) for name in architectures.causal_lm_types()),
     *(("seq2seq_lm", name) for name in architectures.seq2seq_types()),
     *(("base", name) for name in architectures.encoder_types()),
 ]
-BUILT = [pair for pair in TYPES if pair not in NOT_LAZY | NOT_SAVED]
+BUILT = [pair for pair in TYPES if pair not in NOT_LAZY]
 
 
 @pytest.fixture(scope="module")
