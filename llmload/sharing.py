@@ -113,7 +113,7 @@ def _why_alone(prepared: Prepared) -> str:
     if prepared.plan.loader != "streaming":
         return f"`{prepared.plan.loader}` loads it, and stores its weights as it likes"
     if ctx.placed_by is not None:
-        return f"`{ctx.placed_by}` stores its weights in its own way"
+        return f"`{ctx.placed_by}` stores its weights in its own way, anew for each model"
     if ctx.spec.device_map not in (None, "cpu", {"": "cpu"}):
         return "`device_map` places it outside the CPU's memory"
     if prepared.rehearsal is None:

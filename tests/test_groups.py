@@ -199,7 +199,9 @@ def test_a_plugin_that_stores_weights_itself_is_named(folder: Path) -> None:
     policy = {"dtype": "float32", "kbit": {"bits": 4}, "lora": LORA}
     plan = llmload.plan_group(group(folder, policy, reference={**REFERENCE, "kbit": None}))
     assert plan.shared == []
-    assert plan.apart == {"reference": "of 'policy': `kbit` stores its weights in its own way"}
+    assert plan.apart == {
+        "reference": "of 'policy': `kbit` stores its weights in its own way, anew for each model"
+    }
 
 
 @needs_bitsandbytes
@@ -211,7 +213,9 @@ def test_quantised_members_do_not_share_and_the_plan_says_so(
     policy = {"kbit": section, "lora": LORA}
     loaded = llmload.load_group(group(folder, policy, reference=REFERENCE))
     assert (loaded.plan.shared, loaded.report.shared) == ([], [])
-    assert loaded.plan.apart == {"reference": "`kbit` stores its weights in its own way"}
+    assert loaded.plan.apart == {
+        "reference": "`kbit` stores its weights in its own way, anew for each model"
+    }
     for member in loaded.values():
         assert bytes_read(member) == member.plan.checkpoint_bytes
     before = bytes_of(loaded["reference"].model)

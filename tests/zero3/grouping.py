@@ -137,8 +137,13 @@ def second_fails(folder: str) -> dict[str, Any]:
     }
 
 
-def one_fails(folder: str, first: str, kind: str, culprit: int, deadline: float) -> dict[str, Any]:
-    """Let the whole reference fail on one rank, before or after the policy is partitioned."""
+def one_fails(
+    folder: str, first: str, kind: str, culprit: int, deadline: float, seconds: float = 0.0
+) -> dict[str, Any]:
+    """Let the whole reference fail on one rank, before or after the policy is partitioned.
+
+    :param seconds: that it takes to load on the others.
+    """
 
     class Failing:
         name = "failing"
@@ -150,6 +155,8 @@ def one_fails(folder: str, first: str, kind: str, culprit: int, deadline: float)
         def post_load(self, ctx: Any, model: Any) -> Any:
             if not ctx.rehearsing and int(os.environ["RANK"]) == culprit:
                 fault(kind)
+            if not ctx.rehearsing:
+                time.sleep(seconds)
             return model
 
     zero3 = {"config": deepspeed_config("bfloat16"), "deadline": deadline}

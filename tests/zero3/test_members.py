@@ -49,6 +49,10 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         )
         for one in ALONE
     }
+    slow = {"first": "policy", "kind": "exception", "culprit": 1, "seconds": 30.0}
+    jobs["while another loads"] = Job(
+        "zero3.grouping:one_fails", {"folder": folder, "deadline": DEADLINE} | slow
+    )
     jobs["second fails"] = Job("zero3.grouping:second_fails", {"folder": folder})
     return dict(zip(jobs, launch(list(jobs.values()), timeout=280), strict=True))
 
@@ -129,3 +133,17 @@ def test_a_rank_that_fails_alone_in_a_whole_member_stops_the_others(
             assert "the process that keeps the ranks' common store" in said
         else:
             assert f"rank {culprit} failed: it " in said
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_still_loading_its_whole_member_is_ended_and_says_why(
+    outcomes: dict[Any, list[Outcome]],
+) -> None:
+    """Nothing asks it meanwhile whether it should go on."""
+    survivor, _ = outcomes["while another loads"]
+    assert survivor.code == 1
+    assert survivor.seconds < 25
+    assert (
+        "llmload: rank 0 stops: rank 1 failed: LoadFailedError: models.reference: plugin 'failing'"
+        " (given as an object) failed in post_load: RuntimeError: the disk is on fire"
+    ) in survivor.output

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from llmload import compat
 from llmload.builtin.streaming import StreamingLoader
 from llmload.builtin.transformers import TransformersLoader
 from llmload.builtin.zero3 import config
@@ -154,7 +153,7 @@ def _shares(ctx: LoadContext, rank: int, ranks: int | None) -> Iterator[str]:
     if reason:
         yield f"rank 0 reads and from_pretrained partitions: {reason}"
         return
-    accounting = compat.seam().rehearse(ctx.blank, ctx.checkpoint)
+    accounting = ctx.accounting(ctx.blank)
     total = ctx.checkpoint.total_bytes
     if ranks is None:
         yield "each rank reads and keeps its own part of every tensor"
