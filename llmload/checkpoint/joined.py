@@ -133,7 +133,7 @@ class Assembled:
 
     def __init__(self, value: torch.Tensor | Joined, places: dict[int, TensorInfo]) -> None:
         self._value = value
-        self.places = places
+        self._places = places
         self.shape = value.shape
         self.dtype = value.dtype
 
@@ -151,6 +151,10 @@ class Assembled:
         if all(leaf.is_contiguous() and storage_of(leaf) in places for leaf in leaves):
             return cls(found, places)
         return None
+
+    def origin(self, piece: torch.Tensor) -> TensorInfo:
+        """Return the tensor of the file that a piece is a view of."""
+        return self._places[storage_of(piece)]
 
     def pieces(self, start: int, stop: int) -> Iterator[torch.Tensor]:
         """Yield the elements from an index to another, laid out flat, as views of the file."""

@@ -70,13 +70,6 @@ class Placer(AbstractContextManager["Placer"]):
         """
         import torch
 
-        from llmload.checkpoint.joined import storage_of
-
-        if not isinstance(value, torch.Tensor):
-            places = value.places
-        else:
-            places = {} if info is None else {storage_of(value): info}
-
         path, _, attribute = name.rpartition(".")
         target = Target(
             name=name,
@@ -89,7 +82,7 @@ class Placer(AbstractContextManager["Placer"]):
         reading = self._proof.reading()
 
         def origin(part: torch.Tensor) -> TensorInfo | None:
-            return places.get(storage_of(part))
+            return info if isinstance(value, torch.Tensor) else value.origin(part)
 
         def asked(part: torch.Tensor) -> None:
             found = origin(part)
@@ -131,7 +124,8 @@ class Placer(AbstractContextManager["Placer"]):
 
         if copies:
             # A computed value takes memory until it is copied: the next one is made after that.
-            nbytes = sum(out.nbytes for out, _ in copies) if places else 0
+            computed = info is None and isinstance(value, torch.Tensor)
+            nbytes = 0 if computed else sum(out.nbytes for out, _ in copies)
             self._copies.add(_in_this_mode(copy), nbytes)
         else:
             self._proof.compare(name, stored, reading)
