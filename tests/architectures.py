@@ -190,6 +190,12 @@ if int(metadata.version("transformers").split(".")[0]) < 5:
     }
 
 
+HALF_REFUSED = {
+    "nezha": "its constructor multiplies float32 by what has the default dtype",
+}
+"""Types that ``from_pretrained`` itself builds in float32 only, with the reason; gone with 5.0."""
+
+
 def causal_lm_types() -> list[str]:
     """List the model types of ``AutoModelForCausalLM`` that can be built tiny, sorted."""
     return _types("causal_lm", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import architectures
 import pytest
 import torch
+from stacks import IS_MODERN
 from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
@@ -30,20 +31,34 @@ UNREACHABLE = {
     "reformer": "its hashing attention draws rotations in every forward",
 }
 """Types that stay random in training whatever their dropout is."""
+_ARGUMENTS = "PEFT passes its forward an argument twice, or one that it does not take"
+_NAMESAKES = "PEFT adapts by the last part of a name, which a container of such layers has too"
 NO_LORA = {
-    **dict.fromkeys(
-        ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"),
-        "PEFT refuses to adapt the projections of Mamba layers",
-    ),
-    **dict.fromkeys(
-        ("llama4", "llama4_text", "phimoe"),
-        "PEFT adapts its router, a linear layer that returns a tuple, and then fails",
-    ),
-    "clip_text_model": "PEFT passes its forward an argument twice",
-    "deepseek_v4": "PEFT adapts its grouped linear layer as if it were an ordinary one",
+    "clip_text_model": _ARGUMENTS,
     "reformer": "its reversible layers pass gradients on only where the inputs have some",
 }
+NO_LORA |= (
+    {
+        **dict.fromkeys(
+            ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"),
+            "PEFT refuses to adapt the projections of Mamba layers",
+        ),
+        **dict.fromkeys(
+            ("llama4", "llama4_text", "phimoe"),
+            "PEFT adapts its router, a linear layer that returns a tuple, and then fails",
+        ),
+        "deepseek_v4": "PEFT adapts its grouped linear layer as if it were an ordinary one",
+    }
+    if IS_MODERN
+    else {
+        **dict.fromkeys(("fnet", "mra", "qwen2_audio"), _ARGUMENTS),
+        **dict.fromkeys(("ctrl", "git", "gptsan-japanese"), _NAMESAKES),
+        "ibert": "PEFT does not know its quantised linear layers",
+    }
+)
 """Types on which LoRA on all linear layers cannot be trained, each with the reason."""
+TIED_HEADS = {} if IS_MODERN else {"tied_weights": "separate"}
+"""PEFT 0.13.2 adapts some heads that are tied to the embedding, for which a choice is asked."""
 REFUSES_DROPOUT = {"diffllama"}
 """Types whose class cannot be built with dropout."""
 
@@ -118,6 +133,8 @@ def test_training_forward_is_bit_equal_when_dropout_is_off(saved: Saved) -> None
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_loaded_model_is_bit_equal_to_from_pretrained(saved: Saved, dtype: str) -> None:
+    if saved.model_type in architectures.HALF_REFUSED and dtype != "auto":
+        pytest.skip(architectures.HALF_REFUSED[saved.model_type])
     spec = {"model": str(saved.folder), "auto_class": saved.kind, "dtype": dtype}
     ours = llmload.load(spec).model
     theirs = architectures.AUTO_CLASSES[saved.kind].from_pretrained(
@@ -152,7 +169,7 @@ def train_one_step(saved: Saved) -> tuple[set[str], set[str]]:
         "auto_class": saved.kind,
         # A step in which LayerDrop skipped every layer would change nothing.
         "dropout": {} if saved.model_type not in UNREACHABLE else {"p": 0.1},
-        "lora": {"r": 2, "target_modules": "all-linear"},
+        "lora": {"r": 2, "target_modules": "all-linear", **TIED_HEADS},
     }
     model = llmload.load(spec).model.train()
     model.config.use_cache = False
@@ -173,6 +190,7 @@ def test_every_type_is_built_or_excluded_with_a_reason() -> None:
         "seq2seq_lm": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     }
     for kind, names in mapped.items():
-        assert set(KINDS[kind]()) | set(architectures.EXCLUDED[kind]) == set(names)
+        known = set(KINDS[kind]()) | set(architectures.EXCLUDED[kind])
+        assert known == set(names) if IS_MODERN else known >= set(names)
     assert all(reason for kind in architectures.EXCLUDED.values() for reason in kind.values())
-    assert len(architectures.causal_lm_types()) >= 150
+    assert len(architectures.causal_lm_types()) >= (150 if IS_MODERN else 90)

@@ -14,10 +14,6 @@ import llmload
 from llmload import compat
 
 CAUSAL = architectures.causal_lm_types()
-HALF_REFUSED = {
-    "nezha": "its constructor multiplies float32 by what has the default dtype, on 4.51.3 alone",
-}
-"""Types that ``from_pretrained`` itself can only build in float32, with the reason."""
 CONVERTED = ("mixtral", "qwen2_moe", "qwen3_next", "jamba", "hrm_text")
 
 
@@ -79,7 +75,7 @@ def test_an_architecture_loads_bit_equal_at_every_dtype(
         (sharded, "auto"),
         (sharded, "float32"),
     ):
-        if model_type in HALF_REFUSED and dtype != "float32":
+        if model_type in architectures.HALF_REFUSED and dtype != "float32":
             with pytest.raises(RuntimeError, match="same dtype"):
                 from_pretrained(architectures.AUTO_CLASSES[kind], folder, dtype=dtype)
         else:
