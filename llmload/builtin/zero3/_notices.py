@@ -6,6 +6,7 @@ Imported lazily, by functions: this module needs torch.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from datetime import timedelta
@@ -83,14 +84,22 @@ class Notices:
 
 def _own_client(store: Any, deadline: float) -> Any:
     """Return a connection to the store that no other thread's waiting can block."""
+    patience = timedelta(seconds=deadline)
     if hasattr(store, "clone"):  # torch 2.7 and newer
-        patience = store.timeout
-        store.set_timeout(timedelta(seconds=deadline))  # also to connect
+        before = store.timeout
+        store.set_timeout(patience)  # also to connect
         try:
             return store.clone()
         finally:
-            store.set_timeout(patience)
-    return store
+            store.set_timeout(before)
+    server: Any = getattr(store, "_underlying_non_prefix_store", store)
+    if not hasattr(server, "host"):  # no TCPStore
+        return store
+    own = type(server)(
+        server.host, server.port, is_master=False, timeout=patience, wait_for_workers=False
+    )
+    # A clone has the prefix of the group, which torchrun changes when it starts the ranks anew.
+    return distributed_c10d.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), own)
 
 
 def store_is_gone(error: BaseException) -> str:
