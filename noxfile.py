@@ -23,6 +23,7 @@ SWEEPS = (
     "tests/test_colossalai_architectures.py",
     "tests/test_streaming_architectures.py",
 )
+RLHF = "plugins/llmload-rlhf"
 HOST_TESTS = (
     "tests/test_cli.py",
     "tests/test_doctor.py",
@@ -32,6 +33,8 @@ HOST_TESTS = (
     "tests/test_spec.py",
     "tests/test_specfile.py",
 )
+OF_NO_STACK = (*(file for file in HOST_TESTS if "doctor" not in file), "tests/test_groupspec.py")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 @nox.session
@@ -61,20 +64,25 @@ def tests(session: nox.Session) -> None:
     _pytest(session, "modern")
 
 
-@nox.session(default=False)
+@nox.session
 def colossalai(session: nox.Session) -> None:
     """Tests on the stack that ColossalAI 0.5.0 pins: about 6 GB to install.
 
-    Without the sweeps over every model type, for which there is
-    ``nox -s colossalai -- tests/test_*architectures.py``.
+    Without those that no stack can change, and without the sweeps over every model type, for which
+    there is ``nox -s colossalai -- tests/test_*architectures.py``.
     """
     session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,deepspeed,bitsandbytes]")
-    _pytest(session, "colossalai", *(f"--ignore={file}" for file in SWEEPS))
+    _pytest(session, "colossalai", *(f"--ignore={file}" for file in (*SWEEPS, *OF_NO_STACK)))
+    if not session.posargs:
+        session.install("--no-deps", f"./{RLHF}")
+        _pytest_rlhf(session)
 
 
-@nox.session(default=False, venv_backend="none")
+@nox.session(venv_backend="none")
 def skips(session: nox.Session) -> None:
     """No test is skipped on both stacks, by what ``tests`` and ``colossalai`` wrote before."""
+    if session.posargs:
+        session.skip("only whole runs of the tests leave their outcomes")
     files = [str(OUTCOMES / f"{stack}.xml") for stack in ("modern", "colossalai")]
     session.run(sys.executable, "tests/skipped_everywhere.py", *files, external=True)
 
@@ -82,35 +90,33 @@ def skips(session: nox.Session) -> None:
 @nox.session
 def rlhf(session: nox.Session) -> None:
     """The plugin distribution ``llmload-rlhf`` beside the built core, as a user installs both."""
-    folder = "plugins/llmload-rlhf"
-    session.install("-c", MODERN, *GROUPS["test"], ".[hf,deepspeed]", f"./{folder}")
-    environment = {"OMP_NUM_THREADS": "1"}
-    session.chdir(folder)
-    session.run("pytest", "-n", "2", *session.posargs, env=environment)
+    session.install("-c", MODERN, *GROUPS["test"], ".[hf,deepspeed]", f"./{RLHF}")
+    _pytest_rlhf(session)
 
 
 def _pytest(session: nox.Session, name: str, *chosen: str) -> None:
     """Run the tests; the outcome of a whole run is kept for the session ``skips``."""
     arguments = session.posargs or (f"--junit-xml={OUTCOMES / name}.xml", *chosen)
-    session.run("pytest", "-n", "2", *arguments, env={"OMP_NUM_THREADS": "1"})
+    session.run("pytest", "-n", "2", *arguments, env=ONE_THREAD)
+
+
+def _pytest_rlhf(session: nox.Session) -> None:
+    with session.chdir(RLHF):
+        session.run("pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False)
 def zero3_architectures(session: nox.Session) -> None:
     """Our ZeRO-3 load against transformers' own for every architecture: half an hour, by hand."""
     session.install("-c", MODERN, *GROUPS["test"], ".[all]")
-    environment = {"OMP_NUM_THREADS": "1"}
-    session.run("pytest", "tests/zero3/sweep_architectures.py", *session.posargs, env=environment)
+    session.run("pytest", "tests/zero3/sweep_architectures.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False)
 def kbit_architectures(session: nox.Session) -> None:
     """QLoRA's losses against transformers and PEFT for every causal model, by hand."""
     session.install("-c", MODERN, *GROUPS["test"], ".[all]")
-    environment = {"OMP_NUM_THREADS": "1"}
-    session.run(
-        "pytest", "-n", "2", "tests/sweep_kbit_losses.py", *session.posargs, env=environment
-    )
+    session.run("pytest", "-n", "2", "tests/sweep_kbit_losses.py", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False)
