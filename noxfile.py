@@ -107,7 +107,7 @@ def _pytest_rlhf(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def zero3_architectures(session: nox.Session) -> None:
-    """Our ZeRO-3 load against transformers' own for every architecture: half an hour, by hand."""
+    """Our ZeRO-3 load against transformers' own for every architecture: 45 minutes, by hand."""
     session.install("-c", MODERN, *GROUPS["test"], ".[all]")
     session.run("pytest", "tests/zero3/sweep_architectures.py", *session.posargs, env=ONE_THREAD)
 

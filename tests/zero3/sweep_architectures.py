@@ -1,6 +1,6 @@
 """Every text architecture of transformers under ZeRO-3, on two ranks.
 
-Run by ``nox -s zero3_architectures`` and not with the other tests, as it takes half an hour: parts,
+Run by ``nox -s zero3_architectures`` and not with the other tests, as it takes 45 minutes: parts,
 buffers and three training losses of our load are held to those of transformers' own, with one
 process group for each part of the list.
 """
@@ -30,13 +30,17 @@ TYPES = [
 PRECISIONS = [("bfloat16", None), ("float32", 0)]
 """Dtype of the model, and DeepSpeed's threshold for parameters that persist."""
 
+UNPACKED = "not enough values to unpack (expected 2, got 1)"
+FAN_IN = "Fan in and fan out can not be computed for tensor with fewer than 2"
+
 NOT_COMPARABLE: dict[tuple[str, str], str] = {
-    (
-        "base",
-        "emu3",
-    ): "Fan in and fan out can not be computed for tensor with fewer than 2",
+    ("causal_lm", "pegasus"): UNPACKED,
+    ("causal_lm", "roformer"): UNPACKED,
+    ("causal_lm", "rwkv"): "tuple index out of range",
+    ("base", "emu3"): FAN_IN,
 }
-"""Types that transformers cannot load under ZeRO-3, with what it says; ours are the whole model."""
+"""Types that transformers cannot load under ZeRO-3, with what it says: their initialisation looks
+at the shapes of parameters that are empty by then. Ours are the whole model."""
 
 NOT_TRAINED: dict[tuple[str, str], str] = {
     ("causal_lm", "git"): "Expected input batch_size (0) to match target batch_size (14)",
@@ -46,19 +50,24 @@ NOT_TRAINED: dict[tuple[str, str], str] = {
 """Types that DeepSpeed cannot train on text alone, with what both models say."""
 
 MIXED = "mixed dtype (CPU): expect parameter to have scalar type of Float"
+TWO_DTYPES = "expected m1 and m2 to have the same dtype, but got: float"
 
-NOT_TRAINED_IN_BFLOAT16: dict[tuple[str, str], str] = {}
+NOT_TRAINED_IN_BFLOAT16: dict[tuple[str, str], str] = {
+    ("causal_lm", "inkling2_text"): TWO_DTYPES,
+}
 """The same, in bfloat16 alone: the model mixes dtypes."""
 
 OTHER_BUFFERS: dict[tuple[str, str], tuple[str, str]] = {
+    ("causal_lm", "minimax"): ("self_attn.", TWO_DTYPES),
     ("causal_lm", "xglm"): ("embed_positions.weights", MIXED),
     ("causal_lm", "zaya"): ("gate.balancing_biases", ""),
     ("seq2seq_lm", "m2m_100"): ("embed_positions.weights", MIXED),
+    ("seq2seq_lm", "seamless_m4t"): ("embed_positions.weights", MIXED),
+    ("seq2seq_lm", "seamless_m4t_v2"): ("embed_positions.weights", MIXED),
 }
-"""Types with a buffer, by the end of its name, that has another dtype when transformers loads under
+"""Types with a buffer, by a part of its name, that has another dtype when transformers loads under
 ZeRO-3 than in its plain load; ours is that of the plain load. Then what DeepSpeed says where it
 cannot train theirs."""
-
 
 LATER_PARTITIONED: dict[tuple[str, str], str] = {
     ("base", "reformer"): "position_embeddings.weights.",
@@ -143,4 +152,4 @@ def judge(case: tuple[str, str], answer: dict[str, Any], dtype: str) -> tuple[st
 def _as_in_plain_load(case: tuple[str, str], difference: str, answer: dict[str, Any]) -> bool:
     """Whether a difference is that of the case's buffer, and ours is that of the plain load."""
     ours = difference.partition(" for ")[0]
-    return ours.partition(":")[0].endswith(OTHER_BUFFERS[case][0]) and ours in answer["whole"]
+    return OTHER_BUFFERS[case][0] in ours and ours in answer["whole"]
