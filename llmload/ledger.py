@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -17,15 +18,18 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        from torch.utils.weak import WeakIdKeyDictionary
-
-        self._maker: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._entries: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
 
     def take_stock(self, plugin: str, model: nn.Module) -> None:
         """Enter the parameters not seen before as made by ``plugin``."""
         for parameter in model.parameters():
-            if parameter not in self._maker:
-                self._maker[parameter] = plugin
+            if self._maker(parameter) is None:
+                self._entries[id(parameter)] = weakref.ref(parameter), plugin
+
+    def _maker(self, parameter: nn.Parameter) -> str | None:
+        known, plugin = self._entries.get(id(parameter), (None, None))
+        # Another object may have come to lie where one was that is gone.
+        return plugin if known is not None and known() is parameter else None
 
     def new(self, model: nn.Module, loader: str, ctx: LoadContext) -> dict[str, str]:
         """Return the name in ``model`` of each parameter that is new -> the plugin that made it.
@@ -33,9 +37,9 @@ class Ledger:
         What the loader made is not new, nor what a plugin filled from the checkpoint.
         """
         return {
-            name: self._maker[parameter]
+            name: maker
             for name, parameter in model.named_parameters()
-            if parameter in self._maker
-            and self._maker[parameter] != loader
+            if (maker := self._maker(parameter)) is not None
+            and maker != loader
             and not ctx.is_from_checkpoint(parameter)
         }

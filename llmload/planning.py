@@ -304,17 +304,18 @@ def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
         plan.frozen = [n for n, p in ctx.blank.named_parameters() if not p.requires_grad]
         tied = still_apart = compat.tied_names(ctx.blank)
         shaping = host.shaping("post_load") or host.shaping("wrap_adapter")
-        if shaping or not ctx.spec.trainable:
+        if shaping or (tied and not ctx.spec.trainable):
             model = ctx.take_blank()
             model.tie_weights()
             base = dict(model.named_parameters(remove_duplicate=False))
             still_apart = set()
             ledger.take_stock(plan.loader, model)
-            # Adapters draw their first values; the caller's random stream must not move.
-            with torch.random.fork_rng(devices=[]):
-                model, plan.declined_adapters = steps.finish(
-                    host, ctx, model, lambda hook, plugin: nullcontext(), ledger.take_stock
-                )
+        # Otherwise it is frozen at most, as the load does too: the loader may still fill it.
+        # Adapters draw their first values; the caller's random stream must not move.
+        with torch.random.fork_rng(devices=[]):
+            model, plan.declined_adapters = steps.finish(
+                host, ctx, model, lambda hook, plugin: nullcontext(), ledger.take_stock
+            )
     except RequestError as error:
         # A plugin may say in wrap_adapter again what it said in check.
         plan.problems += [p for p in error.problems if p not in plan.problems]
