@@ -15,7 +15,9 @@ from tiny import save_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM
 
 import llmload
+from llmload.checkpoint import TensorInfo, placing
 from llmload.checkpoint.copying import Copies
+from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Plain, Source, Target
 from llmload.checkpoint.proof import sha256
 
@@ -66,6 +68,30 @@ def test_digests_are_of_the_finished_copies_and_in_the_order_of_placing(folder: 
         for name, placed in first.model.state_dict().items()
     }
     assert list(digests) == list(second.report.facts["streaming"]["sha256"])
+
+
+def test_a_cast_lets_go_of_the_pages_behind_it_piece_by_piece(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drop = MappedCheckpoint.drop
+    pieces: dict[str, list[int]] = {}
+
+    def noting(
+        files: MappedCheckpoint, info: TensorInfo, first: int = 0, nbytes: int | None = None
+    ) -> None:
+        if nbytes is not None:
+            pieces.setdefault(info.name, []).append(nbytes)
+        drop(files, info, first, nbytes)
+
+    monkeypatch.setattr(MappedCheckpoint, "drop", noting)
+    monkeypatch.setattr(placing, "_PIECE", 10_000)
+    model = llmload.load({"model": str(folder), "dtype": "float32"}).model
+    held = load_file(folder / "model.safetensors")
+    assert {name: sum(sizes) for name, sizes in pieces.items()} == {
+        name: value.nbytes for name, value in held.items()
+    }
+    assert max(max(sizes) for sizes in pieces.values()) == 10_000
+    assert all(torch.equal(v, held[name].float()) for name, v in model.state_dict().items())
 
 
 def test_every_byte_is_counted_where_threads_copy(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -624,3 +626,23 @@ def test_only_the_load_itself_shows_a_progress_bar(
     capfd.readouterr()
     load(folder)
     assert capfd.readouterr().err.count("Loading weights: 100%") == 1
+
+
+def imported_after(code: str) -> set[str]:
+    """Run ``code`` in a process of its own; return the libraries of plugins that it imported."""
+    libraries = {"bitsandbytes", "colossalai", "deepspeed", "peft"}
+    listing = f"{code}\nimport sys\nprint(*({libraries!r} & sys.modules.keys()))"
+    command = [sys.executable, "-c", listing]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_a_plain_load_imports_no_library_of_a_plugin_that_takes_no_part(tmp_path: Path) -> None:
+    folder = str(tiny_llama(tmp_path))
+    ours = imported_after(f"import llmload\nllmload.load({{'model': {folder!r}}})")
+    theirs = imported_after(
+        "from transformers import AutoModelForCausalLM\n"
+        f"AutoModelForCausalLM.from_pretrained({folder!r})"
+    )
+    assert ours <= theirs
+    assert not ours or compat.major("transformers") < 5  # where transformers imports DeepSpeed

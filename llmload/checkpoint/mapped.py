@@ -112,12 +112,15 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
         """
         return self._file(info.file).part(info.start + first, nbytes)
 
-    def drop(self, info: TensorInfo) -> None:
-        """Take the tensor's pages out of this process; they stay in the page cache.
+    def drop(self, info: TensorInfo, first: int = 0, nbytes: int | None = None) -> None:
+        """Take the pages of a tensor, or of ``nbytes`` of it, out of this process; they stay in the
+        page cache.
 
         Nothing is lost, also for tensors beside it, as long as none of them was written to.
         """
-        self._file(info.file).drop(info.start, info.stop)
+        start = info.start + first
+        stop = info.stop if nbytes is None else start + nbytes
+        self._file(info.file).drop(start, stop)
 
     def check(self) -> None:
         """Raise ``CheckpointError`` where a file that was read changed since it was opened."""

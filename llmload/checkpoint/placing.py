@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from llmload.checkpoint.proof import Proof
 
 
+_PIECE = 2**22
+"""Bytes that are cast at a time."""
+
+
 class Placer(AbstractContextManager["Placer"]):
     """Hands finished tensors to the placement, each with what it is for and where it came from.
 
@@ -115,10 +119,12 @@ class Placer(AbstractContextManager["Placer"]):
         def copy() -> None:
             for out, part in copies:
                 found = origin(part)
-                if found is not None and _is_read_as_it_is(out, part):
+                if found is None or not _are_laid_out_alike(out, part):
+                    out.copy_(part)
+                elif out.dtype == part.dtype:
                     self._files.read(found, _first_byte(part), out)
                 else:
-                    out.copy_(part)
+                    self._cast(found, part, out)
             release()
             self._proof.compare(name, stored, reading)
 
@@ -130,6 +136,18 @@ class Placer(AbstractContextManager["Placer"]):
         else:
             self._proof.compare(name, stored, reading)
         return placed.parameter if isinstance(placed, Part) else placed
+
+    def _cast(self, info: TensorInfo, part: torch.Tensor, out: torch.Tensor) -> None:
+        """Copy a part of a tensor of the file to another dtype.
+
+        Piece by piece, each with its pages let go of: while they are mapped they count as memory of
+        this process, and an embedding at float32 may have a tenth of the model's bytes.
+        """
+        source, target, step = part.view(-1), out.view(-1), _PIECE // part.itemsize
+        for start in range(0, source.numel(), step):
+            piece = source[start : start + step]
+            target[start : start + step].copy_(piece)
+            self._files.drop(info, _first_byte(piece), piece.nbytes)
 
     def read_for_conversion(self, infos: Iterable[TensorInfo]) -> None:
         """Count tensors of the file that were read whole to be converted."""
@@ -147,9 +165,9 @@ def _first_byte(part: torch.Tensor) -> int:
     return int(part.storage_offset()) * part.itemsize
 
 
-def _is_read_as_it_is(out: torch.Tensor, part: torch.Tensor) -> bool:
-    """Whether ``out`` takes the very bytes of the file: nothing to cast or to lay out."""
-    return out.dtype == part.dtype and out.is_contiguous() and part.is_contiguous()
+def _are_laid_out_alike(out: torch.Tensor, part: torch.Tensor) -> bool:
+    """Whether both have the same elements in the same order, without gaps."""
+    return out.numel() == part.numel() and out.is_contiguous() and part.is_contiguous()
 
 
 def _in_this_mode(job: Callable[[], None]) -> Callable[[], None]:
