@@ -42,9 +42,13 @@ NOT_COMPARABLE: dict[tuple[str, str], str] = {
 """Types that transformers cannot load under ZeRO-3, with what it says: their initialisation looks
 at the shapes of parameters that are empty by then. Ours are the whole model."""
 
+NO_START = "object has no attribute 'decoder_start_token_id'"
+
 NOT_TRAINED: dict[tuple[str, str], str] = {
     ("causal_lm", "git"): "Expected input batch_size (0) to match target batch_size (14)",
-    ("seq2seq_lm", "longt5"): "'LongT5Config' object has no attribute 'decoder_start_token_id'",
+    ("seq2seq_lm", "encoder-decoder"): "Make sure to set the decoder_start_token_id attribute",
+    ("seq2seq_lm", "longt5"): NO_START,
+    ("seq2seq_lm", "switch_transformers"): NO_START,
     ("base", "reformer"): "If you want to train `ReformerModel` and its variations",
 }
 """Types that DeepSpeed cannot train on text alone, with what both models say."""
@@ -54,8 +58,9 @@ TWO_DTYPES = "expected m1 and m2 to have the same dtype, but got: float"
 
 NOT_TRAINED_IN_BFLOAT16: dict[tuple[str, str], str] = {
     ("causal_lm", "inkling2_text"): TWO_DTYPES,
+    ("base", "fnet"): "Unsupported dtype BFloat16",
 }
-"""The same, in bfloat16 alone: the model mixes dtypes."""
+"""The same, in bfloat16 alone."""
 
 OTHER_BUFFERS: dict[tuple[str, str], tuple[str, str]] = {
     ("causal_lm", "minimax"): ("self_attn.", TWO_DTYPES),
