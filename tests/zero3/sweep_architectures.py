@@ -30,16 +30,22 @@ TYPES = [
 PRECISIONS = [("bfloat16", None), ("float32", 0)]
 """Dtype of the model, and DeepSpeed's threshold for parameters that persist."""
 
+NO_SHAPE = "tuple index out of range"
 UNPACKED = "not enough values to unpack (expected 2, got 1)"
 FAN_IN = "Fan in and fan out can not be computed for tensor with fewer than 2"
 
 NOT_COMPARABLE: dict[tuple[str, str], str] = {
+    ("causal_lm", "blt"): NO_SHAPE,
     ("causal_lm", "pegasus"): UNPACKED,
     ("causal_lm", "roformer"): UNPACKED,
-    ("causal_lm", "rwkv"): "tuple index out of range",
+    ("causal_lm", "rwkv"): NO_SHAPE,
+    ("causal_lm", "xlstm"): NO_SHAPE,
+    ("seq2seq_lm", "fsmt"): "get_embedding() missing 1 required positional argument: 'padding_idx'",
     ("base", "emu3"): FAN_IN,
+    ("base", "funnel"): UNPACKED,
+    ("base", "roformer"): UNPACKED,
 }
-"""Types that transformers cannot load under ZeRO-3, with what it says: their initialisation looks
+"""Types that transformers cannot load under ZeRO-3, with what it says, most of them because they look
 at the shapes of parameters that are empty by then. Ours are the whole model."""
 
 NO_START = "object has no attribute 'decoder_start_token_id'"
@@ -49,6 +55,7 @@ NOT_TRAINED: dict[tuple[str, str], str] = {
     ("seq2seq_lm", "encoder-decoder"): "Make sure to set the decoder_start_token_id attribute",
     ("seq2seq_lm", "longt5"): NO_START,
     ("seq2seq_lm", "switch_transformers"): NO_START,
+    ("seq2seq_lm", "t5"): NO_START,
     ("base", "reformer"): "If you want to train `ReformerModel` and its variations",
 }
 """Types that DeepSpeed cannot train on text alone, with what both models say."""
