@@ -45,8 +45,8 @@ NOT_COMPARABLE: dict[tuple[str, str], str] = {
     ("base", "funnel"): UNPACKED,
     ("base", "roformer"): UNPACKED,
 }
-"""Types that transformers cannot load under ZeRO-3, with what it says, most of them because they look
-at the shapes of parameters that are empty by then. Ours are the whole model."""
+"""Types that transformers cannot load under ZeRO-3, with what it says; most look at the shapes of
+parameters that are empty by then. Ours are the whole model."""
 
 NO_START = "object has no attribute 'decoder_start_token_id'"
 
