@@ -41,8 +41,10 @@ NOT_COMPARABLE: dict[tuple[str, str], str] = {
     ("causal_lm", "rwkv"): NO_SHAPE,
     ("causal_lm", "xlstm"): NO_SHAPE,
     ("seq2seq_lm", "fsmt"): "get_embedding() missing 1 required positional argument: 'padding_idx'",
+    ("seq2seq_lm", "nemo_speechlm"): "too many indices for tensor of dimension 1",
     ("base", "emu3"): FAN_IN,
     ("base", "funnel"): UNPACKED,
+    ("base", "molmo2_text"): "split_with_sizes expects split_sizes to sum exactly to 64",
     ("base", "roformer"): UNPACKED,
 }
 """Types that transformers cannot load under ZeRO-3, with what it says; most look at the shapes of
