@@ -76,6 +76,7 @@ OTHER_BUFFERS: dict[tuple[str, str], tuple[str, str]] = {
     ("causal_lm", "xglm"): ("embed_positions.weights", MIXED),
     ("causal_lm", "zaya"): ("gate.balancing_biases", ""),
     ("seq2seq_lm", "m2m_100"): ("embed_positions.weights", MIXED),
+    ("seq2seq_lm", "nllb-moe"): ("embed_positions.weights", MIXED),
     ("seq2seq_lm", "seamless_m4t"): ("embed_positions.weights", MIXED),
     ("seq2seq_lm", "seamless_m4t_v2"): ("embed_positions.weights", MIXED),
 }
