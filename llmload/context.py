@@ -209,6 +209,8 @@ class LoadContext:
         unchanged = self.config.to_dict() == self._pristine.to_dict()
         if unchanged and self._accounting is not None:
             return self._accounting
+        if model is self._blank:
+            model = compat.tied_blank(model)
         found: Accounting = compat.seam().rehearse(model, self.checkpoint)
         if unchanged:
             self._accounting = found
