@@ -8,7 +8,7 @@ ColossalAI 4f9953be3, ``coati/models/lora.py``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from llmload.errors import Problem, RequestError
 from llmload.findings import Conflict, Note
@@ -85,7 +85,8 @@ class CoatiPlugin:
         yield from _beyond(request)
         yield Note(text="ColossalChat's layers: float32 factors lora_A and lora_B in every layer")
         if ctx.section(CoatiSection).faults:
-            dropped = ", and pretrained biases are dropped" if _bias(request) == "none" else ""
+            unbiased = request.fields.get("bias", "none") == "none"
+            dropped = ", and pretrained biases are dropped" if unbiased else ""
             yield Note(
                 text=f"with ColossalChat's faults: linear layers have alpha 32 and dropout 0.0"
                 f"{dropped}"
@@ -100,10 +101,6 @@ class CoatiPlugin:
 
         faults = ctx.section(CoatiSection).faults
         return layer_for(target, adapter_name, config, faults=faults)
-
-
-def _bias(request: Request) -> Any:
-    return request.fields.get("bias", "none")
 
 
 def _beyond(request: Request) -> Iterator[Problem]:
