@@ -41,6 +41,7 @@ NOT_COMPARABLE: dict[tuple[str, str], str] = {
     ("causal_lm", "rwkv"): NO_SHAPE,
     ("causal_lm", "xlstm"): NO_SHAPE,
     ("seq2seq_lm", "fsmt"): "get_embedding() missing 1 required positional argument: 'padding_idx'",
+    ("seq2seq_lm", "pegasus"): UNPACKED,
     ("seq2seq_lm", "nemo_speechlm"): "too many indices for tensor of dimension 1",
     ("base", "emu3"): FAN_IN,
     ("base", "funnel"): UNPACKED,
@@ -68,6 +69,7 @@ TWO_DTYPES = "expected m1 and m2 to have the same dtype, but got: float"
 NOT_TRAINED_IN_BFLOAT16: dict[tuple[str, str], str] = {
     ("causal_lm", "inkling2_text"): TWO_DTYPES,
     ("base", "fnet"): "Unsupported dtype BFloat16",
+    ("base", "mra"): TWO_DTYPES,
 }
 """The same, in bfloat16 alone."""
 
@@ -79,6 +81,7 @@ OTHER_BUFFERS: dict[tuple[str, str], tuple[str, str]] = {
     ("seq2seq_lm", "nllb-moe"): ("embed_positions.weights", MIXED),
     ("seq2seq_lm", "seamless_m4t"): ("embed_positions.weights", MIXED),
     ("seq2seq_lm", "seamless_m4t_v2"): ("embed_positions.weights", MIXED),
+    ("base", "tipsv2_text_model"): ("position_embedding.weights", ""),
 }
 """Types with a buffer, by a part of its name, that has another dtype when transformers loads under
 ZeRO-3 than in its plain load; ours is that of the plain load. Then what DeepSpeed says where it
