@@ -36,6 +36,7 @@ FAN_IN = "Fan in and fan out can not be computed for tensor with fewer than 2"
 
 NOT_COMPARABLE: dict[tuple[str, str], str] = {
     ("causal_lm", "blt"): NO_SHAPE,
+    ("causal_lm", "marian"): UNPACKED,
     ("causal_lm", "pegasus"): UNPACKED,
     ("causal_lm", "roformer"): UNPACKED,
     ("causal_lm", "rwkv"): NO_SHAPE,
@@ -51,6 +52,7 @@ NOT_COMPARABLE: dict[tuple[str, str], str] = {
 """Types that transformers cannot load under ZeRO-3, with what it says; most look at the shapes of
 parameters that are empty by then. Ours are the whole model."""
 
+REFORMER = "If you want to train `ReformerModel` and its variations"
 NO_START = "object has no attribute 'decoder_start_token_id'"
 
 NOT_TRAINED: dict[tuple[str, str], str] = {
@@ -59,7 +61,8 @@ NOT_TRAINED: dict[tuple[str, str], str] = {
     ("seq2seq_lm", "longt5"): NO_START,
     ("seq2seq_lm", "switch_transformers"): NO_START,
     ("seq2seq_lm", "t5"): NO_START,
-    ("base", "reformer"): "If you want to train `ReformerModel` and its variations",
+    ("causal_lm", "reformer"): REFORMER,
+    ("base", "reformer"): REFORMER,
 }
 """Types that DeepSpeed cannot train on text alone, with what both models say."""
 
@@ -88,6 +91,7 @@ ZeRO-3 than in its plain load; ours is that of the plain load. Then what DeepSpe
 cannot train theirs."""
 
 LATER_PARTITIONED: dict[tuple[str, str], str] = {
+    ("causal_lm", "reformer"): "position_embeddings.weights.",
     ("base", "reformer"): "position_embeddings.weights.",
 }
 """Types with parameters in a ParameterList that is filled after it was made: ``zero.Init``
