@@ -242,8 +242,10 @@ def _free_port() -> str:
 
 def environment(threads: int) -> dict[str, str]:
     """Return the environment of a run: offline, no progress bars, so many threads."""
+    # pip compiles what it installs, but for an editable install: its first, uncounted run does it.
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     return {
-        **os.environ,
+        **inherited,
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

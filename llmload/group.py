@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from . import specfile
 from .context import Scope
@@ -21,8 +21,6 @@ from .versions import installed_versions
 
 class GroupReport(BaseModel):
     """What one load of a group did."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     members: dict[str, Report] = Field(default_factory=dict)
     """By name, in the order of the spec."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from . import sharing
 from .audit import some
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 class GroupPlan(BaseModel):
     """What a load of a group will do, and what stands in the way."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     members: dict[str, Plan]
     """By name, in the order in which they will be loaded."""

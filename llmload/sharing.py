@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from . import compat
 from .checkpoint import shared as memory
@@ -29,8 +29,6 @@ How: TypeAlias = Literal["checkpoint pages", "one cast", "adapter off", "frozen 
 
 class Sharing(BaseModel):
     """What one member of a group has in common with an earlier one."""
-
-    model_config = ConfigDict(use_attribute_docstrings=True)
 
     member: str
     """The member that needs no memory of its own."""
