@@ -7,6 +7,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from typing import Any, Literal
 
@@ -85,8 +86,9 @@ def attribute(path: str) -> object:
 def installed(named: set[str], *, autoload: bool, blocked: set[str]) -> list[PluginInfo]:
     """Return one entry per name and distribution; only what is selected is imported."""
     infos = []
+    owned_by = cache(name_and_version)  # one distribution has many plugins
     for entry in metadata.entry_points(group=GROUP):
-        owner, version = name_and_version(entry.dist) if entry.dist else ("unknown", "")
+        owner, version = owned_by(entry.dist) if entry.dist else ("unknown", "")
         info = PluginInfo(
             name=entry.name,
             distribution=f"{owner} {version}",
