@@ -76,6 +76,10 @@ PADDING = "padding is not zero"
 WHOLE = "only ours is partitioned"
 """Ours holds the values of theirs, which DeepSpeed partitions in ``initialize``."""
 
+UNREAD = "other values than theirs, which rank 0 alone has read"
+"""transformers reads on rank 0 what ``zero.Init`` overlooked. Until ``initialize`` nobody tells the
+other ranks, where theirs hold what the memory held; rank 0 compares the whole of ours."""
+
 
 def differences(mine: torch.nn.Module, other: torch.nn.Module) -> list[str]:
     """List in what the parts, attributes and buffers of two partitioned models differ."""
@@ -103,7 +107,9 @@ def differences(mine: torch.nn.Module, other: torch.nn.Module) -> list[str]:
 def _parameter(mine: Any, other: Any) -> list[str]:
     if hasattr(mine, "ds_tensor") and not hasattr(other, "ds_tensor"):
         with deepspeed.zero.GatheredParameters(mine):
-            return [WHOLE] if torch.equal(mine, other) else [WHOLE, "other values"]
+            if torch.equal(mine, other):
+                return [WHOLE]
+        return [WHOLE, UNREAD if torch.distributed.get_rank() else "other values"]
     if not hasattr(mine, "ds_tensor"):
         return ["not partitioned"]
     facts = ("dtype", "ds_shape", "ds_numel", "ds_numel_aligned", "ds_persist", "requires_grad")
