@@ -90,6 +90,11 @@ OTHER_BUFFERS: dict[tuple[str, str], tuple[str, str]] = {
 ZeRO-3 than in its plain load; ours is that of the plain load. Then what DeepSpeed says where it
 cannot train theirs."""
 
+OTHER_BUFFERS_IN_FLOAT32: dict[tuple[str, str], tuple[str, str]] = {
+    ("causal_lm", "recurrent_gemma"): ("model.normalizer", "["),
+}
+"""The same, in float32. What theirs says is a list: it trains, to losses that are a little off."""
+
 LATER_PARTITIONED: dict[tuple[str, str], str] = {
     ("causal_lm", "reformer"): "position_embeddings.weights.",
     ("base", "reformer"): "position_embeddings.weights.",
@@ -146,11 +151,13 @@ def judge(case: tuple[str, str], answer: dict[str, Any], dtype: str) -> tuple[st
     if "theirs" in answer:
         return "failed", f"transformers: {answer['theirs']}"
     outcome, faults = "identical", list(differences)
-    if case in OTHER_BUFFERS and dtype != "float32":
+    buffers = OTHER_BUFFERS_IN_FLOAT32 if dtype == "float32" else OTHER_BUFFERS
+    buffer, theirs_says = buffers.get(case, ("", ""))
+    if buffer:
         outcome = "identical but for a buffer's dtype, which is that of the plain load"
-        faults = [text for text in differences if not _as_in_plain_load(case, text, answer)]
+        faults = [text for text in differences if not _as_in_plain_load(buffer, text, answer)]
         if not differences:
-            faults.append(f"no buffer {OTHER_BUFFERS[case][0]} differs any more")
+            faults.append(f"no buffer {buffer} differs any more")
     if case in LATER_PARTITIONED:
         outcome = "identical but for a part that DeepSpeed makes in `initialize`"
         late = (comparing.WHOLE, comparing.UNREAD)
@@ -159,8 +166,8 @@ def judge(case: tuple[str, str], answer: dict[str, Any], dtype: str) -> tuple[st
         if not later:
             faults.append(f"{LATER_PARTITIONED[case]} is partitioned by zero.Init now")
     mine, other = answer["losses"]
-    if case in OTHER_BUFFERS and dtype != "float32" and OTHER_BUFFERS[case][1]:
-        if OTHER_BUFFERS[case][1] not in str(other):
+    if theirs_says:
+        if theirs_says not in str(other):
             faults.append(f"it says {other}")
         other = mine
     untrained = NOT_TRAINED | (NOT_TRAINED_IN_BFLOAT16 if dtype == "bfloat16" else {})
@@ -172,7 +179,7 @@ def judge(case: tuple[str, str], answer: dict[str, Any], dtype: str) -> tuple[st
     return outcome, "; ".join(faults)
 
 
-def _as_in_plain_load(case: tuple[str, str], difference: str, answer: dict[str, Any]) -> bool:
-    """Whether a difference is that of the case's buffer, and ours is that of the plain load."""
+def _as_in_plain_load(buffer: str, difference: str, answer: dict[str, Any]) -> bool:
+    """Whether a difference is that of the named buffer, and ours is that of the plain load."""
     ours = difference.partition(" for ")[0]
-    return OTHER_BUFFERS[case][0] in ours and ours in answer["whole"]
+    return buffer in ours and ours in answer["whole"]
