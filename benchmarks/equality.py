@@ -123,7 +123,15 @@ def rank(side: str, made: Path, dtype: str, threshold: str, steps: int, answers:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    zero: dict[str, Any] = {"stage": 3, "reduce_bucket_size": 10**7}
+    zero: dict[str, Any] = {
+        "stage": 3,
+        # Training is to fit into memory too: few parameters are whole at once.
+        "reduce_bucket_size": 10**7,
+        "sub_group_size": 10**8,
+        "stage3_max_live_parameters": 10**7,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 10**6,
+    }
     if threshold != DEFAULT:
         zero["stage3_param_persistence_threshold"] = int(threshold)
     config = {
