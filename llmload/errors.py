@@ -89,3 +89,8 @@ class LoadFailedError(LlmloadError):
 
 class AuditError(LoadFailedError):
     """The loaded model is not what the plan promised. The model is not handed out."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a library's error says, its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

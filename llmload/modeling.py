@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import compat, source
-from .errors import CheckpointError, Problem, SpecError
+from .errors import CheckpointError, Problem, SpecError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ def load_config(folder: Path, spec: LoadSpec) -> PretrainedConfig:
             Problem(
                 file=str(folder / source.CONFIG),
                 message=f"transformers cannot read the config of model type"
-                f" {content.get('model_type')!r}: {_first_line(error)}",
+                f" {content.get('model_type')!r}: {first_line(error).rstrip('.')}",
                 fix=fix,
             )
         ) from error
@@ -147,11 +147,7 @@ def blank_model(ctx: LoadContext) -> PreTrainedModel:
             Problem(
                 where="model",
                 message=f"{ctx.model_class.__name__} cannot be built from the config:"
-                f" {_first_line(error)}",
+                f" {first_line(error).rstrip('.')}",
                 fix="Check the config, `auto_class` and `attn_implementation`.",
             )
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

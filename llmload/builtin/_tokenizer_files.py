@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmload import source
-from llmload.errors import CheckpointError, Problem, RequestError
+from llmload.errors import CheckpointError, Problem, RequestError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,10 +72,9 @@ def load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTraine
     except Exception as error:  # transformers raises many kinds for a bad file
         if names(folder) == {_CONFIG}:
             raise _no_vocabulary(folder, []) from error
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise refusal(
             "name_or_path",
-            f"the tokenizer in {str(folder)!r} cannot be loaded: {first}",
+            f"the tokenizer in {str(folder)!r} cannot be loaded: {first_line(error)}",
             "Save or download it again, or name another in `tokenizer.name_or_path`.",
         ) from error
     if tokenizer is False:  # what transformers 4.51 gives where a slow one's files are missing

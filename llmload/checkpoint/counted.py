@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
+
+from llmload.checkpoint.replacing import replaced
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,12 +59,13 @@ class CountedReads(AbstractContextManager["CountedReads"]):
         import torch
         import transformers.modeling_utils  # noqa: F401 - has safe_open under a name of its own
 
+        counted = partial(_CountedFile, self)
         with ExitStack() as stack:
             for name, module in list(sys.modules.items()):
                 found = vars(module).get("safe_open") if name.startswith("transformers.") else None
                 if found is safetensors.safe_open:
-                    stack.enter_context(_replaced(module, "safe_open", partial(_CountedFile, self)))
-            stack.enter_context(_replaced(torch, "load", partial(self._load, torch.load)))
+                    stack.enter_context(replaced(module, {"safe_open": counted}))
+            stack.enter_context(replaced(torch, {"load": partial(self._load, torch.load)}))
             self._stack = stack.pop_all()
         return self
 
@@ -106,16 +109,6 @@ class CountedReads(AbstractContextManager["CountedReads"]):
         """Return what was read, for the report: a file that was never seen open has None."""
         seen = {path: n if path in self._opened else None for path, n in self._bytes.items()}
         return {"files": per_file(self._checkpoint, seen, self._reads)}
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 class _CountedFile:

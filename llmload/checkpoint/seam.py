@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from llmload.checkpoint.handover import (
 )
 from llmload.checkpoint.placement import Plain
 from llmload.checkpoint.placing import Placer
+from llmload.checkpoint.replacing import replaced
 from llmload.checkpoint.rules import rules_of
 from llmload.checkpoint.signatures import first_difference
 
@@ -118,8 +119,7 @@ def build(
     return model
 
 
-@contextmanager
-def _nothing_drawn_on_meta() -> Iterator[None]:
+def _nothing_drawn_on_meta() -> AbstractContextManager[None]:
     """Pass over the first values of tensors that have none: a third of the time to build a model.
 
     ``transformers.initialization.no_init_weights`` is for all tensors, and returns none of them.
@@ -132,14 +132,7 @@ def _nothing_drawn_on_meta() -> Iterator[None]:
 
         return pass_over
 
-    before = {name: getattr(init, name) for name in _DRAWS}
-    try:
-        for name, draw in before.items():
-            setattr(init, name, passing_over(draw))
-        yield
-    finally:
-        for name, draw in before.items():
-            setattr(init, name, draw)
+    return replaced(init, {name: passing_over(getattr(init, name)) for name in _DRAWS})
 
 
 def resolve_device_map(

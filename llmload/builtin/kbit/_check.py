@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from llmload import compat
 from llmload.builtin.kbit.section import KbitSection
-from llmload.errors import Problem
+from llmload.errors import Problem, first_line
 from llmload.findings import Note
 from llmload.versions import version_of
 
@@ -123,7 +123,7 @@ def backend() -> Iterator[Problem]:
         validate_bnb_backend_availability(raise_exception=True)
     except RuntimeError as error:
         version = version_of("transformers")
-        reason = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
+        reason = first_line(error).partition(". ")[0].rstrip(".")
         fix = "Run on a device that bitsandbytes supports."
         if not compat.quantises_weight_by_weight():
             # Its own sentence lists sets, in an order that changes from run to run.
