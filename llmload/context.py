@@ -194,19 +194,24 @@ class LoadContext:
         load, a class that draws while it is built does so now.
         """
         blank, self._blank = self._blank, None
-        # As dicts: comparing configs whose layers differ raises.
-        if blank is None or self.config.to_dict() != self._pristine.to_dict():
+        if self._config_changed:
             blank = None
         if self.rehearsing:
             return self._build_aside()[0] if blank is None else blank
         return modeling.blank_model(self) if blank is None or self._blank_draws else blank
+
+    @property
+    def _config_changed(self) -> bool:
+        """Whether a plugin has changed the config since the plan began."""
+        # As dicts: comparing configs whose layers differ raises.
+        return bool(self.config.to_dict() != self._pristine.to_dict())
 
     def accounting(self, model: PreTrainedModel) -> Accounting:
         """Return how the checkpoint's keys fit a blank model; found out once per config.
 
         For loaders, and for plugins that foretell what one will do.
         """
-        unchanged = self.config.to_dict() == self._pristine.to_dict()
+        unchanged = not self._config_changed
         if unchanged and self._accounting is not None:
             return self._accounting
         if model is self._blank:

@@ -60,6 +60,12 @@ def trainable(model: nn.Module) -> set[str]:
     return {name for name, parameter in parameters(model).items() if parameter.requires_grad}
 
 
+def hold_frozen(model: nn.Module) -> None:
+    """Assert that nothing of a model is trained, and that no module is in train mode."""
+    assert trainable(model) == set()
+    assert not any(module.training for module in model.modules())
+
+
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Say whether two tensors have one dtype, shape and bytes."""
     return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(
