@@ -94,19 +94,26 @@ def build_on_meta(
     config: PretrainedConfig,
     dtype: torch.dtype,
     stored: Container[str] = (),
+    *,
+    asked: bool = True,
 ) -> PreTrainedModel:
     """Build a model as ``from_pretrained`` does before it reads, from a copy of ``config``.
+
+    Weights are tied by the constructor at most. In 4.51.3 buffers have their values, and in
+    composite models the dtype of a part depends on whether one was ``asked`` for.
 
     4.51.3 freezes fixed positions (Marian's, which are never saved) when it initialises them, and
     since 5.0 the constructor does: so they are frozen here, unless they are among the ``stored``
     names of the checkpoint.
     """
-    if major("transformers") >= 5 and seam().unsuited() is None:
-        return seam().build(model_class, config, dtype)
-    with ExitStack() as stack:
-        for context in meta_contexts(model_class, dtype):
-            stack.enter_context(context)
-        model = model_class(copy.deepcopy(config))
+    if seam().unsuited() is None:
+        options = {} if major("transformers") >= 5 else {"asked": asked}
+        model: PreTrainedModel = seam().build(model_class, config, dtype, **options)
+    else:
+        with ExitStack() as stack:
+            for context in meta_contexts(model_class, dtype):
+                stack.enter_context(context)
+            model = model_class(copy.deepcopy(config))
     if major("transformers") < 5:
         unsaved = set(model_class._keys_to_ignore_on_save or ())
         for path, module in model.named_modules():
@@ -152,13 +159,16 @@ def fillable(ctx: LoadContext) -> PreTrainedModel:
 
     Where a plugin set ``ctx.without_memory``, its context keeps them without memory: in
     transformers 5 with the meta device beneath it, which every model there is made for; in 4.51.3,
-    which moves each parameter by itself, in the place of that. There buffers get their values in
-    the constructor alone, so the plan's blank is of no use.
+    which moves each parameter by itself, in the place of that. There the model is tied too.
     """
     context = ctx.without_memory() if ctx.without_memory is not None else None
     if major("transformers") < 5:
+        if context is None:
+            return seam().tie(ctx.take_blank())
         asked = ctx.spec.dtype != "auto"
-        return seam().build(ctx.model_class, ctx.config, ctx.dtype, context, asked=asked)
+        lazy = seam().build(ctx.model_class, ctx.config, ctx.dtype, context, asked=asked)
+        lazy.tie_weights()
+        return lazy
     if context is None:
         return ctx.take_blank()
     with context:

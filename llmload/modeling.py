@@ -141,7 +141,9 @@ def blank_model(ctx: LoadContext) -> PreTrainedModel:
     """
     stored = () if ctx.checkpoint is None else ctx.checkpoint.names
     try:
-        return compat.build_on_meta(ctx.model_class, ctx.config, ctx.dtype, stored)
+        return compat.build_on_meta(
+            ctx.model_class, ctx.config, ctx.dtype, stored, asked=ctx.spec.dtype != "auto"
+        )
     except Exception as error:
         raise CheckpointError(
             Problem(

@@ -102,6 +102,7 @@ class StreamingLoader:
                 files,
                 placement,
                 proof,
+                accounting,
                 dtype=ctx.dtype,
                 device_map=device_map,
                 name_or_path=str(ctx.folder),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmload.checkpoint.header import TensorInfo
@@ -32,3 +32,6 @@ class Accounting:
     file or cut out of one, every element just where it can be computed."""
     computed: tuple[TensorInfo, ...]
     """Tensors of the file that are changed in other ways, for which they are read whole."""
+    rules: tuple[Any, ...] | None
+    """transformers' rules for the model, each of which says whether it matched, where they change
+    no key of the checkpoint; None where they do."""

@@ -13,13 +13,13 @@ import os
 import sys
 import weakref
 from contextlib import AbstractContextManager, ExitStack
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmload.checkpoint.description import Checkpoint, CheckpointFile, identity
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.folder import refuse, regular_file
+from llmload.checkpoint.libc import libc
 from llmload.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -168,14 +168,14 @@ class _MappedFile:
         offset = start // mmap.PAGESIZE * mmap.PAGESIZE
         length = start + nbytes - offset
         # Not Python's mmap, each of which keeps a file descriptor: thousands of parts may live.
-        address = _libc().mmap(None, length, _READ_AND_WRITE, _PRIVATE, self._descriptor, offset)
+        address = libc().mmap(None, length, _READ_AND_WRITE, _PRIVATE, self._descriptor, offset)
         if address == ctypes.c_void_p(-1).value:
             if ctypes.get_errno() == errno.ENOMEM:
                 return None
             raise OSError(ctypes.get_errno(), "a file of weights cannot be mapped")
         memory = (ctypes.c_ubyte * length).from_address(address)
-        weakref.finalize(memory, _libc().munmap, address, length).atexit = False
-        _libc().madvise(address, length, mmap.MADV_WILLNEED)
+        weakref.finalize(memory, libc().munmap, address, length).atexit = False
+        libc().madvise(address, length, mmap.MADV_WILLNEED)
         return torch.frombuffer(memory, dtype=torch.uint8, offset=start - offset, count=nbytes)
 
     def _refuse_if_changed(self) -> None:
@@ -194,14 +194,3 @@ class _MappedFile:
         start = max(0, start - _FAULT_AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
         stop = min(stop + _FAULT_AROUND, self._file.size)
         self._buffer.madvise(mmap.MADV_DONTNEED, start, stop - start)
-
-
-@cache
-def _libc() -> Any:
-    libc = ctypes.CDLL(None, use_errno=True)
-    address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    libc.mmap.restype = address
-    libc.mmap.argtypes = [address, size, number, number, number, ctypes.c_int64]
-    libc.munmap.argtypes = [address, size]
-    libc.madvise.argtypes = [address, size, number]
-    return libc

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from llmload.checkpoint.copying import Copies
+from llmload.checkpoint.libc import prefer_huge_pages
 from llmload.checkpoint.placement import Part, Source, Target
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ class Placer(AbstractContextManager["Placer"]):
 
         def copy() -> None:
             for out, part in copies:
+                prefer_huge_pages(out)
                 found = origin(part)
                 if found is None or not _are_laid_out_alike(out, part):
                     out.copy_(part)

@@ -176,7 +176,8 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
 
     outlines = {info.name: Outline(info, taken) for info in checkpoint.tensors.values()}
     rules = rules_of(model)
-    if _leave_alone(rules, model, checkpoint, state):
+    alone = _leave_alone(rules, model, checkpoint, state)
+    if alone:
         receive("", {name: outline.plain() for name, outline in outlines.items()})
         info = LoadStateDictInfo(set(), set(), set(), [], {}, set())
     else:
@@ -201,6 +202,7 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
         as_stored=unchanged,
         assembled=joined,
         computed=tuple(computed),
+        rules=tuple(rules) if alone else None,
     )
 
 
@@ -241,6 +243,7 @@ def fill(
     files: MappedCheckpoint,
     placement: Placement,
     proof: Proof,
+    accounting: Accounting,
     *,
     dtype: torch.dtype,
     device_map: dict[str, Any] | None,
@@ -262,11 +265,10 @@ def fill(
     with Placer(model, files, placement, proof, devices) as placer:
         dtypes = Dtypes(model._get_dtype_plan(dtype), placer.state)
         receiver = Receiver(placer, dtypes, taken)
-        rules = rules_of(model)
         try:
-            if _leave_alone(rules, model, files.checkpoint, placer.state):
+            if accounting.rules is not None:
                 info = _place_by_name(model, views, receiver, set(placer.state))
-                model._weight_conversions = [rule for rule in rules if rule.was_used()]
+                model._weight_conversions = [r for r in accounting.rules if r.was_used()]
             else:
                 info = _convert(model, views, receiver, "cpu")
         except AbortError as abort:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from llmload.checkpoint.accounting import Accounting
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.placing import Placer
+from llmload.checkpoint.replacing import replaced
 from llmload.checkpoint.signatures import first_difference
 from llmload.errors import CheckpointError
 
@@ -72,13 +73,12 @@ def build(
     *,
     asked: bool,
 ) -> PreTrainedModel:
-    """The model with its parameters on the meta device, tied, as ``from_pretrained`` builds it.
+    """The model with its parameters on the meta device, weights not tied but by the constructor.
 
     :param without_memory: takes the place of the meta device.
     :param asked: whether the dtype was asked for; for ``auto`` the parts of a config keep theirs.
     """
     import torch
-    from accelerate import init_empty_weights
     from transformers.modeling_utils import no_init_weights, restore_default_torch_dtype
 
     @restore_default_torch_dtype  # type: ignore[untyped-decorator]
@@ -88,14 +88,45 @@ def build(
             config = model_class._autoset_attn_implementation(
                 config, use_flash_attention_2=False, torch_dtype=dtype, device_map=None
             )
-        with no_init_weights(), without_memory or init_empty_weights():
+        with no_init_weights(), without_memory or _parameters_on_meta():
             return model_class(config)
 
     config = copy.deepcopy(config)
     parts = (getattr(config, name) for name in config.sub_configs) if asked else ()
     for part in (config, *parts):
         part.torch_dtype = dtype
-    model = construct(config)
+    return construct(config)
+
+
+def _parameters_on_meta() -> AbstractContextManager[None]:
+    """As accelerate's ``init_empty_weights``, but parameters of one object stay one: a plan has to
+    see what the constructor ties."""
+    from torch import nn
+
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
+        register(module, name, value)
+        if value is not None and not value.is_meta:
+            made = type(value)(value.to("meta"), **vars(value), requires_grad=value.requires_grad)
+            module._parameters[name] = made
+
+    return replaced(nn.Module, {"register_parameter": register_on_meta})
+
+
+def tie(model: PreTrainedModel) -> PreTrainedModel:
+    """Tie a model that :func:`build` made as ``from_pretrained`` does: by the config alone.
+
+    It builds with ``init_empty_weights``, which takes apart what the constructor ties.
+    """
+    seen = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                module._parameters[name] = type(parameter)(
+                    parameter.data, **vars(parameter), requires_grad=parameter.requires_grad
+                )
+            seen.add(id(parameter))
     model.tie_weights()
     return model
 
@@ -181,6 +212,7 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
         },
         assembled={},
         computed=(),
+        rules=None,
     )
 
 
@@ -219,6 +251,7 @@ def fill(
     files: MappedCheckpoint,
     placement: Placement,
     proof: Proof,
+    accounting: Accounting,
     *,
     dtype: torch.dtype,
     device_map: dict[str, Any] | None,
@@ -232,23 +265,20 @@ def fill(
     from torch import nn
     from transformers.modeling_utils import _infer_parameter_dtype
 
-    keys = _Keys(model, files.checkpoint)
-    stored = {
-        keys.names[key]: info for key, info in files.checkpoint.tensors.items() if key in keys.names
-    }
+    stored, missing = accounting.as_stored, list(accounting.missing)
     ties = _ties(model)
     _refuse_contradictions(files, ties, stored)
-    model._move_missing_keys_from_meta_to_cpu(keys.missing, keys.unexpected, dtype, None)
-    model._initialize_missing_keys(list(keys.names.values()), False, False)
+    model._move_missing_keys_from_meta_to_cpu(missing, list(accounting.unexpected), dtype, None)
+    model._initialize_missing_keys(list(stored), False, False)
     kept = _kept_in_float32(model, dtype)
     for name, parameter in model.named_parameters():
         if kept is not None and kept.search(name):
             parameter.data = parameter.data.to(torch.float32)
     with Placer(model, files, placement, proof, _devices(model, device_map)) as placer:
-        for name in (name for name in stored if name in placer.state):
-            value = files.tensor(stored[name])
+        for name, info in stored.items():
+            value = files.tensor(info)
             _, cast = _infer_parameter_dtype(model, name, value, kept, None)
-            placed = placer.place(name, cast or value.dtype, value, stored[name])
+            placed = placer.place(name, cast or value.dtype, value, info)
             for alias in (name, *(ties.get(name, set()) - stored.keys())):
                 path, _, attribute = alias.rpartition(".")
                 module = model.get_submodule(path)
@@ -260,7 +290,7 @@ def fill(
     files.check()
     model.tie_weights()
     placement.finish(model)
-    return list(keys.missing)
+    return missing
 
 
 def _ties(model: PreTrainedModel) -> dict[str, set[str]]:
