@@ -217,9 +217,10 @@ def prove(ctx: LoadContext, plan: Plan, model: nn.Module) -> list[str]:
     :returns: what was proved, a sentence each, for the report.
     :raises AuditError: with every fault at once.
     """
-    problems = [*_trainable(plan, model)]
+    named = list(model.named_parameters(remove_duplicate=False))
+    problems = [*_trainable(plan, named)]
     if ctx.awaiting is None:
-        problems += _meta_tensors(model)
+        problems += _meta_tensors([*named, *model.named_buffers()])
     if problems:
         raise AuditError(problems)
     said = ["no tensor is on the meta device"]
@@ -229,11 +230,11 @@ def prove(ctx: LoadContext, plan: Plan, model: nn.Module) -> list[str]:
         said.append("the trainable set was not promised by the plan")
     else:
         said.append(f"{len(plan.trainable_parameters)} parameters are trainable, as planned")
-    return said + _gradient_path(ctx, model)
+    return said + _gradient_path(ctx, model, list({id(p): p for _, p in named}.values()))
 
 
-def _meta_tensors(model: nn.Module) -> Iterable[Problem]:
-    names = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+def _meta_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> Iterable[Problem]:
+    names = [name for name, tensor in named if tensor.is_meta]
     if names:
         yield Problem(
             message=f"{some(names)} have no values: they are still on the meta device",
@@ -241,12 +242,12 @@ def _meta_tensors(model: nn.Module) -> Iterable[Problem]:
         )
 
 
-def _trainable(plan: Plan, model: nn.Module) -> Iterable[Problem]:
+def _trainable(plan: Plan, named: Iterable[tuple[str, nn.Parameter]]) -> Iterable[Problem]:
     if plan.trainable_parameters is None:
         return
     planned = set(plan.trainable_parameters)
     names_of: dict[torch.nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named:
         if parameter.requires_grad:
             names_of.setdefault(parameter, []).append(name)
     # Tied parameters have several names, of which the plan has one.
@@ -262,9 +263,11 @@ def _trainable(plan: Plan, model: nn.Module) -> Iterable[Problem]:
             )
 
 
-def _gradient_path(ctx: LoadContext, model: nn.Module) -> list[str]:
+def _gradient_path(
+    ctx: LoadContext, model: nn.Module, parameters: Iterable[nn.Parameter]
+) -> list[str]:
     """Say whether the loss reaches a trainable parameter; raise where it reaches none."""
-    trainable = [p.requires_grad for p in model.parameters()]
+    trainable = [parameter.requires_grad for parameter in parameters]
     if not any(trainable):
         return ["no parameter is trainable, so no gradient path was looked for"]
     if all(trainable):

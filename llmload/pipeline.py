@@ -106,9 +106,7 @@ def execute(
 
             begun.update(host.names)
             model = _base_model(prepared, ctx, report)
-            for name, parameter in model.named_parameters(remove_duplicate=False):
-                if name in plan.frozen:
-                    parameter.requires_grad_(False)
+            _freeze(model, plan.frozen)
             ledger.take_stock(report.loader, model)
             audit.hold_to_strict(ctx)
             if prove:
@@ -151,6 +149,14 @@ def _base_model(prepared: Prepared, ctx: Any, report: Report) -> nn.Module:
         report.loader = plugin
         return model
     raise CheckpointError(no_loader(report.declined))
+
+
+def _freeze(model: nn.Module, names: list[str]) -> None:
+    frozen = set(names)
+    if frozen:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in frozen:
+                parameter.requires_grad_(False)
 
 
 def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger: Ledger) -> None:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from llmload.checkpoint.header import TensorInfo
+
+
+def is_parameter(model: nn.Module, name: str) -> bool:
+    """Whether a name in the state dict is a parameter's, not a buffer's."""
+    path, _, attribute = name.rpartition(".")
+    return attribute in model.get_submodule(path)._parameters
 
 
 @dataclass(frozen=True, slots=True)

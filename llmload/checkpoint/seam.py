@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmload.checkpoint.accounting import Accounting
+from llmload.checkpoint.accounting import Accounting, is_parameter
 from llmload.checkpoint.handover import (
     AbortError,
     Dtypes,
@@ -150,7 +150,6 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
     from transformers.utils.loading_report import LoadStateDictInfo
 
     state = model.state_dict()
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     found: dict[str, torch.Tensor] = {}
 
     taken: Taken = []
@@ -171,8 +170,8 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
         return {}
 
     def fits(name: str, value: torch.Tensor) -> bool:
-        is_float = value.is_floating_point() or not state[name].is_floating_point()
-        return value.shape == state[name].shape and (is_float or name not in parameters)
+        integers = state[name].is_floating_point() and not value.is_floating_point()
+        return value.shape == state[name].shape and not (integers and is_parameter(model, name))
 
     outlines = {info.name: Outline(info, taken) for info in checkpoint.tensors.values()}
     rules = rules_of(model)

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmload.checkpoint.accounting import Accounting
+from llmload.checkpoint.accounting import Accounting, is_parameter
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.placing import Placer
 from llmload.checkpoint.replacing import replaced
@@ -186,7 +186,6 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
     """Hold the checkpoint's names, dtypes and shapes against the model's. Changes nothing."""
     keys = _Keys(model, checkpoint)
     state = model.state_dict()
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     mismatched = []
     for info in checkpoint.tensors.values():
         name = keys.names.get(info.name, "")
@@ -195,7 +194,7 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
             continue
         expected = state[name]
         integers = expected.is_floating_point() and not stored.is_floating_point
-        if info.shape != expected.shape or (integers and name in parameters):
+        if info.shape != expected.shape or (integers and is_parameter(model, name)):
             mismatched.append(
                 (name, _outline(stored, info.shape), _outline(expected.dtype, expected.shape))
             )
