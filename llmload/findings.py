@@ -31,6 +31,8 @@ class Decline:
     """
 
     reason: str
+    loader: str = ""
+    """For ``check``: the loader that is not to be asked, where it is another plugin's."""
 
 
 @dataclass(frozen=True, kw_only=True)

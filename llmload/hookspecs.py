@@ -113,7 +113,8 @@ def check(ctx: LoadContext) -> Iterable[Problem | Note | Decline]:
     :param ctx: the load; ``ctx.section(Section)`` is this plugin's part of the spec.
     :returns: any number of :class:`~llmload.Note` (a line of the plan),
         :class:`~llmload.Problem` (severity ``error`` stops the load, ``warning`` is shown), and,
-        from a loader, :class:`~llmload.Decline` (its ``load`` will not be asked).
+        from a loader, :class:`~llmload.Decline` (its ``load`` will not be asked). A plugin that
+        knows why another loader will not do names that in ``Decline.loader``.
     :raises RequestError: the same as yielding its problems, but stops this plugin's check.
 
     Example: a budget for the number of parameters, enforced before a byte of weights is read::

@@ -255,7 +255,7 @@ def _check(host: Host, ctx: LoadContext, plan: Plan) -> None:
                 if isinstance(finding, Note):
                     found.append((plugin, finding))
                 elif isinstance(finding, Decline):
-                    plan.declined[plugin] = finding.reason
+                    plan.declined[finding.loader or plugin] = finding.reason
                 else:
                     plan.problems.append(finding)
         except RequestError as error:

@@ -220,6 +220,18 @@ def test_plan_says_what_each_rank_will_read(
     )
 
 
+def test_plan_names_the_loader_where_deepspeed_itself_partitions(tmp_path: Path) -> None:
+    config = with_zero(zero_hpz_partition_size=8) | {"fp16": {"enabled": False}}
+    spec = {"model": str(tiny.tiny_llama(tmp_path)), "zero3": {"config": config}}
+    reason = "`zero_optimization.zero_hpz_partition_size` partitions a second time within each host"
+    plan = llmload.plan(spec)
+    assert plan.loader == "zero3"
+    assert plan.declined == {"streaming": f"DeepSpeed partitions: {reason}"}
+    assert f"rank 0 reads and from_pretrained partitions: {reason}" in notes(plan)
+    without = llmload.plan(spec, registry=llmload.create_registry(block={"streaming"}))
+    assert (without.loader, without.declined) == ("zero3", {})
+
+
 def test_lower_stages_leave_the_model_whole(tmp_path: Path) -> None:
     spec = {"model": str(tiny.tiny_llama(tmp_path)), "zero3": {"stage": 2}}
     result = llmload.load(spec)

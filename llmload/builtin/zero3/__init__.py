@@ -91,6 +91,8 @@ class Zero3Plugin:
         reason = resolved.beyond_us()
         if reason:
             yield Note(text=f"rank 0 reads and from_pretrained partitions: {reason}")
+            if StreamingLoader.name in ctx.active:
+                yield Decline(f"DeepSpeed partitions: {reason}", loader=StreamingLoader.name)
         elif ctx.checkpoint is not None and "kbit" not in ctx.active:  # which says it itself
             for text in _shares(ctx, _launch.rank(), _launch.world_size()):
                 yield Note(text=text)
