@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, Field
 
-from . import compat, keys, modeling, partitions, source, steps
+from . import keys, modeling, source, steps
 from .checkpoint import Checkpoint
 from .context import LoadContext
-from .errors import LoadFailedError, PlanError, PluginError, Problem, RequestError
+from .errors import PlanError, PluginError, Problem, RequestError
 from .findings import Conflict, Decline, Note
 from .garbage import collection_paused
-from .ledger import Ledger
+from .rehearsal import Rehearsal, rehearse
 from .versions import version_of
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from .discovery import PluginInfo
     from .registry import Host, Registry
     from .spec import LoadSpec
@@ -114,22 +111,6 @@ class Prepared:
     """None where the load could not be rehearsed."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rehearsal:
-    """What came of the load on the meta device."""
-
-    model: nn.Module
-    """The finished model."""
-    base: dict[str, nn.Parameter]
-    """Every name in the base model, tied ones included -> its parameter as the loader made it."""
-
-    def kept(self) -> set[str]:
-        """Return the names in the base model of the parameters that the finished model still has,
-        and does not train."""
-        frozen = {id(p) for p in self.model.parameters() if not p.requires_grad}
-        return {name for name, parameter in self.base.items() if id(parameter) in frozen}
-
-
 @collection_paused()
 def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
     """Make the plan of a load.
@@ -177,7 +158,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
             plan.problems += error.problems
     if not plan.errors:
         _check(host, ctx, plan)
-        rehearsal = _rehearse(host, ctx, plan)
+        rehearsal = rehearse(host, ctx, plan)
     return Prepared(plan=plan, host=host, ctx=ctx, rehearsal=rehearsal)
 
 
@@ -288,54 +269,3 @@ def no_loader(declined: Mapping[str, str]) -> Problem:
         message=f"no loader takes this model ({reasons or 'none is selected'})",
         fix="Select the plugin `transformers`, which takes every model.",
     )
-
-
-def _rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
-    """Run ``post_load`` and ``wrap_adapter`` on the meta device and write down what comes out.
-
-    A hook that cannot run there is a warning, and the plan then promises no trainable parameters.
-    """
-    import torch
-
-    ledger = Ledger()
-    try:
-        model: Any = ctx.blank
-        base = dict(model.named_parameters(remove_duplicate=False))
-        plan.frozen = [n for n, p in ctx.blank.named_parameters() if not p.requires_grad]
-        tied = still_apart = compat.tied_names(ctx.blank)
-        shaping = host.shaping("post_load") or host.shaping("wrap_adapter")
-        if shaping or (tied and not ctx.spec.trainable):
-            model = ctx.take_blank()
-            model.tie_weights()
-            base = dict(model.named_parameters(remove_duplicate=False))
-            still_apart = set()
-            ledger.take_stock(plan.loader, model)
-        # Otherwise it is frozen at most, as the load does too: the loader may still fill it.
-        # Adapters draw their first values; the caller's random stream must not move.
-        with torch.random.fork_rng(devices=[]):
-            model, plan.declined_adapters = steps.finish(
-                host, ctx, model, lambda hook, plugin: nullcontext(), ledger.take_stock
-            )
-    except RequestError as error:
-        # A plugin may say in wrap_adapter again what it said in check.
-        plan.problems += [p for p in error.problems if p not in plan.problems]
-        return None
-    except LoadFailedError as error:
-        plan.problems.append(
-            Problem(
-                severity="warning",
-                message=f"the load could not be rehearsed on the meta device, so the plan promises"
-                f" no trainable parameters: {error}",
-            )
-        )
-        return None
-    finally:
-        plan.facts = dict(ctx.facts)
-    unique = {name: p for name, p in model.named_parameters() if name not in still_apart}
-    plan.parameters = sum(partitions.values(p) for p in unique.values())
-    plan.parameter_bytes = sum(p.numel() * p.element_size() for p in unique.values())
-    plan.trainable = sum(partitions.values(p) for p in unique.values() if p.requires_grad)
-    plan.trainable_parameters = [name for name, p in unique.items() if p.requires_grad]
-    plan.tied = sorted(tied)
-    plan.new_parameters = ledger.new(model, plan.loader, ctx)
-    return Rehearsal(model=model, base=base)

@@ -22,7 +22,8 @@ from .checkpoint.dtypes import torch_dtype
 
 if TYPE_CHECKING:
     from .context import LoadContext
-    from .planning import Prepared, Rehearsal
+    from .planning import Prepared
+    from .rehearsal import Rehearsal
 
 How: TypeAlias = Literal["checkpoint pages", "one cast", "adapter off", "frozen copy"]
 

@@ -369,6 +369,16 @@ def test_modules_that_stay_in_float32_do(tmp_path: Path) -> None:
     assert dtypes["decoder.block.0.layer.2.DenseReluDense.wo.weight"] == torch.float32
     assert dtypes["decoder.block.0.layer.2.DenseReluDense.wi.weight"] == torch.float16
     assert facts(result)["mapped"] > 0
+    assert result.plan.parameter_bytes == result.report.parameter_bytes
+
+
+def test_modules_that_would_stay_in_float32_are_drawn_or_cast_as_asked(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "t5", "t5", auto_class="seq2seq_lm")
+    for keys in ({"weights": "random"}, {"cast": {"modules": {r"\.wo$": "bfloat16"}}}):
+        result = load(folder, auto_class="seq2seq_lm", dtype="float16", **keys)
+        wo = result.model.get_parameter("decoder.block.0.layer.2.DenseReluDense.wo.weight")
+        assert wo.dtype == (torch.float16 if "weights" in keys else torch.bfloat16)
+        assert result.plan.parameter_bytes == result.report.parameter_bytes
 
 
 def test_a_parameter_that_its_class_freezes_stays_frozen(tmp_path: Path) -> None:

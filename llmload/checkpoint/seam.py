@@ -205,6 +205,15 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
     )
 
 
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Names of the parameters that stay float32 in a model of that dtype."""
+    import torch
+
+    dtypes = Dtypes(model._get_dtype_plan(dtype), model.state_dict())
+    names = (name for name, _ in model.named_parameters())
+    return {name for name in names if dtypes.of(name) == torch.float32}
+
+
 def final_dtypes(
     model: PreTrainedModel, accounting: Accounting, dtype: torch.dtype
 ) -> dict[str, torch.dtype]:

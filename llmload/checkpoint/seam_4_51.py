@@ -144,14 +144,14 @@ def resolve_device_map(
         requested = {"": torch.device(requested)}
     dtype = model.config.torch_dtype
     return _get_device_map(  # type: ignore[no-any-return]
-        model, requested, None, None, dtype, _kept_in_float32(model, dtype)
+        model, requested, None, None, dtype, _float32_pattern(model, dtype)
     )
 
 
 _BALANCED = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def _kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
+def _float32_pattern(model: PreTrainedModel, dtype: torch.dtype) -> re.Pattern[str] | None:
     import torch
 
     if model._keep_in_fp32_modules is None or dtype != torch.float16:
@@ -230,6 +230,14 @@ def _outline(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
     return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
 
 
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
+    """Names of the parameters that stay float32 in a model of that dtype."""
+    pattern = _float32_pattern(model, dtype)
+    if pattern is None:
+        return set()
+    return {name for name, _ in model.named_parameters() if pattern.search(name)}
+
+
 def final_dtypes(
     model: PreTrainedModel, accounting: Accounting, dtype: torch.dtype
 ) -> dict[str, torch.dtype]:
@@ -238,7 +246,7 @@ def final_dtypes(
     from transformers.modeling_utils import _infer_parameter_dtype
 
     found = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    kept = _kept_in_float32(model, dtype)
+    kept = _float32_pattern(model, dtype)
     for name, info in accounting.as_stored.items():
         value = torch.empty((), dtype=torch_dtype(info.dtype), device="meta")
         found[name] = _infer_parameter_dtype(model, name, value, kept, None)[1] or value.dtype
@@ -269,7 +277,7 @@ def fill(
     _refuse_contradictions(files, ties, stored)
     model._move_missing_keys_from_meta_to_cpu(missing, list(accounting.unexpected), dtype, None)
     model._initialize_missing_keys(list(stored), False, False)
-    kept = _kept_in_float32(model, dtype)
+    kept = _float32_pattern(model, dtype)
     for name, parameter in model.named_parameters():
         if kept is not None and kept.search(name):
             parameter.data = parameter.data.to(torch.float32)
