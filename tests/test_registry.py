@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from fakes import FakeDistributions
 
 import llmload
 from llmload import Section, create_registry, hookimpl
+from llmload.contract import break_faulty
 from llmload.errors import PluginError
 from llmload.registry import PluginInfo, Registry
 from llmload.spec import LoadSpec
@@ -203,6 +205,17 @@ def test_a_section_of_a_plugin_that_is_not_selected_is_refused(
         "extra: the spec has the section 'extra', but the plugin 'extra' (dist-extra 1.0) is not"
         " selected. Remove the section, or select the plugin with `-p extra`."
     )
+
+
+# --- the contract -------------------------------------------------------------------------------
+
+
+def test_built_in_plugins_keep_the_contract_that_all_others_are_held_to() -> None:
+    infos = [info for info in create_registry(environ={}).plugins if info.builtin]
+    assert {"streaming", "zero3", "lora", "kbit"} <= {info.name for info in infos}
+    looked_at = [dataclasses.replace(info, builtin=False) for info in infos]
+    break_faulty(looked_at)
+    assert [(info.name, info.reason) for info in looked_at if info.status != "active"] == []
 
 
 # --- broken plugins -----------------------------------------------------------------------------
