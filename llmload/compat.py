@@ -17,7 +17,7 @@ from .versions import version_of
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from .context import LoadContext
 
@@ -108,7 +108,7 @@ def build_on_meta(
     """
     if seam().unsuited() is None:
         options = {} if major("transformers") >= 5 else {"asked": asked}
-        model: PreTrainedModel = seam().build(model_class, config, dtype, **options)
+        model: PreTrainedModel = _building().build(model_class, config, dtype, **options)
     else:
         with ExitStack() as stack:
             for context in meta_contexts(model_class, dtype):
@@ -154,6 +154,11 @@ def seam() -> ModuleType:
     return importlib.import_module(f"llmload.checkpoint.{name}")
 
 
+def _building() -> ModuleType:
+    name = "building" if major("transformers") >= 5 else "building_4_51"
+    return importlib.import_module(f"llmload.checkpoint.{name}")
+
+
 def fillable(ctx: LoadContext) -> PreTrainedModel:
     """Return the model for a loader to fill, its parameters on the meta device.
 
@@ -164,15 +169,15 @@ def fillable(ctx: LoadContext) -> PreTrainedModel:
     context = ctx.without_memory() if ctx.without_memory is not None else None
     if major("transformers") < 5:
         if context is None:
-            return seam().tie(ctx.take_blank())
+            return _building().tie(ctx.take_blank())
         asked = ctx.spec.dtype != "auto"
-        lazy = seam().build(ctx.model_class, ctx.config, ctx.dtype, context, asked=asked)
+        lazy = _building().build(ctx.model_class, ctx.config, ctx.dtype, context, asked=asked)
         lazy.tie_weights()
         return lazy
     if context is None:
         return ctx.take_blank()
     with context:
-        return seam().build(ctx.model_class, ctx.config, ctx.dtype)
+        return _building().build(ctx.model_class, ctx.config, ctx.dtype)
 
 
 def trains_once_loaded(like: torch.Tensor) -> bool:
@@ -305,37 +310,6 @@ def leaves_unquantised(pattern: str, module: str) -> bool:
 
         return not should_convert_module(module, [pattern])
     return f"{pattern}." in module or pattern in (module, module.rpartition(".")[2])
-
-
-def frame_texts(tokenizer: PreTrainedTokenizerBase, *, bos: bool, eos: bool) -> None:
-    """Have a tokenizer begin every text with bos and end it with eos, or not; in place.
-
-    Since 5.0 two attributes say so. Most fast tokenizers of 4.51.3 lack them and have a
-    post-processor of their file's: it is replaced by the one that 5.0 would make, unless it adds
-    other tokens too.
-    """
-    asked = {"bos": bos, "eos": eos}
-    known = [kind for kind in asked if hasattr(tokenizer, f"add_{kind}_token")]
-    for kind in known:
-        setattr(tokenizer, f"add_{kind}_token", asked[kind])
-    if known or not tokenizer.is_fast:
-        return
-    ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in asked}
-    added = {*tokenizer.encode("a")} - {*tokenizer.encode("a", add_special_tokens=False)}
-    if not added <= set(ids.values()):
-        return
-    from tokenizers.processors import TemplateProcessing
-
-    start = [f"{tokenizer.bos_token}"] if bos else []
-    end = [f"{tokenizer.eos_token}"] if eos else []
-    texts = {"A": [*start, "$A", *end], "B": [*start, "$B", *end]}
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=[f"{piece}:0" for piece in texts["A"]],
-        pair=[f"{piece}:0" for piece in texts["A"]] + [f"{piece}:1" for piece in texts["B"]],
-        special_tokens=[
-            (getattr(tokenizer, f"{kind}_token"), ids[kind]) for kind in asked if asked[kind]
-        ],
-    )
 
 
 def auxiliary_wrapper() -> type[Any]:

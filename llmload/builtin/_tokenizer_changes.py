@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmload import compat
 from llmload.errors import Problem
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase, section: TokenizerSection) -> Ite
     ]
     if not problems:
         asked = {kind: found[kind] if value is None else value for kind, value in wanted.items()}
-        compat.frame_texts(tokenizer, **asked)
+        _frame_texts(tokenizer, **asked)
         now = _framed(tokenizer)
         problems = [
             Problem(
@@ -133,6 +132,37 @@ def _frame(tokenizer: PreTrainedTokenizerBase, section: TokenizerSection) -> Ite
             if value not in (None, now[kind])
         ]
     yield from problems
+
+
+def _frame_texts(tokenizer: PreTrainedTokenizerBase, *, bos: bool, eos: bool) -> None:
+    """Have a tokenizer begin every text with bos and end it with eos, or not; in place.
+
+    Since 5.0 two attributes say so. Most fast tokenizers of 4.51.3 lack them and have a
+    post-processor of their file's: it is replaced by the one that 5.0 would make, unless it adds
+    other tokens too.
+    """
+    asked = {"bos": bos, "eos": eos}
+    known = [kind for kind in asked if hasattr(tokenizer, f"add_{kind}_token")]
+    for kind in known:
+        setattr(tokenizer, f"add_{kind}_token", asked[kind])
+    if known or not tokenizer.is_fast:
+        return
+    ids = {kind: getattr(tokenizer, f"{kind}_token_id") for kind in asked}
+    added = {*tokenizer.encode("a")} - {*tokenizer.encode("a", add_special_tokens=False)}
+    if not added <= set(ids.values()):
+        return
+    from tokenizers.processors import TemplateProcessing
+
+    start = [f"{tokenizer.bos_token}"] if bos else []
+    end = [f"{tokenizer.eos_token}"] if eos else []
+    texts = {"A": [*start, "$A", *end], "B": [*start, "$B", *end]}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[f"{piece}:0" for piece in texts["A"]],
+        pair=[f"{piece}:0" for piece in texts["A"]] + [f"{piece}:1" for piece in texts["B"]],
+        special_tokens=[
+            (getattr(tokenizer, f"{kind}_token"), ids[kind]) for kind in asked if asked[kind]
+        ],
+    )
 
 
 def _framed(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:

@@ -10,19 +10,16 @@ and what surrounds it in ``from_pretrained`` is private: :func:`unsuited` says w
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import Accounting, is_parameter
+from llmload.checkpoint.converting import convert, leave_alone, no_progress_bar, place_by_name
 from llmload.checkpoint.handover import (
     AbortError,
     Dtypes,
-    Handover,
     Outline,
-    Receive,
     Receiver,
     Taken,
     View,
@@ -31,13 +28,12 @@ from llmload.checkpoint.handover import (
 )
 from llmload.checkpoint.placement import Plain
 from llmload.checkpoint.placing import Placer
-from llmload.checkpoint.replacing import replaced
 from llmload.checkpoint.rules import rules_of
 from llmload.checkpoint.signatures import first_difference
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from llmload.checkpoint.description import Checkpoint
     from llmload.checkpoint.header import TensorInfo
@@ -92,47 +88,10 @@ _SIGNATURES = {
     ),
 }
 
-_DRAWS = ("kaiming_uniform_", "normal_", "ones_", "uniform_", "xavier_uniform_", "zeros_")
-"""What the constructors of torch's own modules initialise with."""
-
 
 def unsuited() -> str | None:
     """The first private function of the installed transformers that is not as expected, or None."""
     return first_difference(_SIGNATURES, "5.23")
-
-
-def build(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
-) -> PreTrainedModel:
-    """The model on the meta device, weights not tied, as ``from_pretrained`` builds it."""
-    from transformers.modeling_utils import _get_dtype
-    from transformers.monkey_patching import patch_output_recorders
-
-    # Also sets the dtype in sub-configs, from which some heads take theirs.
-    config, dtype = _get_dtype(dtype, None, copy.deepcopy(config), None, None, True, None)
-    with ExitStack() as stack:
-        for context in model_class.get_init_context(dtype, False, False, None):
-            stack.enter_context(context)
-        stack.enter_context(_nothing_drawn_on_meta())
-        model = model_class(config)
-        patch_output_recorders(model)
-    return model
-
-
-def _nothing_drawn_on_meta() -> AbstractContextManager[None]:
-    """Pass over the first values of tensors that have none: a third of the time to build a model.
-
-    ``transformers.initialization.no_init_weights`` is for all tensors, and returns none of them.
-    """
-    from torch.nn import init
-
-    def passing_over(draw: Callable[..., Any]) -> Callable[..., Any]:
-        def pass_over(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            return tensor if tensor.is_meta else draw(tensor, *args, **kwargs)
-
-        return pass_over
-
-    return replaced(init, {name: passing_over(getattr(init, name)) for name in _DRAWS})
 
 
 def resolve_device_map(
@@ -175,13 +134,13 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
 
     outlines = {info.name: Outline(info, taken) for info in checkpoint.tensors.values()}
     rules = rules_of(model)
-    alone = _leave_alone(rules, model, checkpoint, state)
+    alone = leave_alone(rules, model, checkpoint, state)
     if alone:
         receive("", {name: outline.plain() for name, outline in outlines.items()})
         info = LoadStateDictInfo(set(), set(), set(), [], {}, set())
     else:
-        with _no_progress_bar():
-            info = _convert(model, outlines, receive, "meta")
+        with no_progress_bar():
+            info = convert(model, outlines, receive, "meta")
     absent = state.keys() - found.keys() - info.conversion_errors.keys()
     for tied in _ties(model):
         if not tied <= absent:
@@ -221,18 +180,6 @@ def final_dtypes(
     state = model.state_dict()
     dtypes = Dtypes(model._get_dtype_plan(dtype), state)
     return {name: dtypes.of(name) for name in state}
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep transformers from showing a bar for what takes no time."""
-    from transformers.utils import logging
-
-    before = logging.set_tqdm_hook(lambda factory, args, options: args[0])
-    try:
-        yield
-    finally:
-        logging.set_tqdm_hook(before)
 
 
 def _outline(tensor: torch.Tensor) -> str:
@@ -275,10 +222,10 @@ def fill(
         receiver = Receiver(placer, dtypes, taken)
         try:
             if accounting.rules is not None:
-                info = _place_by_name(model, views, receiver, set(placer.state))
+                info = place_by_name(model, views, receiver, set(placer.state))
                 model._weight_conversions = [r for r in accounting.rules if r.was_used()]
             else:
-                info = _convert(model, views, receiver, "cpu")
+                info = convert(model, views, receiver, "cpu")
         except AbortError as abort:
             raise abort.cause from None
         placer.finish()
@@ -321,58 +268,3 @@ def finish(
     if device_map is not None and len(set(device_map.values())) > 1:
         accelerate_dispatch(model, None, device_map, None, None, False)
     return model
-
-
-def _leave_alone(
-    rules: Iterable[Any],
-    model: PreTrainedModel,
-    checkpoint: Checkpoint,
-    state: Mapping[str, torch.Tensor],
-) -> bool:
-    """Whether every key of the checkpoint is a name of the model that no rule changes or converts.
-
-    Then there is no need to make a rule of each key, with a regular expression of its own, which
-    for a model loaded as it is stored takes longer than everything else.
-    """
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    prefix = model.base_model_prefix
-    return all(
-        name in state
-        and rename_source_key(name, renamings, converters, prefix, state) == (name, None)
-        for name in checkpoint.tensors
-    )
-
-
-def _place_by_name(
-    model: PreTrainedModel, views: Mapping[str, View], receive: Receive, names: set[str]
-) -> Any:
-    """What :func:`_convert` does where there is nothing to convert."""
-    from transformers.core_model_loading import dot_natural_key, set_param_for_module
-    from transformers.utils import logging
-    from transformers.utils.loading_report import LoadStateDictInfo
-
-    info = LoadStateDictInfo(names, set(), set(), [], {}, set())
-    handover = Handover(receive)
-    for name in logging.tqdm(sorted(views, key=dot_natural_key), desc="Loading weights"):
-        placed = receive(name, {name: views[name].plain()})
-        set_param_for_module(model, name, placed[name], info, handover)
-    return info
-
-
-def _convert(
-    model: PreTrainedModel, values: Mapping[str, Any], receive: Receive, device: str
-) -> Any:
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    config = LoadStateDictConfig(
-        device_map={"": device},
-        dtype=None,  # nothing is cast before the placement has it
-        hf_quantizer=Handover(receive),
-        weight_mapping=rules_of(model),
-    )
-    info, _ = convert_and_load_state_dict_in_model(model, values, config)
-    return info
