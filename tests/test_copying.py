@@ -94,16 +94,19 @@ def test_a_cast_lets_go_of_the_pages_behind_it_piece_by_piece(
     assert all(torch.equal(v, held[name].float()) for name, v in model.state_dict().items())
 
 
-def test_what_is_cast_lies_on_huge_pages_where_there_are_some(
+def test_memory_is_there_before_a_cast_fills_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[torch.Tensor] = []
-    monkeypatch.setattr(placing, "prefer_huge_pages", asked.append)
+    bounds: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        placing, "populate", lambda out: bounds.append((out.data_ptr(), out.nbytes))
+    )
     cast = llmload.load({"model": str(folder), "dtype": "float32"}).model
-    assert {t.data_ptr() for t in asked} == {p.data_ptr() for p in cast.parameters()}
-    asked.clear()
+    assert sum(nbytes for _, nbytes in bounds) == sum(p.nbytes for p in cast.parameters())
+    assert {p.data_ptr() for p in cast.parameters()} <= {start for start, _ in bounds}
+    bounds.clear()
     llmload.load({"model": str(folder), "dtype": "bfloat16"})
-    assert not asked
+    assert not bounds
 
 
 def test_every_byte_is_counted_where_threads_copy(folder: Path) -> None:

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from llmload.checkpoint.copying import Copies
-from llmload.checkpoint.libc import prefer_huge_pages
+from llmload.checkpoint.libc import populate
 from llmload.checkpoint.placement import Part, Source, Target
 
 if TYPE_CHECKING:
@@ -119,11 +119,12 @@ class Placer(AbstractContextManager["Placer"]):
 
         def copy() -> None:
             for out, part in copies:
-                prefer_huge_pages(out)
                 found = origin(part)
                 if found is None or not _are_laid_out_alike(out, part):
+                    populate(out)
                     out.copy_(part)
                 elif out.dtype == part.dtype:
+                    populate(out)
                     self._files.read(found, _first_byte(part), out)
                 else:
                     self._cast(found, part, out)
@@ -147,8 +148,9 @@ class Placer(AbstractContextManager["Placer"]):
         """
         source, target, step = part.view(-1), out.view(-1), _PIECE // part.itemsize
         for start in range(0, source.numel(), step):
-            piece = source[start : start + step]
-            target[start : start + step].copy_(piece)
+            piece, cast = source[start : start + step], target[start : start + step]
+            populate(cast)
+            cast.copy_(piece)
             self._files.drop(info, _first_byte(piece), piece.nbytes)
 
     def read_for_conversion(self, infos: Iterable[TensorInfo]) -> None:

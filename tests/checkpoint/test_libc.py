@@ -1,4 +1,4 @@
-"""Large pages for what is filled: asked for whole tensors, and for nothing that is small."""
+"""Memory that is there before it is filled."""
 
 from __future__ import annotations
 
@@ -8,33 +8,51 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmload.checkpoint.libc import prefer_huge_pages
+from llmload.checkpoint.libc import populate
 
 MIB = 2**20
 
 
-def asked_for_huge_pages(tensor: torch.Tensor) -> list[bool]:
-    """What the kernel says of the first, the middle and the last byte, ``hg`` or not."""
-    first, last = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes - 1
-    flags = {}
+def resident(tensor: torch.Tensor) -> int:
+    """Bytes of the mapping around a tensor that are in memory."""
+    inside, size = False, 0
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            bounds = range(*(int(address, 16) for address in found.groups()))
-        elif line.startswith("VmFlags:"):
-            flags[bounds] = "hg" in line.split()
-    spots = (first, (first + last) // 2, last)
-    return [next(flags[bounds] for bounds in flags if spot in bounds) for spot in spots]
+            first, last = (int(address, 16) for address in found.groups())
+            inside = first <= tensor.data_ptr() < last
+        elif inside and line.startswith("Rss:"):
+            size = int(line.split()[1]) * 1024
+    return size
 
 
-def test_a_large_tensor_lies_in_memory_for_which_huge_pages_are_asked() -> None:
+def test_all_pages_of_a_large_tensor_are_there_and_empty() -> None:
     tensor = torch.empty(40 * MIB, dtype=torch.uint8)
-    assert asked_for_huge_pages(tensor) == [False] * 3
-    prefer_huge_pages(tensor)
-    assert asked_for_huge_pages(tensor) == [True] * 3
+    before = resident(tensor)
+    populate(tensor)
+    assert resident(tensor) >= before + 39 * MIB
+    assert not tensor.any()
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(10), torch.zeros(4096, 4096).T, torch.zeros(0)])
-def test_small_tensors_and_those_with_gaps_are_left_alone(tensor: torch.Tensor) -> None:
-    before = Path("/proc/self/smaps").read_text().count(" hg ")
-    prefer_huge_pages(tensor)
-    assert Path("/proc/self/smaps").read_text().count(" hg ") == before
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.empty(2**14, dtype=torch.uint8),
+        lambda: torch.empty(4096, 4096).T,
+        lambda: torch.empty(0),
+    ],
+    ids=["small", "with gaps", "empty"],
+)
+def test_small_tensors_and_those_with_gaps_are_left_alone(
+    make: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert callable(make)
+    monkeypatch.setattr("llmload.checkpoint.libc.libc", lambda: pytest.fail("it was asked"))
+    populate(make())
+
+
+def test_a_kernel_that_does_not_know_the_call_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmload.checkpoint.libc._POPULATE_WRITE", 9999)
+    tensor = torch.empty(MIB, dtype=torch.uint8)
+    populate(tensor)
+    tensor.fill_(1)
+    assert tensor.all()
