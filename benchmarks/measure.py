@@ -54,7 +54,8 @@ class Run:
 
     phases: tuple[Phase, ...]
     touched_mib: float
-    """Sum over the ranks of the peak resident set, in all: what the next run will touch."""
+    """Sum over the ranks of the peak memory that is no file's, in all: what the next run will touch
+    first. Pages of files are in the page cache, and touching that much too would push them out."""
 
 
 def warm(mib: float) -> None:
@@ -105,7 +106,7 @@ def run_ranks(
             for process in processes:
                 process.look()
             phases.append(_phase(processes, answers, pss))
-            touched = max(touched, sum(p.peak["VmHWM"] for p in processes) / _MIB)
+            touched = max(touched, sum(p.touched for p in processes) / _MIB)
 
 
 def run_script(python: str, code: str, *, threads: int) -> Run:
@@ -119,7 +120,7 @@ def run_script(python: str, code: str, *, threads: int) -> Run:
         if process.popen.returncode != 0:
             raise RuntimeError(f"a script failed: {code}\n{process.said()}")
     rss, anon = process.peak["VmHWM"] / _MIB, process.peak["RssAnon"] / _MIB
-    return Run((Phase("whole process", seconds, rss, anon),), rss)
+    return Run((Phase("whole process", seconds, rss, anon),), process.touched / _MIB)
 
 
 class _Rank:
@@ -154,6 +155,11 @@ class _Rank:
         assert self.popen.stdout
         return self.popen.stdout
 
+    @property
+    def touched(self) -> int:
+        """Peak bytes that are no file's."""
+        return self.peak["RssAnon"] + self.peak["RssShmem"]
+
     def begin(self) -> None:
         """Let it do its next phase; peaks count from here."""
         # 5 resets the peak of the resident set (Linux 4.0).
@@ -184,7 +190,7 @@ class _Rank:
         return self._errors.read()[-4000:]
 
 
-_FIELDS = ("VmRSS", "VmHWM", "RssAnon")
+_FIELDS = ("VmRSS", "VmHWM", "RssAnon", "RssShmem")
 
 
 def _fields(file: Path, wanted: Sequence[str]) -> dict[str, int]:

@@ -19,12 +19,14 @@ class Ledger:
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
+        self._makers = set[str]()
 
     def take_stock(self, plugin: str, model: nn.Module) -> None:
         """Enter the parameters not seen before as made by ``plugin``."""
         for parameter in model.parameters():
             if self._maker(parameter) is None:
                 self._entries[id(parameter)] = weakref.ref(parameter), plugin
+                self._makers.add(plugin)
 
     def _maker(self, parameter: nn.Parameter) -> str | None:
         known, plugin = self._entries.get(id(parameter), (None, None))
@@ -36,6 +38,8 @@ class Ledger:
 
         What the loader made is not new, nor what a plugin filled from the checkpoint.
         """
+        if self._makers <= {loader}:
+            return {}
         return {
             name: maker
             for name, parameter in model.named_parameters()

@@ -45,7 +45,7 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
     try:
         model: Any = ctx.blank
         base = dict(model.named_parameters(remove_duplicate=False))
-        plan.frozen = [n for n, p in ctx.blank.named_parameters() if not p.requires_grad]
+        plan.frozen = [name for name, parameter in base.items() if not parameter.requires_grad]
         tied = still_apart = compat.tied_names(ctx.blank)
         wider = _kept_in_float32(ctx)
         shaping = host.shaping("post_load") or host.shaping("wrap_adapter")

@@ -45,7 +45,8 @@ class Placer(AbstractContextManager["Placer"]):
     ) -> None:
         self.state: dict[str, torch.Tensor] = model.state_dict()
         """The meta tensors to be replaced."""
-        self._model = model
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        """Their owners."""
         self._files = files
         self._placement = placement
         self._proof = proof
@@ -78,7 +79,7 @@ class Placer(AbstractContextManager["Placer"]):
         path, _, attribute = name.rpartition(".")
         target = Target(
             name=name,
-            module=self._model.get_submodule(path),
+            module=self.modules[path],
             attribute=attribute,
             like=self.state[name],
             dtype=dtype,

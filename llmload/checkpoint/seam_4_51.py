@@ -204,15 +204,14 @@ def fill(
     from torch import nn
     from transformers.modeling_utils import _infer_parameter_dtype
 
-    stored, missing = accounting.as_stored, list(accounting.missing)
+    stored = accounting.as_stored
     ties = _ties(model)
     _refuse_contradictions(files, ties, stored)
-    model._move_missing_keys_from_meta_to_cpu(missing, list(accounting.unexpected), dtype, None)
-    model._initialize_missing_keys(list(stored), False, False)
+    _initialise(model, accounting, dtype)
     kept = _float32_pattern(model, dtype)
-    for name, parameter in model.named_parameters():
-        if kept is not None and kept.search(name):
-            parameter.data = parameter.data.to(torch.float32)
+    for name in kept_in_float32(model, dtype):
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(torch.float32)
     with Placer(model, files, placement, proof, _devices(model, device_map)) as placer:
         for name, info in stored.items():
             value = files.tensor(info)
@@ -220,7 +219,7 @@ def fill(
             placed = placer.place(name, cast or value.dtype, value, info)
             for alias in (name, *(ties.get(name, set()) - stored.keys())):
                 path, _, attribute = alias.rpartition(".")
-                module = model.get_submodule(path)
+                module = placer.modules[path]
                 if attribute in module._parameters and not isinstance(placed, nn.Parameter):
                     like = getattr(module, attribute)
                     placed = nn.Parameter(placed, requires_grad=like.requires_grad)
@@ -229,7 +228,19 @@ def fill(
     files.check()
     model.tie_weights()
     placement.finish(model)
-    return missing
+    return list(accounting.missing)
+
+
+def _initialise(model: PreTrainedModel, accounting: Accounting, dtype: torch.dtype) -> None:
+    """Give values to what the checkpoint lacks, and mark every module as initialised."""
+    missing, stored = list(accounting.missing), list(accounting.as_stored)
+    if accounting.as_stored.keys() >= model.state_dict().keys():
+        # That transformers also finds out, with a state dict of each module.
+        for module in model.modules():
+            module._is_hf_initialized = True
+        return
+    model._move_missing_keys_from_meta_to_cpu(missing, list(accounting.unexpected), dtype, None)
+    model._initialize_missing_keys(stored, False, False)
 
 
 def _ties(model: PreTrainedModel) -> dict[str, set[str]]:
