@@ -179,12 +179,14 @@ def simulate(folder: Path, numbers: Sequence[int]) -> list[Simulated]:
     ctx = prepared.ctx.for_loading()
     assert ctx.checkpoint
     simulated = [Simulated([Rank() for _ in range(number)], {}) for number in numbers]
+    model = compat.fillable(ctx)
     with _Recording(ctx.checkpoint) as files, Proof() as proof:
         compat.seam().fill(
-            compat.fillable(ctx),
+            model,
             files,
             _Everyone(files, simulated, ctx.dtype),
             proof,
+            ctx.accounting(model),
             dtype=ctx.dtype,
             device_map=None,
             name_or_path=str(folder),

@@ -46,7 +46,7 @@ class Placer(AbstractContextManager["Placer"]):
         self.state: dict[str, torch.Tensor] = model.state_dict()
         """The meta tensors to be replaced."""
         self.modules = dict(model.named_modules(remove_duplicate=False))
-        """Their owners."""
+        """The modules that own them, by name."""
         self._files = files
         self._placement = placement
         self._proof = proof
