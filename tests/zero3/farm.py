@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     import pytest
 
 TESTS = Path(__file__).parent.parent
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    # torch's store looks up the name of every address that connects, at the server too. A name
+    # server that does not answer would hold it up for 5 seconds, longer than a test's deadline.
+    "RES_OPTIONS": "timeout:1 attempts:1",
+}
 
 
 @dataclass
@@ -65,7 +72,7 @@ def launch(jobs: Sequence[Job], *, timeout: float, at_once: int = 1) -> list[lis
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+            env=os.environ | ENVIRONMENT,
             start_new_session=True,
         )
         try:

@@ -23,6 +23,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from zero3.farm import ENVIRONMENT
 
 DEADLINE = 6.0
 SLACK = 6.0
@@ -53,8 +54,7 @@ class Host:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            env=os.environ
-            | {"GLOO_SOCKET_IFNAME": self.link, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env=os.environ | ENVIRONMENT | {"GLOO_SOCKET_IFNAME": self.link, "HF_HUB_OFFLINE": "1"},
         )
 
 
