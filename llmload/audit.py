@@ -230,7 +230,7 @@ def prove(ctx: LoadContext, plan: Plan, model: nn.Module) -> list[str]:
         said.append("the trainable set was not promised by the plan")
     else:
         said.append(f"{len(plan.trainable_parameters)} parameters are trainable, as planned")
-    return said + _gradient_path(ctx, model, list({id(p): p for _, p in named}.values()))
+    return said + _gradient_path(ctx, model, {id(p): p for _, p in named}.values())
 
 
 def _meta_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> Iterable[Problem]:

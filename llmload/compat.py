@@ -150,13 +150,16 @@ def tied_blank(blank: PreTrainedModel) -> PreTrainedModel:
 
 def seam() -> ModuleType:
     """Return the module that joins the streaming engine to this transformers' loading code."""
-    name = "seam" if major("transformers") >= 5 else "seam_4_51"
-    return importlib.import_module(f"llmload.checkpoint.{name}")
+    return _for_this_version("seam")
 
 
 def _building() -> ModuleType:
-    name = "building" if major("transformers") >= 5 else "building_4_51"
-    return importlib.import_module(f"llmload.checkpoint.{name}")
+    return _for_this_version("building")
+
+
+def _for_this_version(name: str) -> ModuleType:
+    suffix = "" if major("transformers") >= 5 else "_4_51"
+    return importlib.import_module(f"llmload.checkpoint.{name}{suffix}")
 
 
 def fillable(ctx: LoadContext) -> PreTrainedModel:

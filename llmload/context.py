@@ -194,7 +194,7 @@ class LoadContext:
         load, a class that draws while it is built does so now.
         """
         blank, self._blank = self._blank, None
-        if self._config_changed:
+        if blank is not None and self._config_changed:
             blank = None
         if self.rehearsing:
             return self._build_aside()[0] if blank is None else blank

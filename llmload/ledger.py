@@ -19,14 +19,12 @@ class Ledger:
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
-        self._makers = set[str]()
 
     def take_stock(self, plugin: str, model: nn.Module) -> None:
         """Enter the parameters not seen before as made by ``plugin``."""
         for parameter in model.parameters():
             if self._maker(parameter) is None:
                 self._entries[id(parameter)] = weakref.ref(parameter), plugin
-                self._makers.add(plugin)
 
     def _maker(self, parameter: nn.Parameter) -> str | None:
         known, plugin = self._entries.get(id(parameter), (None, None))
@@ -38,7 +36,7 @@ class Ledger:
 
         What the loader made is not new, nor what a plugin filled from the checkpoint.
         """
-        if self._makers <= {loader}:
+        if all(maker == loader for _, maker in self._entries.values()):
             return {}
         return {
             name: maker

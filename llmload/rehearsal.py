@@ -76,7 +76,7 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
         return None
     finally:
         plan.facts = dict(ctx.facts)
-    kept = {id(base[name]): base[name] for name in wider if name in base}
+    kept = {id(base[name]) for name in wider if name in base}
     unique = {name: p for name, p in model.named_parameters() if name not in still_apart}
     plan.parameters = sum(partitions.values(p) for p in unique.values())
     plan.parameter_bytes = sum(
@@ -92,9 +92,7 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
 
 def _kept_in_float32(ctx: LoadContext) -> set[str]:
     """Return names of the base model that a load leaves float32, which the blank does not show."""
-    flags = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    declared = any(getattr(ctx.blank, flag, None) for flag in flags)
-    if not declared or ctx.checkpoint is None or compat.seam().unsuited() is not None:
+    if ctx.checkpoint is None or compat.seam().unsuited() is not None:
         return set()
     found: set[str] = compat.seam().kept_in_float32(ctx.blank, ctx.dtype)
     return found

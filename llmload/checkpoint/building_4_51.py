@@ -60,8 +60,7 @@ def _parameters_on_meta() -> AbstractContextManager[None]:
     def register_on_meta(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
         register(module, name, value)
         if value is not None and not value.is_meta:
-            made = type(value)(value.to("meta"), **vars(value), requires_grad=value.requires_grad)
-            module._parameters[name] = made
+            module._parameters[name] = _anew(value, value.to("meta"))
 
     return replaced(nn.Module, {"register_parameter": register_on_meta})
 
@@ -75,9 +74,12 @@ def tie(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in seen:
-                module._parameters[name] = type(parameter)(
-                    parameter.data, **vars(parameter), requires_grad=parameter.requires_grad
-                )
+                module._parameters[name] = _anew(parameter, parameter.data)
             seen.add(id(parameter))
     model.tie_weights()
     return model
+
+
+def _anew(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
+    """Another object like a parameter, over other data."""
+    return type(parameter)(data, **vars(parameter), requires_grad=parameter.requires_grad)

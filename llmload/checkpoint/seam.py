@@ -168,7 +168,10 @@ def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:
     """Names of the parameters that stay float32 in a model of that dtype."""
     import torch
 
-    dtypes = Dtypes(model._get_dtype_plan(dtype), model.state_dict())
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return set()
+    dtypes = Dtypes(plan, model.state_dict())
     names = (name for name, _ in model.named_parameters())
     return {name for name in names if dtypes.of(name) == torch.float32}
 

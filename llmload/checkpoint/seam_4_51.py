@@ -233,14 +233,14 @@ def fill(
 
 def _initialise(model: PreTrainedModel, accounting: Accounting, dtype: torch.dtype) -> None:
     """Give values to what the checkpoint lacks, and mark every module as initialised."""
-    missing, stored = list(accounting.missing), list(accounting.as_stored)
     if accounting.as_stored.keys() >= model.state_dict().keys():
         # That transformers also finds out, with a state dict of each module.
         for module in model.modules():
             module._is_hf_initialized = True
         return
-    model._move_missing_keys_from_meta_to_cpu(missing, list(accounting.unexpected), dtype, None)
-    model._initialize_missing_keys(stored, False, False)
+    missing, unexpected = list(accounting.missing), list(accounting.unexpected)
+    model._move_missing_keys_from_meta_to_cpu(missing, unexpected, dtype, None)
+    model._initialize_missing_keys(list(accounting.as_stored), False, False)
 
 
 def _ties(model: PreTrainedModel) -> dict[str, set[str]]:
