@@ -28,14 +28,14 @@ def theirs(folder: Path) -> Any:
     from safetensors.torch import load_file
     from transformers import AutoConfig, LlamaForCausalLM
 
-    from llmload import compat
-    from llmload.builtin.colossalai import _lazy
+    from llmload.hf import compat
+    from llmload.builtin.colossalai import lazy_models
 
     config = AutoConfig.from_pretrained(folder)
     with compat.default_dtype(torch.bfloat16):
-        with _lazy.lazily("the model"):
+        with lazy_models.lazily("the model"):
             model = LlamaForCausalLM(config)
-        _lazy.lazy_init().LazyInitContext.materialize(model)
+        lazy_models.lazy_init().LazyInitContext.materialize(model)
     missing = set(model.state_dict())
     for file in sorted(folder.glob("*.safetensors")):
         shard = load_file(file)
@@ -47,9 +47,9 @@ def theirs(folder: Path) -> Any:
 
 def import_colossalai() -> None:
     """Import what both lazy sides need, before the clock starts."""
-    from llmload.builtin.colossalai import _lazy
+    from llmload.builtin.colossalai import lazy_models
 
-    _lazy.lazy_init()
+    lazy_models.lazy_init()
 
 
 CASES = {

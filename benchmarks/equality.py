@@ -170,7 +170,7 @@ def digests(model: Any) -> dict[str, Any]:
     """Return SHA-256 of this rank's partitions and of its buffers, names and dtypes included."""
     import torch
 
-    from llmload import partitions
+    from llmload.model import partitions
 
     def digest(tensors: Any) -> str:
         found = hashlib.sha256()

@@ -34,7 +34,7 @@ def from_pretrained_as(dtype: str) -> Callable[[Path], Any]:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from llmload import compat
+        from llmload.hf import compat
 
         options = compat.dtype_option(getattr(torch, dtype))
         return AutoModelForCausalLM.from_pretrained(folder, **options)

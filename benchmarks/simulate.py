@@ -22,13 +22,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from llmload import compat, planning
+from llmload.hf import compat
+from llmload.load import planning
 from llmload.builtin.zero3.shares import dtype_of, share
 from llmload.checkpoint.header import TensorInfo
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Part, Source, Target
 from llmload.checkpoint.proof import Proof
-from llmload.registry import create_registry
+from llmload.host.registry import create_registry
 
 SHARD_BYTES = 5 * 10**9
 """What ``save_pretrained`` puts into one file."""
@@ -142,7 +143,7 @@ class _Recording(MappedCheckpoint):
 
 
 class _Everyone:
-    """Places for every rank what :class:`~llmload.builtin.zero3._placement.Partitioned` would."""
+    """Places for every rank what :class:`~llmload.builtin.zero3.placement.Partitioned` would."""
 
     def __init__(self, files: _Recording, simulated: Sequence[Simulated], dtype: Any) -> None:
         self._files = files

@@ -16,7 +16,7 @@ from .case import Case, Mark
 
 TITLE = "ZeRO-3 on several ranks, side by side"
 
-_IMPORTS = ("accelerate", "deepspeed", "llmload.builtin.zero3._session")
+_IMPORTS = ("accelerate", "deepspeed", "llmload.builtin.zero3.loading_session")
 _MIB = 2**20
 _FASTER_ON_TWO = "at least 8x faster, stretch 12x; peak RSS at most 1.03x a rank's part"
 _FASTER_ON_FOUR = "at least 15x faster, stretch 25x; peak RSS at most 1.03x a rank's part"
@@ -41,7 +41,7 @@ def join() -> None:
 def part_mib(folder: Path, ranks: int) -> float:
     """Return what one rank keeps of a checkpoint, padding included, in MiB."""
     from llmload.checkpoint import Checkpoint
-    from llmload.partitions import Span
+    from llmload.model.partitions import Span
 
     tensors = Checkpoint.open(folder).tensors.values()
     kept = sum(Span.of(t.numel, 0, ranks).size * t.nbytes // t.numel for t in tensors)

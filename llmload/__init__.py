@@ -15,41 +15,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .context import LoadContext as LoadContext
-    from .errors import AuditError as AuditError
-    from .errors import CheckpointError as CheckpointError
-    from .errors import LlmloadError as LlmloadError
-    from .errors import LoadFailedError as LoadFailedError
-    from .errors import PlanError as PlanError
-    from .errors import PluginError as PluginError
-    from .errors import Problem as Problem
-    from .errors import RequestError as RequestError
-    from .errors import SpecError as SpecError
-    from .explain import InvalidValueError as InvalidValueError
-    from .findings import Conflict as Conflict
-    from .findings import Decline as Decline
-    from .findings import Note as Note
-    from .group import Group as Group
-    from .group import GroupReport as GroupReport
-    from .group import load_group as load_group
-    from .group import plan_group as plan_group
-    from .groupplan import GroupPlan as GroupPlan
-    from .groupspec import AdapterSpec as AdapterSpec
-    from .groupspec import GroupSpec as GroupSpec
-    from .hookspecs import hookimpl as hookimpl
-    from .hookspecs import hookspec as hookspec
-    from .pipeline import LoadResult as LoadResult
-    from .pipeline import load as load
-    from .pipeline import plan as plan
-    from .planning import Plan as Plan
-    from .registry import Registry as Registry
-    from .registry import create_registry as create_registry
-    from .report import Report as Report
-    from .spec import LoadSpec as LoadSpec
-    from .spec import Section as Section
+    from llmload.context.context import LoadContext as LoadContext
+    from llmload.errors import AuditError as AuditError
+    from llmload.errors import CheckpointError as CheckpointError
+    from llmload.errors import LlmloadError as LlmloadError
+    from llmload.errors import LoadFailedError as LoadFailedError
+    from llmload.errors import PlanError as PlanError
+    from llmload.errors import PluginError as PluginError
+    from llmload.errors import Problem as Problem
+    from llmload.errors import RequestError as RequestError
+    from llmload.errors import SpecError as SpecError
+    from llmload.spec.refusals import InvalidValueError as InvalidValueError
+    from llmload.errors import Conflict as Conflict
+    from llmload.errors import Decline as Decline
+    from llmload.errors import Note as Note
+    from llmload.group.loading import Group as Group
+    from llmload.group.loading import GroupReport as GroupReport
+    from llmload.group.loading import load_group as load_group
+    from llmload.group.loading import plan_group as plan_group
+    from llmload.group.planning import GroupPlan as GroupPlan
+    from llmload.spec.groupspec import AdapterSpec as AdapterSpec
+    from llmload.spec.groupspec import GroupSpec as GroupSpec
+    from llmload.hookspecs import hookimpl as hookimpl
+    from llmload.hookspecs import hookspec as hookspec
+    from llmload.load.pipeline import LoadResult as LoadResult
+    from llmload.load.pipeline import load as load
+    from llmload.load.pipeline import plan as plan
+    from llmload.load.planning import Plan as Plan
+    from llmload.host.registry import Registry as Registry
+    from llmload.host.registry import create_registry as create_registry
+    from llmload.load.report import Report as Report
+    from llmload.spec.loadspec import LoadSpec as LoadSpec
+    from llmload.spec.loadspec import Section as Section
 
 _HOME = {
-    "LoadContext": "context",
+    "LoadContext": "context.context",
     **dict.fromkeys(
         (
             "AuditError",
@@ -64,17 +64,17 @@ _HOME = {
         ),
         "errors",
     ),
-    "InvalidValueError": "explain",
-    **dict.fromkeys(("Conflict", "Decline", "Note"), "findings"),
-    **dict.fromkeys(("Group", "GroupReport", "load_group", "plan_group"), "group"),
-    "GroupPlan": "groupplan",
-    **dict.fromkeys(("AdapterSpec", "GroupSpec"), "groupspec"),
+    "InvalidValueError": "spec.refusals",
+    **dict.fromkeys(("Conflict", "Decline", "Note"), "errors"),
+    **dict.fromkeys(("Group", "GroupReport", "load_group", "plan_group"), "group.loading"),
+    "GroupPlan": "group.planning",
+    **dict.fromkeys(("AdapterSpec", "GroupSpec"), "spec.groupspec"),
     **dict.fromkeys(("hookimpl", "hookspec"), "hookspecs"),
-    **dict.fromkeys(("LoadResult", "load", "plan"), "pipeline"),
-    "Plan": "planning",
-    **dict.fromkeys(("Registry", "create_registry"), "registry"),
-    "Report": "report",
-    **dict.fromkeys(("LoadSpec", "Section"), "spec"),
+    **dict.fromkeys(("LoadResult", "load", "plan"), "load.pipeline"),
+    "Plan": "load.planning",
+    **dict.fromkeys(("Registry", "create_registry"), "host.registry"),
+    "Report": "load.report",
+    **dict.fromkeys(("LoadSpec", "Section"), "spec.loadspec"),
 }
 
 __version__ = "0.1.0"

@@ -1,4 +1,7 @@
-"""The two families of errors: the request is wrong, or the work failed.
+"""What hooks find and what goes wrong.
+
+``Problem``, ``Note`` and ``Decline`` are what a ``check`` may yield, ``Conflict`` is data on a plugin.
+Errors are of two families: the request is wrong, or the work failed.
 
 Every message says what was asked, what was found, what is allowed and what to do next. Nothing in
 ``RequestError`` is a bug of ``llmload``: the command line prints it without a traceback and exits
@@ -7,8 +10,9 @@ with 2. ``LoadFailedError`` means that a right request could not be carried out:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import ClassVar, Literal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -45,6 +49,45 @@ class Problem(BaseModel):
         origin = self.where or (f"plugin {self.plugin!r}" if self.plugin else "")
         text = ": ".join(part for part in (position, origin, self.message) if part)
         return f"{text}. {self.fix}" if self.fix else text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """A line of the plan: what the plugin is going to do in this load."""
+
+    text: str | Callable[[], str]
+    """What the plan shows; a function is called when every plugin has been asked, for what others
+    decide on."""
+
+    def __str__(self) -> str:
+        return self.text if isinstance(self.text, str) else self.text()
+
+
+@dataclass(frozen=True)
+class Decline:
+    """A plugin's "not me, ask the next one", with the reason that the plan shows.
+
+    Yielded by ``check`` a loader is never asked; returned by ``load`` or ``wrap_adapter`` the next
+    plugin is asked. ``None`` never means this: it is what a forgotten ``return`` gives.
+    """
+
+    reason: str
+    loader: str = ""
+    """For ``check``: the loader that is not to be asked, where it is another plugin's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conflict:
+    """A pair of settings that cannot both hold, as data on the plugin that knows.
+
+    ``key`` is another plugin's section or a core key of the spec. The conflict holds when that key
+    is set, and ``when(section, other)`` (if given) is true of the two values.
+    """
+
+    key: str
+    reason: str
+    fix: str
+    when: Callable[[Any, Any], bool] | None = None
 
 
 class LlmloadError(Exception):

@@ -56,9 +56,9 @@ import pluggy
 if TYPE_CHECKING:
     from torch import nn
 
-    from .context import LoadContext
-    from .errors import Problem
-    from .findings import Decline, Note
+    from llmload.context.context import LoadContext
+    from llmload.errors import Problem
+    from llmload.errors import Decline, Note
 
 PROJECT = "llmload"
 
@@ -269,7 +269,7 @@ def post_load(ctx: LoadContext, model: nn.Module) -> nn.Module:
     the meta device for the plan. New parameters are listed in ``ctx.newly_initialised``.
 
     Under ZeRO-3 a parameter is empty here and its values lie in parts on all ranks. What works for
-    whole and partitioned models alike is in :mod:`llmload.partitions`: sizes, a new module's
+    whole and partitioned models alike is in :mod:`llmload.model.partitions`: sizes, a new module's
     parameters (``split``), values from a state dict, and all values for a block (``whole``).
 
     :param ctx: the load; ``ctx.tokenizer`` is set if the ``tokenizer`` plugin takes part.

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmload import compat
+from llmload.hf import compat
 
 
 def from_pretrained(model_class: Any, folder: Path, dtype: str = "auto", **options: Any) -> Any:

@@ -16,7 +16,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from zero3.comparing import deepspeed_config, losses
 
 import llmload
-from llmload import partitions
+from llmload.model import partitions
 
 warnings.filterwarnings("ignore")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmload import compat
+from llmload.hf import compat
 
 IS_MODERN = compat.major("transformers") >= 5
 

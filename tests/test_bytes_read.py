@@ -17,8 +17,8 @@ from tiny import edit_config, tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 import llmload
-from llmload import compat
-from llmload.checkpoint.counted import CountedReads
+from llmload.hf import compat
+from llmload.hf.counted_reads import CountedReads
 
 NORM = "model.norm.weight"
 

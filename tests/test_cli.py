@@ -16,8 +16,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import llmload
-from llmload import cli, environment
-from llmload.registry import create_registry
+from llmload.cli import commands, environment
+from llmload.host.registry import create_registry
 
 HEAVY = ("accelerate", "bitsandbytes", "colossalai", "deepspeed", "numpy", "peft", "torch")
 HEAVY += ("huggingface_hub", "safetensors", "tokenizers", "transformers")
@@ -34,7 +34,7 @@ BUILT_IN = {
 
 
 def run(*arguments: str, text: str | None = None) -> Any:
-    return CliRunner().invoke(cli.app, list(arguments), input=text)
+    return CliRunner().invoke(commands.app, list(arguments), input=text)
 
 
 def heavy_modules_after(code: str) -> list[str]:
@@ -141,7 +141,7 @@ EXIT_CODES = {
 
 
 def test_commands_and_options_are_those_that_were_decided_upon() -> None:
-    group = get_command(cli.app)
+    group = get_command(commands.app)
     found = {}
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         words = [word for option in command.params for word in option.opts]
@@ -159,7 +159,7 @@ def test_public_names_and_exit_codes_are_those_that_were_decided_upon() -> None:
 
 
 def test_every_command_and_option_says_what_it_is_for() -> None:
-    for command in get_command(cli.app).commands.values():  # type: ignore[attr-defined]
+    for command in get_command(commands.app).commands.values():  # type: ignore[attr-defined]
         assert command.help.endswith(".")
         assert all(option.help.endswith(".") for option in command.params)
 

@@ -17,7 +17,7 @@ from tiny import tiny_llama
 from typer.testing import CliRunner
 
 import llmload
-from llmload import cli
+from llmload.cli import commands
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def files(folder: Path) -> dict[Path, tuple[int, int]]:
 def assert_refused(arguments: list[str], message: str, here: Path) -> None:
     """Run a command and hold it to the message; files and global state must not move."""
     before, written = snapshot(), files(here)
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(commands.app, arguments)
     assert result.stderr == message + "\n"
     assert result.stdout == ""
     assert result.exit_code == 2
@@ -132,7 +132,7 @@ def test_a_plan_with_errors_is_shown_whole_and_exits_with_2(origin: Path, here: 
     (here / "spec.yaml").write_text(
         f"model: {origin / 'base'}\nlora: {{target_modules: [query]}}\n"
     )
-    result = CliRunner().invoke(cli.app, ["plan", "--json", "spec.yaml"])
+    result = CliRunner().invoke(commands.app, ["plan", "--json", "spec.yaml"])
     assert result.exit_code == 2
     plan = json.loads(result.stdout)
     assert plan["model_class"] == "LlamaForCausalLM"
@@ -141,7 +141,7 @@ def test_a_plan_with_errors_is_shown_whole_and_exits_with_2(origin: Path, here: 
 
 def test_with_json_the_problems_are_data_and_text(here: Path) -> None:
     (here / "spec.yaml").write_text("model: gpt2\ndtpye: float32\n")
-    result = CliRunner().invoke(cli.app, ["load", "--json", "spec.yaml"])
+    result = CliRunner().invoke(commands.app, ["load", "--json", "spec.yaml"])
     assert result.exit_code == 2
     assert json.loads(result.stdout) == {
         "error": "SpecError",

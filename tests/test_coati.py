@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 import llmload
-from llmload.builtin.coati._layers import CoatiEmbedding, CoatiLayer, CoatiLinear
+from llmload.builtin.coati.layers import CoatiEmbedding, CoatiLayer, CoatiLinear
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "down_proj"]}
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"

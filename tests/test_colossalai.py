@@ -17,13 +17,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmload
-from llmload.builtin import colossalai as plugin
-from llmload.builtin.colossalai import _booster, _lazy
+from llmload.builtin.colossalai import plugin as plugin
+from llmload.builtin.colossalai import booster, lazy_models
 from llmload.errors import LoadFailedError, RequestError
 
 pytest.importorskip("colossalai")
 
-HAS_BOOSTER = _booster.why_not() is None
+HAS_BOOSTER = booster.why_not() is None
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +58,16 @@ def test_the_model_is_built_under_the_lazy_context_and_nothing_of_it_stays_lazy(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    prepare = _lazy.LazyPlacement.prepare
+    prepare = lazy_models.LazyPlacement.prepare
 
     def count(self: Any, model: PreTrainedModel) -> None:
-        seen.append(len(list(_lazy.lazy_tensors(model))))
+        seen.append(len(list(lazy_models.lazy_tensors(model))))
         prepare(self, model)
 
-    monkeypatch.setattr(_lazy.LazyPlacement, "prepare", count)
+    monkeypatch.setattr(lazy_models.LazyPlacement, "prepare", count)
     model = load(folder).model
     assert seen[0] >= len(list(model.parameters()))
-    assert list(_lazy.lazy_tensors(model)) == []
+    assert list(lazy_models.lazy_tensors(model)) == []
     assert {type(p) for p in model.parameters()} == {nn.Parameter}
 
 
@@ -120,7 +120,7 @@ def test_a_load_under_another_plugin_is_not_lazy(folder: Path) -> None:
 
 
 def test_importing_colossalai_leaves_torchs_meta_kernels_as_they_were() -> None:
-    _lazy.lazy_init()
+    lazy_models.lazy_init()
     meta = torch.empty(2, 4, device="meta")
     with pytest.raises(RuntimeError, match="cannot be called on meta tensors"):
         torch.empty((), device="meta").item()
@@ -130,18 +130,18 @@ def test_importing_colossalai_leaves_torchs_meta_kernels_as_they_were() -> None:
 
 
 def test_what_is_recorded_is_replayed_under_the_dtype_that_is_kept() -> None:
-    with _lazy.lazily("a buffer"):
+    with lazy_models.lazily("a buffer"):
         steps = torch.arange(0, 4, 2) / 3
-    _lazy.keep_dtype(steps, torch.float64)
+    lazy_models.keep_dtype(steps, torch.float64)
     assert steps.materialize().dtype == torch.float64
     assert torch.get_default_dtype() == torch.float32
 
 
 def test_an_open_context_around_the_load_is_refused(folder: Path) -> None:
     with (
-        _lazy.lazy_init().LazyInitContext(),
+        lazy_models.lazy_init().LazyInitContext(),
         pytest.raises(RequestError) as caught,
-        _lazy.lazily("a model"),
+        lazy_models.lazily("a model"),
     ):
         pass
     assert str(caught.value) == (
@@ -152,7 +152,7 @@ def test_an_open_context_around_the_load_is_refused(folder: Path) -> None:
 
 def colossalai_state() -> dict[str, Any]:
     """What colossalai keeps in classes, beside what any load could leave."""
-    module = _lazy.lazy_init()
+    module = lazy_models.lazy_init()
     return {
         **snapshot(),
         "all of torch": {k: v for k, v in vars(torch).items() if callable(v)},
@@ -199,8 +199,8 @@ def test_an_error_while_entering_or_leaving_the_context_leaves_nothing_behind(
 
     with unchanged(), monkeypatch.context() as patch:
         # `why_not` tries the context too; it is what the load does that is looked at here.
-        patch.setattr(_lazy, "why_not", lambda: None)
-        patch.setattr(getattr(_lazy.lazy_init(), owner), name, staticmethod(fail))
+        patch.setattr(lazy_models, "why_not", lambda: None)
+        patch.setattr(getattr(lazy_models.lazy_init(), owner), name, staticmethod(fail))
         with pytest.raises((RequestError, KeyboardInterrupt), match="sabotage"):
             load(warm)
 
@@ -209,12 +209,12 @@ def test_an_error_while_entering_or_leaving_the_context_leaves_nothing_behind(
 @pytest.mark.parametrize(
     "step",
     [
-        "llmload.compat.no_init_weights",
+        "llmload.hf.compat.no_init_weights",
         "transformers.LlamaForCausalLM.__init__",
         "transformers.models.llama.modeling_llama.LlamaMLP.__init__",
-        "llmload.builtin.colossalai._lazy.LazyPlacement.prepare",
-        "llmload.builtin.colossalai._lazy.LazyPlacement.place",
-        "llmload.builtin.colossalai._lazy.LazyPlacement.finish",
+        "llmload.builtin.colossalai.lazy_models.LazyPlacement.prepare",
+        "llmload.builtin.colossalai.lazy_models.LazyPlacement.place",
+        "llmload.builtin.colossalai.lazy_models.LazyPlacement.finish",
         "colossalai.lazy.lazy_init.LazyTensor.materialize",
         "colossalai.lazy.lazy_init._convert_cls",
     ],
@@ -253,7 +253,7 @@ def test_a_model_that_cannot_be_built_lazily_is_an_error_that_says_why(
     monkeypatch.setattr(
         "transformers.models.llama.modeling_llama.LlamaMLP.__init__", looks_at_values
     )
-    with pytest.raises(RequestError) as caught, _lazy.lazily("LlamaForCausalLM"):
+    with pytest.raises(RequestError) as caught, lazy_models.lazily("LlamaForCausalLM"):
         looks_at_values(None, None)
     assert str(caught.value) == (
         "LlamaForCausalLM cannot be built under LazyInitContext: ValueError: needs values. Remove"
@@ -262,9 +262,9 @@ def test_a_model_that_cannot_be_built_lazily_is_an_error_that_says_why(
 
 
 def test_a_tensor_that_nothing_fills_is_never_replayed_as_memory() -> None:
-    with _lazy.lazily("a layer"):
+    with lazy_models.lazily("a layer"):
         layer = nn.Linear(2, 2)
-    placement = object.__new__(_lazy.LazyPlacement)
+    placement = object.__new__(lazy_models.LazyPlacement)
     with pytest.raises(LoadFailedError) as caught:
         placement.finish(layer)  # type: ignore[arg-type]
     assert str(caught.value) == (
@@ -348,7 +348,7 @@ def test_a_stack_without_colossalai_says_how_to_install_it(
 def test_a_colossalai_that_does_something_else_is_found_out_by_trying(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(_lazy.lazy_init().LazyTensor, "materialize")
+    monkeypatch.delattr(lazy_models.lazy_init().LazyTensor, "materialize")
     (message,) = errors_of(folder)
     assert message.startswith(
         "colossalai: colossalai 0.5.0 does not give lazy initialisation here: AttributeError: "

@@ -16,15 +16,16 @@ from tiny import save_checkpoint, tiny_llama, tiny_model
 from torch import nn
 
 import llmload
-from llmload import compat, hookimpl
+from llmload.hf import compat
+from llmload import hookimpl
 from llmload.errors import AuditError
 
 pytest.importorskip("colossalai")
 
-from llmload.builtin.colossalai import _booster, _lazy
+from llmload.builtin.colossalai import booster, lazy_models
 
 pytestmark = pytest.mark.skipif(
-    _booster.why_not() is not None, reason="only the colossalai stack has Boosters"
+    booster.why_not() is not None, reason="only the colossalai stack has Boosters"
 )
 
 LORA = {"r": 2, "target_modules": "all-linear"}
@@ -337,6 +338,6 @@ def test_modules_that_stay_float32_are_refused_a_lazy_model(tmp_path: Path) -> N
 
 def test_a_recorded_dtype_outlives_the_load(tmp_path: Path) -> None:
     model = lazy(tiny_llama(tmp_path), dtype="bfloat16").model
-    _lazy.lazy_init().LazyInitContext.materialize(model)
+    lazy_models.lazy_init().LazyInitContext.materialize(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert compat.config_dtype(model.config) == torch.bfloat16

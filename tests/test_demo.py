@@ -10,13 +10,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llmload import cli, demo, specfile
+from llmload.cli import commands, demo
+from llmload.spec import files
 
 pytestmark = pytest.mark.slow
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.app, list(arguments))
+    return CliRunner().invoke(commands.app, list(arguments))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_the_spec_asks_for_tokenizer_embeddings_dropout_and_lora(
 ) -> None:
     folder, shown = kept
     assert (folder / "demo.yaml").read_text() == shown["spec"]
-    keys = specfile.parse(shown["spec"]).data.keys()
+    keys = files.parse(shown["spec"]).data.keys()
     assert keys >= {"tokenizer", "embeddings", "dropout", "lora"}
     assert shown["report"]["facts"]["tokenizer"]["new_tokens"] == {"<pad>": 1000, "<|zen|>": 1001}
     assert shown["report"]["facts"]["embeddings"]["rows"] == [1000, 1024]

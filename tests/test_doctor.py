@@ -10,13 +10,15 @@ from fakes import FakeDistributions
 from typer.testing import CliRunner
 
 import llmload
-from llmload import cli, doctor, hookimpl, planning
+from llmload.cli import commands, doctor
+from llmload import hookimpl
+from llmload.load import planning
 from llmload.errors import PluginError
-from llmload.versions import version_of
+from llmload.host.distributions import version_of
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.app, ["doctor", *arguments])
+    return CliRunner().invoke(commands.app, ["doctor", *arguments])
 
 
 class Whole:

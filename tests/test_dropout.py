@@ -12,9 +12,12 @@ from torch import nn
 from transformers import LlamaForCausalLM, PretrainedConfig
 
 import llmload
-from llmload import compat, hookimpl, probe, rates
+from llmload.hf import compat
+from llmload import hookimpl
+from llmload.model import dry_run
+from llmload.builtin.dropout import rates
 from llmload.errors import AuditError, PlanError, SpecError
-from llmload.registry import create_registry
+from llmload.host.registry import create_registry
 
 
 class Stubborn(LlamaForCausalLM):
@@ -133,7 +136,7 @@ def test_any_other_rate_is_set_everywhere_and_leaves_layerdrop_alone(tmp_path: P
     model = load(folder, dropout={"p": 0.05}).model
     config = model.config
     assert (config.dropout, config.attention_dropout, config.layerdrop) == (0.05, 0.05, 0.2)
-    found = {(op.op, op.probability) for op in probe.probe(model).random_ops}
+    found = {(op.op, op.probability) for op in dry_run.probe(model).random_ops}
     assert found == {("aten.bernoulli_", 0.05), ("aten.rand", None)}
 
 
@@ -164,7 +167,7 @@ def test_the_plan_names_the_config_fields_that_change(gpt2: Path, tmp_path: Path
 def test_an_adapter_keeps_its_own_dropout(gpt2: Path) -> None:
     lora = {"r": 2, "target_modules": ["c_fc"], "fan_in_fan_out": True, "lora_dropout": 0.25}
     result = load(gpt2, dropout={}, lora=lora)
-    found = probe.probe(result.model).random_ops
+    found = dry_run.probe(result.model).random_ops
     assert {op.probability for op in found} == {0.25}
     assert all(".lora_dropout." in op.module for op in found)
 
@@ -255,7 +258,7 @@ def test_a_rate_that_the_config_refuses_is_a_problem_of_the_plan(tmp_path: Path)
 def test_where_no_forward_can_be_looked_at_the_modules_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "SMALL", 0)
+    monkeypatch.setattr(dry_run, "SMALL", 0)
     architectures.build("causal_lm", "jetmoe", attention_dropout=0.3).save_pretrained(tmp_path)
     assert load(tmp_path, dropout={}).report.facts["dropout"] == {
         "p": 0.0,

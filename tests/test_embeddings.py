@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import llmload
-from llmload.builtin._resizing import named_tensors
-from llmload.builtin.embeddings import EmbeddingsPlugin, EmbeddingsSection, initialise_rows
+from llmload.builtin.embeddings.resizing import named_tensors
+from llmload.builtin.embeddings.plugin import EmbeddingsPlugin, EmbeddingsSection, initialise_rows
 
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 INPUT, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -17,11 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llmload
-from llmload import compat
-from llmload.builtin.gradient_checkpointing import (
-    GradientCheckpointingPlugin,
-    GradientCheckpointingSection,
-)
+from llmload.hf import compat
+from llmload.builtin.gradient_checkpointing.plugin import GradientCheckpointingPlugin, GradientCheckpointingSection
 
 REENTRANT = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not"])
 LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
@@ -233,8 +230,8 @@ def test_offloading_without_an_accelerator_is_an_error(folder: Path) -> None:
 def test_what_an_older_transformers_does_not_know_is_an_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmload.compat.checkpoints_selectively", lambda: False)
-    monkeypatch.setattr("llmload.compat.enable_checkpointing", lambda *args, **kwargs: None)
+    monkeypatch.setattr("llmload.hf.compat.checkpoints_selectively", lambda: False)
+    monkeypatch.setattr("llmload.hf.compat.enable_checkpointing", lambda *args, **kwargs: None)
     section = {"every_n_layers": 2, "offload": False}
     plan = llmload.plan({"model": str(folder), "gradient_checkpointing": section})
     assert [str(problem) for problem in plan.errors] == [

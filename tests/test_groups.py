@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmload
-from llmload import cli, create_registry, hookimpl
+from llmload.cli import commands
+from llmload import create_registry, hookimpl
 from llmload.errors import CheckpointError, LoadFailedError, PlanError
 
 LORA = {"r": 4, "target_modules": "all-linear"}
@@ -492,7 +493,7 @@ def test_gradient_checkpointing_of_a_frozen_member_is_refused(folder: Path) -> N
 
 
 def run(*arguments: str, text: str) -> Any:
-    return CliRunner().invoke(cli.app, list(arguments), input=text)
+    return CliRunner().invoke(commands.app, list(arguments), input=text)
 
 
 @pytest.fixture(scope="module")

@@ -13,23 +13,15 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
-from llmload import (
-    AdapterSpec,
-    GroupSpec,
-    LoadSpec,
-    PluginError,
-    SpecError,
-    create_registry,
-    groupspec,
-    specfile,
-)
-from llmload.schema import file_schema
+from llmload import AdapterSpec, GroupSpec, LoadSpec, PluginError, SpecError, create_registry
+from llmload.spec import groupspec, files
+from llmload.spec.schema import file_schema
 
 
 def members(text: str) -> dict[str, Any]:
     """Return the members of a group as plain data."""
-    group = groupspec.validate(specfile.parse(text), {})
-    data: dict[str, Any] = specfile.read(group).data["models"]
+    group = groupspec.validate(files.parse(text), {})
+    data: dict[str, Any] = files.read(group).data["models"]
     return data
 
 
@@ -43,7 +35,7 @@ models:
   policy: {model: base, dtype: float32, revision: v1, lora: {r: 16, lora_alpha: 4}, dropout: {}}
   reference: {like: policy, dtype: float16, revision: null, lora: {r: 2}, dropout: null}
 """
-    group = registry.validate_group(specfile.parse(text))
+    group = registry.validate_group(files.parse(text))
     reference = group.models["reference"]
     assert isinstance(reference, LoadSpec)
     assert (reference.model, reference.dtype, reference.revision) == ("base", "float16", None)
@@ -103,7 +95,7 @@ def test_what_is_inherited_is_what_replacing_key_by_key_gives(
 
     group = GroupSpec(models=family)
     assert list(group.models) == list(family)
-    assert specfile.read(group).data["models"] == {name: resolved(name) for name in family}
+    assert files.read(group).data["models"] == {name: resolved(name) for name in family}
 
 
 # --- reading and writing --------------------------------------------------------------------------
@@ -118,12 +110,12 @@ models:
   off: {adapter_of: policy}
   frozen: {adapter_of: policy, frozen_copy: true}
 """
-    group = registry.validate_group(specfile.parse(text))
+    group = registry.validate_group(files.parse(text))
     assert group.models["off"] == AdapterSpec(adapter_of="policy")
     assert list(group.own_models()) == ["policy", "reference"]
-    written = specfile.dump_yaml(group)
+    written = files.dump_yaml(group)
     assert "like" not in written
-    assert registry.validate_group(specfile.parse(written)) == group
+    assert registry.validate_group(files.parse(written)) == group
     assert registry.validate_group(group) == group
     assert registry.validate_group(dict(group)) == group
 
@@ -150,16 +142,16 @@ def test_a_bad_group_is_refused_with_every_fault_and_its_place(
     assert isinstance(bad.text, str)
     Path(bad.file).write_text(bad.text)
     with pytest.raises(SpecError) as caught:
-        groupspec.validate(specfile.read(bad.file), {})
+        groupspec.validate(files.read(bad.file), {})
     assert str(caught.value) == bad.message
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("bad", BAD_GROUPS, ids=[bad.name for bad in BAD_GROUPS])
 def test_the_constructor_refuses_what_a_file_may_not_hold(bad: BadSpec) -> None:
-    data = specfile.parse(bad.text).data
+    data = files.parse(bad.text).data
     with pytest.raises(SpecError) as caught:
-        groupspec.validate(specfile.read(data), {})
+        groupspec.validate(files.read(data), {})
     assert str(caught.value) == "\n".join(line.split(": ", 1)[1] for line in bad.lines)
 
 
@@ -171,7 +163,7 @@ def test_faults_of_sections_are_told_where_they_stand() -> None:
     lora: {r: 0}
 """
     with pytest.raises(SpecError) as caught:
-        create_registry(environ={}).validate_group(specfile.parse(text, "g.yaml"))
+        create_registry(environ={}).validate_group(files.parse(text, "g.yaml"))
     assert str(caught.value) == (
         "g.yaml:2:32: models.policy.lora.rr: unknown key. Did you mean 'r'?\n"
         "g.yaml:5:12: models.reference.lora.r: a LoRA of rank 0 has no parameters. Give a rank of 1"
@@ -190,13 +182,13 @@ def test_a_member_that_names_a_blocked_plugin_is_named() -> None:
 def test_a_group_is_not_loaded_as_one_model_nor_one_model_as_a_group() -> None:
     registry = create_registry(environ={})
     with pytest.raises(SpecError) as caught:
-        registry.validate(specfile.parse("models: {policy: {model: gpt2}}", "g.yaml"))
+        registry.validate(files.parse("models: {policy: {model: gpt2}}", "g.yaml"))
     assert str(caught.value) == (
         "g.yaml:1:1: models: this is a group of models, and one model was to be loaded."
         " Use `llmload.load_group` or `llmload.plan_group`."
     )
     with pytest.raises(SpecError) as caught:
-        registry.validate_group(specfile.parse("model: gpt2", "s.yaml"))
+        registry.validate_group(files.parse("model: gpt2", "s.yaml"))
     assert str(caught.value) == (
         "s.yaml:1:1: models: a group has the key `models`, and there is none."
         " Use `llmload.load` or `llmload.plan` for one model."
@@ -231,7 +223,7 @@ SCHEMA = file_schema(create_registry(environ={}).sections)
     ],
 )
 def test_schema_and_models_agree_on_groups(text: str, good: bool) -> None:
-    document = specfile.parse(text)
+    document = files.parse(text)
     assert Draft202012Validator(SCHEMA).is_valid(document.data) is good
     registry = create_registry(environ={})
     try:

@@ -26,11 +26,12 @@ from transformers import (
 )
 
 import llmload
-from llmload import hookimpl, show
+from llmload import hookimpl
+from llmload.cli import show
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Plain
 from llmload.errors import AuditError, CheckpointError, RequestError, SpecError
-from llmload.registry import create_registry
+from llmload.host.registry import create_registry
 
 pytestmark = needs_bitsandbytes
 
@@ -796,7 +797,7 @@ def anonymous_memory() -> int:
 def test_the_full_precision_model_never_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmload.builtin.kbit._quantise import KbitPlacement
+    from llmload.builtin.kbit.quantise import KbitPlacement
 
     sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6}
     folder = tiny_checkpoint(tmp_path / "larger", dtype=torch.bfloat16, **sizes)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from stacks import needs_kernel_handover
 
-from llmload.builtin.kbit import _compiled
-from llmload.builtin.kbit._kernel import fast_quantisation
+from llmload.builtin.kbit import compiled
+from llmload.builtin.kbit.kernel import fast_quantisation
 
 pytestmark = needs_kernel_handover
 
@@ -33,7 +33,7 @@ def test_the_kernel_is_compiled_once_and_kept(cache: Path, monkeypatch: pytest.M
     (made,) = cache.iterdir()
     assert made.suffix == ".so"
     assert cache.stat().st_mode & 0o777 == 0o700
-    monkeypatch.delattr(_compiled, "_compile")
+    monkeypatch.delattr(compiled, "_compile")
     assert quantised_by(torch.randn(640)) == ({"compiled": 640}, None)
 
 
@@ -64,7 +64,7 @@ def test_what_cannot_be_loaded_is_done_without(
     def spoil(compiler: list[str], file: Path) -> None:
         file.write_bytes(b"no library")
 
-    monkeypatch.setattr(_compiled, "_compile", spoil)
+    monkeypatch.setattr(compiled, "_compile", spoil)
     counted, reason = quantised_by(torch.randn(640))
     assert counted == {"torch": 640}
     assert reason is not None

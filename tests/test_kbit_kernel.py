@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stacks import needs_kernel_handover
 
-from llmload.builtin.kbit import _methods
-from llmload.builtin.kbit._kernel import fast_quantisation
+from llmload.builtin.kbit import methods
+from llmload.builtin.kbit.kernel import fast_quantisation
 
 pytestmark = needs_kernel_handover
 
@@ -45,7 +45,7 @@ def fast_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return counted
 
-    for method in (_methods.Compiled, _methods.ByFloats, _methods.ByIntegers):
+    for method in (methods.Compiled, methods.ByFloats, methods.ByIntegers):
         monkeypatch.setattr(method, "__call__", counting(method.__call__))
     return calls
 
@@ -83,11 +83,11 @@ def test_weights_of_more_than_one_chunk_and_a_ragged_end(
     fast_calls: list[int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_methods.Compiled, "chunk", _methods.CHUNK)
-    count = _methods.CHUNK + 3 * block_size + 17
+    monkeypatch.setattr(methods.Compiled, "chunk", methods.CHUNK)
+    count = methods.CHUNK + 3 * block_size + 17
     values = (torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
     assert_same(values, block_size, quant_type)
-    assert fast_calls[-2:] == [_methods.CHUNK, 3 * block_size]
+    assert fast_calls[-2:] == [methods.CHUNK, 3 * block_size]
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -174,8 +174,8 @@ def test_a_transposed_weight_that_requires_gradients() -> None:
 def test_only_the_chunk_with_an_infinity_or_nan_is_left_to_bitsandbytes(
     fast_calls: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_methods.Compiled, "chunk", _methods.CHUNK)
-    values = torch.randn(_methods.CHUNK + 256).bfloat16()
+    monkeypatch.setattr(methods.Compiled, "chunk", methods.CHUNK)
+    values = torch.randn(methods.CHUNK + 256).bfloat16()
     values[3], values[5] = torch.inf, torch.nan
     assert_same(values, 64, "nf4")
     assert fast_calls[-2:] == [0, 256]
@@ -230,7 +230,7 @@ def test_what_bitsandbytes_would_round_otherwise_is_left_to_it(
     """As a later bitsandbytes might: then sample and default differ."""
     values = torch.randn(64, 64)
     expected = QUANTISE(values, 64, "nf4", torch.uint8)
-    monkeypatch.setattr(_methods.Method, "__init__", other_bounds(_methods.Method.__init__))
+    monkeypatch.setattr(methods.Method, "__init__", other_bounds(methods.Method.__init__))
     with fast_quantisation() as kernel:
         ours = QUANTISE(values, 64, "nf4", torch.uint8)
     assert torch.equal(ours[0], expected[0])

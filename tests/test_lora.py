@@ -15,7 +15,7 @@ from adapters import load, needs_peft, plain, refusal, same_state, save, three_l
 from tiny import IDS, tiny_checkpoint, tiny_llama
 
 import llmload
-from llmload.builtin.lora import LoraPlugin
+from llmload.builtin.lora.plugin import LoraPlugin
 
 ALL = {"r": 4, "target_modules": "all-linear"}
 QV = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -531,7 +531,7 @@ def _audit(llama: Path, section: dict[str, Any], spoil: Callable[[Any], object])
 
     # A built-in plugin cannot be replaced: its class is patched for one load.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmload.builtin.lora.LoraPlugin", Spoiler)
+        patch.setattr("llmload.builtin.lora.plugin.LoraPlugin", Spoiler)
         with pytest.raises(llmload.AuditError) as caught:
             load(llama, section)
     return str(caught.value)

@@ -346,13 +346,13 @@ def test_base_weights_that_cannot_be_had_again_are_refused(llama: Path, tmp_path
 def test_the_audit_finds_a_weight_that_is_not_the_files(
     llama: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmload.builtin.lora import _resume
+    from llmload.builtin.lora import resume
 
     def forgetful(model: Any, tensors: dict[str, torch.Tensor], adapter_name: str) -> None:
         del tensors[Q0]
         peft.set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
 
-    monkeypatch.setattr(_resume, "set_peft_model_state_dict", forgetful)
+    monkeypatch.setattr(resume, "set_peft_model_state_dict", forgetful)
     with pytest.raises(llmload.AuditError) as caught:
         load(llama, {"adapter": str(trained)})
     assert str(caught.value) == (

@@ -14,15 +14,10 @@ from adapters import needs_peft, refusal
 from tiny import tiny_llama
 
 import llmload
-from llmload import planning
-from llmload.builtin.lora import LoraPlugin, LoraSection
-from llmload.builtin.lora.section import (
-    FIELDS_SINCE,
-    INITIALISATIONS,
-    LEFT_TO_PEFT,
-    OWN_FIELDS,
-)
-from llmload.versions import version_of
+from llmload.load import planning
+from llmload.builtin.lora.plugin import LoraPlugin, LoraSection
+from llmload.builtin.lora.section import FIELDS_SINCE, INITIALISATIONS, LEFT_TO_PEFT, OWN_FIELDS
+from llmload.host.distributions import version_of
 
 LORA_FIELDS = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
 
@@ -294,7 +289,7 @@ def test_a_field_that_the_installed_peft_lacks_is_an_error_with_the_version_that
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peft.LoraConfig", _old_config())
-    monkeypatch.setattr("llmload.builtin.lora.request.version_of", lambda name: "0.13.2")
+    monkeypatch.setattr("llmload.builtin.lora.plugin.request.version_of", lambda name: "0.13.2")
     section = {
         "r": 4,
         "target_parameters": ["experts.up_proj"],

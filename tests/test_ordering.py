@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmload.errors import PluginError
-from llmload.ordering import plan_order
+from llmload.host.ordering import plan_order
 
 
 def plugins(**wishes: dict[str, tuple[str, ...]]) -> dict[str, object]:

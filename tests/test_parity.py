@@ -13,7 +13,7 @@ from recipes import EXAMPLES, ROOT
 from tiny import tiny_llama
 
 from llmload import create_registry
-from llmload.spec import LoadSpec
+from llmload.spec.loadspec import LoadSpec
 
 PAGE = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

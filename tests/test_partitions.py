@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmload import partitions
+from llmload.model import partitions
 from llmload.errors import CheckpointError
 
 

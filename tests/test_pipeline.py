@@ -14,9 +14,10 @@ from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 import llmload
-from llmload import Decline, compat, hookimpl
+from llmload import Decline, hookimpl
+from llmload.hf import compat
 from llmload.errors import AuditError, CheckpointError, LoadFailedError, PluginError
-from llmload.registry import create_registry
+from llmload.host.registry import create_registry
 
 
 @pytest.fixture(scope="module")
@@ -470,15 +471,15 @@ def test_an_error_at_any_hook_boundary_leaves_nothing_behind(
 @pytest.mark.parametrize(
     "phase",
     [
-        "llmload.source.resolve",
-        "llmload.modeling.load_config",
-        "llmload.modeling.resolve_class",
-        "llmload.planning.Checkpoint.open",
-        "llmload.modeling.blank_model",
-        "llmload.audit.hold_to_strict",
-        "llmload.audit.compare_with_checkpoint",
-        "llmload.audit.prove",
-        "llmload.pipeline.installed_versions",
+        "llmload.hf.locating.resolve",
+        "llmload.hf.model_classes.load_config",
+        "llmload.hf.model_classes.resolve_class",
+        "llmload.load.planning.Checkpoint.open",
+        "llmload.hf.model_classes.blank_model",
+        "llmload.load.audit.hold_to_strict",
+        "llmload.load.audit.compare_with_checkpoint",
+        "llmload.load.audit.prove",
+        "llmload.load.pipeline.installed_versions",
     ],
 )
 def test_an_error_in_any_phase_of_the_host_leaves_nothing_behind(

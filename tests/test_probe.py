@@ -18,10 +18,10 @@ from tiny import tiny_model
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from llmload import compat
-from llmload import probe as probe_module
-from llmload.probe import ProbeResult, probe
-from llmload.randomness import RandomOp
+from llmload.hf import compat
+from llmload.model import dry_run as probe_module
+from llmload.model.dry_run import ProbeResult, probe
+from llmload.model.randomness import RandomOp
 
 
 def with_lora(model: PreTrainedModel, **config: Any) -> nn.Module:

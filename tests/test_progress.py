@@ -14,7 +14,7 @@ from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from llmload.progress import is_wanted, progress
+from llmload.cli.progress import is_wanted, progress
 
 
 class Terminal(io.StringIO):

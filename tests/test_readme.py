@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from stacks import IS_MODERN
 
-from llmload import create_registry, demo, specfile
+from llmload import create_registry
+from llmload.cli import demo
+from llmload.spec import files
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,7 +63,7 @@ def test_there_are_two_commands_and_ci_runs_the_second() -> None:
 def test_the_spec_is_the_demos(place: Path) -> None:
     (spec,) = blocks("yaml")
     assert (place / "demo" / "demo.yaml").read_text() == spec
-    assert create_registry().validate(specfile.parse(spec)).sections.keys() >= {"lora"}
+    assert create_registry().validate(files.parse(spec)).sections.keys() >= {"lora"}
 
 
 @modern_output

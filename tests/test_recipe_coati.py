@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import llmload
-from llmload import compat
+from llmload.hf import compat
 
 MODEL = "openai-community/gpt2"
 

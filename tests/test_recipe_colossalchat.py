@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmload
-from llmload import compat
+from llmload.hf import compat
 
 FILE = json.loads((EXAMPLES / "lora_config.json").read_text())
 MODEL = "meta-llama/Meta-Llama-3-8B"

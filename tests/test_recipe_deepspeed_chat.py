@@ -17,7 +17,7 @@ from tiny import SENTENCES, tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmload
-from llmload import compat
+from llmload.hf import compat
 
 MODEL = "facebook/opt-1.3b"
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llmload
-from llmload import compat
+from llmload.hf import compat
 
 MODEL = "EleutherAI/pythia-2.8b"
 COMMIT = "0" * 40

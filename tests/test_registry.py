@@ -14,10 +14,10 @@ from fakes import FakeDistributions
 
 import llmload
 from llmload import Section, create_registry, hookimpl
-from llmload.contract import break_faulty
+from llmload.host.contract import break_faulty
 from llmload.errors import PluginError
-from llmload.registry import PluginInfo, Registry
-from llmload.spec import LoadSpec
+from llmload.host.registry import PluginInfo, Registry
+from llmload.spec.loadspec import LoadSpec
 
 GOOD = """
 import llmload

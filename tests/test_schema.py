@@ -10,9 +10,10 @@ import pytest
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel, Field
 
-from llmload import LoadSpec, Section, SpecError, specfile
-from llmload.schema import json_schema
-from llmload.spec import validate
+from llmload import LoadSpec, Section, SpecError
+from llmload.spec import files
+from llmload.spec.schema import json_schema
+from llmload.spec.loadspec import validate
 
 
 class Shared(Section):
@@ -48,7 +49,7 @@ SCHEMA = json_schema(SECTIONS)
 
 def accepted_by_models(data: dict[str, Any]) -> bool:
     try:
-        validate(specfile.read(data), SECTIONS)
+        validate(files.read(data), SECTIONS)
     except SpecError:
         return False
     return True

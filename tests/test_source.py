@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from tiny import tiny_checkpoint
 
-from llmload import LoadSpec, source
+from llmload import LoadSpec
+from llmload.hf import locating
 from llmload.errors import CheckpointError
 
 
@@ -23,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def refusal(spec: LoadSpec) -> str:
     with pytest.raises(CheckpointError) as caught:
-        source.resolve(spec, weights=True)
+        locating.resolve(spec, weights=True)
     return str(caught.value)
 
 
@@ -31,12 +32,12 @@ def refusal(spec: LoadSpec) -> str:
 
 
 def test_a_folder_is_taken_as_it_is(folder: Path) -> None:
-    assert source.resolve(LoadSpec(model=folder), weights=True) == folder
+    assert locating.resolve(LoadSpec(model=folder), weights=True) == folder
 
 
 def test_a_subfolder_is_part_of_the_place(folder: Path) -> None:
     spec = LoadSpec(model=folder.parent, subfolder=folder.name)
-    assert source.resolve(spec, weights=True) == folder
+    assert locating.resolve(spec, weights=True) == folder
 
 
 def test_a_folder_that_does_not_exist_is_refused() -> None:
@@ -84,7 +85,7 @@ def test_a_hub_id_is_fetched_at_its_revision_without_pickles(
     hub: list[dict[str, Any]], folder: Path
 ) -> None:
     spec = LoadSpec(model="org/name", revision="v2", local_files_only=True)
-    assert source.resolve(spec, weights=True) == folder
+    assert locating.resolve(spec, weights=True) == folder
     (asked,) = hub
     assert (asked["repo"], asked["revision"], asked["local_files_only"]) == ("org/name", "v2", True)
     assert "*.safetensors" in asked["allow_patterns"]
@@ -92,12 +93,12 @@ def test_a_hub_id_is_fetched_at_its_revision_without_pickles(
 
 
 def test_for_a_plan_no_weight_file_is_fetched(hub: list[dict[str, Any]]) -> None:
-    source.resolve(LoadSpec(model="org/name"), weights=False)
+    locating.resolve(LoadSpec(model="org/name"), weights=False)
     assert not {"*.safetensors", "*.bin"} & set(hub[0]["allow_patterns"])
 
 
 def test_pickles_are_fetched_where_they_are_allowed(hub: list[dict[str, Any]]) -> None:
-    source.resolve(LoadSpec(model="org/name", allow_pickle=True), weights=True)
+    locating.resolve(LoadSpec(model="org/name", allow_pickle=True), weights=True)
     assert "*.bin" in hub[0]["allow_patterns"]
 
 
@@ -148,13 +149,13 @@ def test_the_first_cache_candidate_that_exists_wins(tmp_path: Path) -> None:
     (tmp_path / "second").mkdir()
     (tmp_path / "third").mkdir()
     names = [str(tmp_path / name) for name in ("first", "second", "third")]
-    assert source.cache_dir(LoadSpec(model="m", cache_dir=names)) == tmp_path / "second"
+    assert locating.cache_dir(LoadSpec(model="m", cache_dir=names)) == tmp_path / "second"
 
 
 def test_the_last_cache_candidate_is_taken_where_none_exists(tmp_path: Path) -> None:
     names = [str(tmp_path / "first"), str(tmp_path / "second")]
-    assert source.cache_dir(LoadSpec(model="m", cache_dir=names)) == tmp_path / "second"
-    assert source.cache_dir(LoadSpec(model="m")) is None
+    assert locating.cache_dir(LoadSpec(model="m", cache_dir=names)) == tmp_path / "second"
+    assert locating.cache_dir(LoadSpec(model="m")) is None
 
 
 # --- configs ------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_a_config_that_leads_to_code_is_refused_by_the_key(
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_type": "llama", **content}))
     with pytest.raises(CheckpointError) as caught:
-        source.read_config(tmp_path, LoadSpec(model=tmp_path))
+        locating.read_config(tmp_path, LoadSpec(model=tmp_path))
     (problem,) = caught.value.problems
     assert (problem.where, problem.file) == (path, str(file))
     assert problem.message.startswith(f"the config sets {path!r} to ")
@@ -201,13 +202,13 @@ def test_a_config_that_leads_to_code_is_refused_by_the_key(
         "Remove the key from the config, or set `trust_remote_code: true` if you trust whoever made"
         " the folder."
     )
-    assert source.read_config(tmp_path, LoadSpec(model=tmp_path, trust_remote_code=True))
+    assert locating.read_config(tmp_path, LoadSpec(model=tmp_path, trust_remote_code=True))
 
 
 def test_ordinary_kernels_and_a_refusal_of_remote_code_pass(tmp_path: Path) -> None:
     content = {"model_type": "llama", "attn_implementation": "sdpa", "trust_remote_code": False}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert source.read_config(tmp_path, LoadSpec(model=tmp_path)) == content
+    assert locating.read_config(tmp_path, LoadSpec(model=tmp_path)) == content
 
 
 @pytest.mark.parametrize(
@@ -220,5 +221,5 @@ def test_ordinary_kernels_and_a_refusal_of_remote_code_pass(tmp_path: Path) -> N
 def test_an_unreadable_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError) as caught:
-        source.read_config(tmp_path, LoadSpec(model=tmp_path))
+        locating.read_config(tmp_path, LoadSpec(model=tmp_path))
     assert message in str(caught.value)

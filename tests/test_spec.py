@@ -15,11 +15,12 @@ import yaml
 from bad_specs import BAD_SPECS, BadSpec
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from llmload import LoadSpec, Section, SpecError, create_registry, specfile
-from llmload.explain import InvalidValueError, fields_of
-from llmload.schema import json_schema
-from llmload.spec import KeyExceptions, validate
-from llmload.spellings import SPELLINGS, VALUES
+from llmload import LoadSpec, Section, SpecError, create_registry
+from llmload.spec import files
+from llmload.spec.refusals import InvalidValueError, fields_of
+from llmload.spec.schema import json_schema
+from llmload.spec.loadspec import KeyExceptions, validate
+from llmload.spec.foreign_keys import SPELLINGS, VALUES
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz012345"
 
@@ -74,7 +75,7 @@ SECTIONS: dict[str, type[BaseModel]] = {"adapter": Adapter, "dropout": Dropout}
 
 
 def check(data: dict[str, Any]) -> LoadSpec:
-    return validate(specfile.read(data), SECTIONS)
+    return validate(files.read(data), SECTIONS)
 
 
 def refusal(data: dict[str, Any]) -> str:
@@ -91,7 +92,7 @@ def test_a_bad_spec_file_is_refused_with_every_fault_and_its_place(
     content = bad.text if isinstance(bad.text, bytes) else bad.text.encode()
     Path(bad.file).write_bytes(content)
     with pytest.raises(SpecError) as caught:
-        validate(specfile.read(bad.file), {})
+        validate(files.read(bad.file), {})
     assert str(caught.value) == bad.message
     assert caught.value.exit_code == 2
 
@@ -180,7 +181,7 @@ def test_an_unknown_key_like_no_other_is_answered_with_all_keys() -> None:
 def test_faults_of_core_keys_and_of_all_sections_come_at_once_in_the_order_of_the_file() -> None:
     text = "adapter: {r: 0}\nmodel: 1\nunheard: 1\ndropout: {q: 1, p: x}\nweights: 2\n"
     with pytest.raises(SpecError) as caught:
-        validate(specfile.parse(text, "s.yaml"), SECTIONS)
+        validate(files.parse(text, "s.yaml"), SECTIONS)
     assert [(p.where, p.file, p.line, p.column) for p in caught.value.problems] == [
         ("adapter.r", "s.yaml", 1, 11),
         ("model", "s.yaml", 2, 1),
@@ -219,7 +220,7 @@ def test_sections_are_instances_of_their_models_in_the_order_given() -> None:
 
 def test_a_spec_from_python_may_hold_sections_as_instances() -> None:
     spec = LoadSpec(model="gpt2", adapter=Adapter(r=2, nested=Nested(depth=3)))
-    assert validate(specfile.read(spec), SECTIONS) == spec
+    assert validate(files.read(spec), SECTIONS) == spec
     assert check({"model": "gpt2", "adapter": Adapter(r=2, nested=Nested(depth=3))}) == spec
 
 
@@ -229,7 +230,7 @@ def test_a_section_under_another_plugins_key_is_refused() -> None:
 
 def test_validating_twice_changes_nothing() -> None:
     once = check({"model": "gpt2", "adapter": {"class": "b", "many": [{"depth": 1}]}})
-    assert validate(specfile.read(once), SECTIONS) == once
+    assert validate(files.read(once), SECTIONS) == once
     assert once.model_fields_set == {"model", "adapter"}
 
 
@@ -308,7 +309,7 @@ class Behind(Section):
 
 
 def test_lists_and_text_are_taken_for_tuples_sets_and_enums_behind_a_before_validator() -> None:
-    document = specfile.read({"model": "gpt2", "b": {"names": ["a"], "colours": ["red"]}})
+    document = files.read({"model": "gpt2", "b": {"names": ["a"], "colours": ["red"]}})
     section = validate(document, {"b": Behind}).sections["b"]
     assert section == Behind(names=("a",), colours=frozenset({Colour.RED}))
 

@@ -15,8 +15,9 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmload import LoadSpec, Problem, Section, SpecError, specfile, yamlread, yamlwrite
-from llmload.spec import KeyExceptions, validate
+from llmload import LoadSpec, Problem, Section, SpecError
+from llmload.spec import files, yaml_read, yaml_write
+from llmload.spec.loadspec import KeyExceptions, validate
 
 
 class Part(Section):
@@ -78,18 +79,18 @@ specs = st.fixed_dictionaries(
 
 
 def parsed(text: str, file: str = "s.yaml") -> Any:
-    return yamlread.parse(text, file)[0]
+    return yaml_read.parse(text, file)[0]
 
 
-def refusal(source: specfile.Source) -> str:
+def refusal(source: files.Source) -> str:
     with pytest.raises(SpecError) as caught:
-        specfile.read(source)
+        files.read(source)
     return str(caught.value)
 
 
 def refusal_of_text(text: str) -> str:
     with pytest.raises(SpecError) as caught:
-        specfile.parse(text, "s.yaml")
+        files.parse(text, "s.yaml")
     return str(caught.value)
 
 
@@ -99,18 +100,18 @@ def refusal_of_text(text: str) -> str:
 @patient
 @given(specs)
 def test_a_spec_written_as_yaml_and_read_again_is_the_same(spec: LoadSpec) -> None:
-    written = specfile.dump_yaml(spec)
-    again = validate(specfile.parse(written), {"part": Part, "other": Part})
+    written = files.dump_yaml(spec)
+    again = validate(files.parse(written), {"part": Part, "other": Part})
     assert again == spec
     assert again.model_fields_set == spec.model_fields_set
-    assert specfile.dump_yaml(again) == written
+    assert files.dump_yaml(again) == written
 
 
 @patient
 @given(mappings)
 @example({trap: [trap] for trap in TRAPS})
 def test_written_data_reads_back_the_same_here_and_in_yaml_1_1(data: dict[str, Any]) -> None:
-    written = yamlwrite.dump(data)
+    written = yaml_write.dump(data)
     assert parsed(written) == data
     assert yaml.safe_load(written) == data
 
@@ -130,7 +131,7 @@ def test_json_is_read_as_json_has_it(
 @patient
 @given(plain_data)
 def test_inline_yaml_is_one_line_that_reads_back_the_same(data: Any) -> None:
-    written = yamlwrite.dump_inline(data)
+    written = yaml_write.dump_inline(data)
     assert "\n" not in written
     assert parsed(f"key: {written}") == {"key": data}
 
@@ -141,7 +142,7 @@ def test_only_what_was_set_is_written_in_a_form_for_people() -> None:
         cache_dir=("/scr", ".cache"),
         part=Part(number=1e-4, text="{% for m in messages %}\n{{ m }}\n{% endfor %}\n"),
     )
-    assert specfile.dump_yaml(spec) == (
+    assert files.dump_yaml(spec) == (
         "model: gpt2\n"
         "cache_dir:\n"
         "- /scr\n"
@@ -177,7 +178,7 @@ def test_plain_words_are_read_by_yaml_1_2(written: str, value: Any) -> None:
 
 
 def test_anchors_and_merges_share_settings_within_a_file() -> None:
-    document = specfile.parse(
+    document = files.parse(
         "base: &base\n"
         "  model: gpt2\n"
         "  part: &part {count: 1, text: a}\n"
@@ -205,7 +206,7 @@ def test_anchors_and_merges_share_settings_within_a_file() -> None:
 def test_a_byte_order_mark_and_windows_line_ends_do_not_matter(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_bytes(b"\xef\xbb\xbfmodel: gpt2\r\ndtype: auto\r\n")
-    assert specfile.read(path).data == {"model": "gpt2", "dtype": "auto"}
+    assert files.read(path).data == {"model": "gpt2", "dtype": "auto"}
 
 
 # --- places ---------------------------------------------------------------------------------------
@@ -239,12 +240,12 @@ key_map:
 def test_the_place_of_a_key_or_of_the_nearest_key_around_it(
     where: str, position: tuple[int, int]
 ) -> None:
-    assert specfile.parse(DOCUMENT, "s.yaml").position(where) == position
+    assert files.parse(DOCUMENT, "s.yaml").position(where) == position
 
 
 def test_problems_are_placed_and_put_in_the_order_of_the_file() -> None:
     problems = [Problem(message="late", where="part.text"), Problem(message="early", where="model")]
-    placed = specfile.parse(DOCUMENT, "s.yaml").placed(problems)
+    placed = files.parse(DOCUMENT, "s.yaml").placed(problems)
     assert [str(problem) for problem in placed] == [
         "s.yaml:1:1: model: early",
         "s.yaml:3:3: part.text: late",
@@ -252,7 +253,7 @@ def test_problems_are_placed_and_put_in_the_order_of_the_file() -> None:
 
 
 def test_a_spec_from_python_has_no_places() -> None:
-    document = specfile.read({"model": "gpt2"})
+    document = files.read({"model": "gpt2"})
     assert document.position("model") is None
     problems = [Problem(message="late", where="z"), Problem(message="early", where="a")]
     assert document.placed(problems) == problems
@@ -312,10 +313,10 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_document_made_to_exhaust_its_reader_is_refused_at_once(name: str) -> None:
     bomb = BOMBS[name]
-    assert len(bomb) <= specfile.MAX_BYTES
+    assert len(bomb) <= files.MAX_BYTES
     start = time.process_time()  # the promise is for a machine that has nothing else to do
     with pytest.raises(SpecError, match=r"10,000 values|32 levels|contains its own alias"):
-        specfile.parse(bomb)
+        files.parse(bomb)
     assert time.process_time() - start < 0.1
 
 
@@ -329,7 +330,7 @@ def test_a_document_that_is_merely_long_is_read_up_to_a_limit() -> None:
 
 def test_all_that_is_not_plain_in_a_file_is_named_at_once() -> None:
     with pytest.raises(SpecError) as caught:
-        specfile.parse("a: !b c\nd: .nan\nd: 1\n2: e\n? [f]\n: g\n", "s.yaml")
+        files.parse("a: !b c\nd: .nan\nd: 1\n2: e\n? [f]\n: g\n", "s.yaml")
     assert [str(problem) for problem in caught.value.problems] == [
         "s.yaml:1:4: the tag '!b' is not allowed: a spec is plain data. Remove the tag.",
         "s.yaml:3:1: d: the key stands twice, first on line 2, column 1. Keep one of the two.",
@@ -377,5 +378,5 @@ def test_python_objects_that_no_file_could_hold_are_refused(value: Any, message:
 
 
 def test_paths_tuples_and_sections_become_plain(tmp_path: Path) -> None:
-    document = specfile.read({"model": tmp_path, "a": (1, [True]), "part": Part(names=("a",))})
+    document = files.read({"model": tmp_path, "a": (1, [True]), "part": Part(names=("a",))})
     assert document.data == {"model": str(tmp_path), "a": [1, [True]], "part": {"names": ["a"]}}

@@ -24,8 +24,9 @@ from transformers import (
 )
 
 import llmload
-from llmload import compat, hookimpl
-from llmload.builtin.transformers import TransformersLoader
+from llmload.hf import compat
+from llmload import hookimpl
+from llmload.builtin.transformers.plugin import TransformersLoader
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Plain, Source, Target
 from llmload.checkpoint.proof import sha256

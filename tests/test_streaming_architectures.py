@@ -11,7 +11,7 @@ from sameness import differences, from_pretrained
 from tiny import save_checkpoint
 
 import llmload
-from llmload import compat
+from llmload.hf import compat
 
 CAUSAL = architectures.causal_lm_types()
 CONVERTED = ("mixtral", "qwen2_moe", "qwen3_next", "jamba", "hrm_text")

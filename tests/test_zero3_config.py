@@ -14,7 +14,7 @@ import llmload
 from llmload.builtin.zero3 import config
 from llmload.builtin.zero3.section import Zero3Section
 from llmload.errors import RequestError, SpecError
-from llmload.partitions import Span
+from llmload.model.partitions import Span
 
 
 def resolved(dtype: str = "bfloat16", hidden: int | None = 64, **section: Any) -> Any:
@@ -269,7 +269,7 @@ def test_transformers_must_see_the_config_before_it_partitions(
 ) -> None:
     from transformers.integrations import deepspeed as integration
 
-    from llmload.builtin.zero3._session import GlobalConfig
+    from llmload.builtin.zero3.loading_session import GlobalConfig
 
     before = integration._hf_deepspeed_config_weak_ref
     with GlobalConfig() as owned:
@@ -329,7 +329,7 @@ def test_mixtures_of_experts_are_gathered_as_one() -> None:
     from deepspeed.utils.z3_leaf_module import get_z3_leaf_modules
     from torch import nn
 
-    from llmload.builtin.zero3._leaves import mark_leaf_modules
+    from llmload.builtin.zero3.leaves import mark_leaf_modules
 
     class Mixture(nn.Module):
         def __init__(self) -> None:
@@ -355,8 +355,8 @@ def test_mixtures_of_experts_are_gathered_as_one() -> None:
 def test_ranks_that_do_not_come_to_the_process_group_are_named() -> None:
     from torch.distributed import TCPStore
 
-    from llmload.builtin.zero3._launch import _gather
-    from llmload.builtin.zero3._notices import Notices
+    from llmload.builtin.zero3.launch import _gather
+    from llmload.builtin.zero3.notices import Notices
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(llmload.LoadFailedError) as caught:

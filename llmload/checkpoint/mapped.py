@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmload.checkpoint.description import Checkpoint, CheckpointFile, identity
+from llmload.checkpoint.contents import Checkpoint, CheckpointFile, identity
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.folder import refuse, regular_file
 from llmload.checkpoint.libc import libc

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmload.checkpoint.header import TensorInfo
-    from llmload.checkpoint.joined import Assembled
+    from llmload.checkpoint.assembled import Assembled
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmload.checkpoint.header import TensorInfo
-    from llmload.checkpoint.joined import Assembled
+    from llmload.checkpoint.assembled import Assembled
     from llmload.checkpoint.mapped import MappedCheckpoint
     from llmload.checkpoint.placement import Placement
     from llmload.checkpoint.proof import Proof

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmload.checkpoint.counted import per_file
+from llmload.hf.counted_reads import per_file
 from llmload.errors import LoadFailedError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmload.checkpoint.header import TensorInfo
-from llmload.checkpoint.joined import Assembled, StandIn, itself, storage_of
+from llmload.checkpoint.assembled import Assembled, StandIn, itself, storage_of
 
 Taken = list[tuple[TensorInfo, torch.Tensor]]
 Tensors = list[torch.Tensor]

@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from llmload import compat
+from llmload.hf import compat
 
 if compat.major("transformers") < 5:
     pytest.skip("this transformers only renames keys", allow_module_level=True)
@@ -17,7 +17,7 @@ if compat.major("transformers") < 5:
 from transformers import conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from llmload.checkpoint import rules
+from llmload.hf import rules
 
 
 def described(found: list[Any] | None) -> Any:

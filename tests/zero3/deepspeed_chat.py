@@ -17,7 +17,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from zero3.comparing import deepspeed_config, losses
 
 import llmload
-from llmload import partitions
+from llmload.model import partitions
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 

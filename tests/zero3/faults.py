@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import llmload
-from llmload.registry import create_registry
+from llmload.host.registry import create_registry
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
@@ -179,7 +179,7 @@ def _rank() -> int:
 
 def _together() -> None:
     """Start the clock on all ranks at once: imports and compilation are behind them."""
-    from llmload.builtin.zero3._launch import connect
+    from llmload.builtin.zero3.launch import connect
 
     connect()
     torch.distributed.barrier()

@@ -12,8 +12,8 @@ from torch import nn
 from zero3.comparing import deepspeed_config, losses
 
 import llmload
-from llmload import partitions
-from llmload.registry import create_registry
+from llmload.model import partitions
+from llmload.host.registry import create_registry
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from pydantic import Field, ValidationError
 
 from llmload.errors import Problem, SpecError
-from llmload.explain import explain
-from llmload.spec import Section
+from llmload.spec.refusals import explain
+from llmload.spec.loadspec import Section
 
-from .section import Alpha, Names, Rank
+from llmload.builtin.lora.section import Alpha, Names, Rank
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from llmload.errors import Problem, RequestError
-from llmload.suggest import nearest
-from llmload.versions import version_of
+from llmload.spec.suggest import nearest
+from llmload.host.distributions import version_of
 
-from . import coati, saved
-from .section import FIELDS_SINCE, INITIALISATIONS, LoraSection
+from llmload.builtin.lora import coati, saved
+from llmload.builtin.lora.section import FIELDS_SINCE, INITIALISATIONS, LoraSection
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from llmload.context import LoadContext
+    from llmload.context.context import LoadContext
 
 TASKS: Final = {
     "causal_lm": "CAUSAL_LM",

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 
 from llmload.checkpoint import Checkpoint
 from llmload.errors import CheckpointError, Problem
-from llmload.explain import explain
+from llmload.spec.refusals import explain
 
-from .section import LEFT_TO_PEFT, OWN_FIELDS, LoraSection
+from llmload.builtin.lora.section import LEFT_TO_PEFT, OWN_FIELDS, LoraSection
 
 if TYPE_CHECKING:
     import torch

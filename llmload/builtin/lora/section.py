@@ -13,9 +13,9 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
 
-from llmload.explain import InvalidValueError
-from llmload.spec import Regex, Section
-from llmload.suggest import nearest
+from llmload.spec.refusals import InvalidValueError
+from llmload.spec.loadspec import Regex, Section
+from llmload.spec.suggest import nearest
 
 OWN_FIELDS: Final = frozenset(
     {"adapter", "adapter_dtype", "adapter_name", "lora_config", "merge", "tied_weights"}

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmload.explain import InvalidValueError
-from llmload.spec import Section
+from llmload.spec.refusals import InvalidValueError
+from llmload.spec.loadspec import Section
 
 
 class OffloadParam(Section):

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmload import compat
-from llmload.partitions import Span
+from llmload.hf import compat
+from llmload.model.partitions import Span
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from llmload.checkpoint.accounting import Accounting
-    from llmload.context import LoadContext
+    from llmload.context.context import LoadContext
 
 
 def share(module: nn.Module, attribute: str, elements: int, rank: int, ranks: int) -> Span:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmload import Problem, partitions
+from llmload import Problem
+from llmload.model import partitions
 
 if TYPE_CHECKING:
     from torch import nn

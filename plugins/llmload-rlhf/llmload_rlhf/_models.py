@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmload import partitions
+from llmload.model import partitions
 
 
 def head_size(config: Any) -> int:

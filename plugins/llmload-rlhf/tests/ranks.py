@@ -11,7 +11,7 @@ from llmload_rlhf._models import whole_state
 from making import load
 from zero3.comparing import deepspeed_config
 
-from llmload import partitions
+from llmload.model import partitions
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2Model
 
 import llmload
-from llmload.compat import dtype_option
+from llmload.hf.compat import dtype_option
 
 GPT2 = "openai-community/gpt2"
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import llmload
-from llmload.compat import dtype_option
+from llmload.hf.compat import dtype_option
 
 RATES = ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout")
 TOKENIZER = "facebook/opt-1.3b"

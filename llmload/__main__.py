@@ -1,0 +1,5 @@
+"""``python -m llmload``."""
+
+from llmload.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Modules by name in another dtype than the model's."""

@@ -1,0 +1,138 @@
+"""The plugin ``cast``: another dtype than the model's for some of its modules."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field
+
+from llmload.errors import PlanError, Problem
+from llmload.errors import Conflict, Note
+from llmload.hookspecs import hookimpl
+from llmload.spec.loadspec import Regex, Section
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from llmload.context.context import LoadContext
+
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+
+
+class CastSection(Section):
+    """Mixed dtypes, such as normalisation layers in float32 in a bfloat16 model.
+
+    A forward through them needs ``torch.autocast``, unless the model's own code casts.
+    """
+
+    modules: Annotated[Mapping[Regex, Dtype], Field(min_length=1)]
+    """Regular expression, found anywhere in a module's name -> dtype of the module and all in it.
+    Where several are found, the first holds."""
+
+
+class CastPlugin:
+    """Casts parameters and floating-point buffers of the finished base model; no adapter's."""
+
+    name = "cast"
+    Section = CastSection
+    after = ("*",)
+    conflicts = (
+        Conflict(
+            key="kbit",
+            reason="what of a quantised model is cast is said there",
+            fix="Use `kbit: {cast: {...}}`, which knows which weights are quantised.",
+        ),
+        Conflict(
+            key="zero3",
+            reason="DeepSpeed decides in which dtype it keeps the parts of a parameter",
+            fix="Remove `cast`.",
+        ),
+        Conflict(
+            key="colossalai",
+            reason="a Booster gives all parameters the dtype of its plugin",
+            fix="Remove `cast`.",
+        ),
+    )
+
+    @hookimpl
+    def check(self, ctx: LoadContext) -> Iterator[Note]:
+        """Say what is cast."""
+        for pattern, dtype in ctx.section(CastSection).modules.items():
+            yield Note(text=f"modules with {pattern!r} in their names in {dtype}")
+
+    @hookimpl
+    def post_load(self, ctx: LoadContext, model: nn.Module) -> nn.Module:
+        """Cast in place.
+
+        :raises PlanError: in the rehearsal, where a pattern is found in no module's name.
+        """
+        rules = ctx.section(CastSection).modules
+        counts = dict.fromkeys(rules, 0)
+        cast = []
+        for name, tensor, pattern in _matches(model, rules):
+            counts[pattern] += 1
+            dtype = _torch_dtype(rules[pattern])
+            tensor.data = tensor.data.to(dtype)
+            cast.append((name, weakref.ref(tensor), dtype))
+        if ctx.rehearsing:
+            _refuse_unmatched(model, counts)
+        ctx.handed_on[self.name] = cast
+        ctx.record(self.name, {"tensors": counts})
+        return model
+
+    @hookimpl
+    def audit(self, ctx: LoadContext, model: nn.Module) -> Iterable[Problem]:
+        """Check that what was cast still has its dtype."""
+        held = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        for name, reference, dtype in ctx.handed_on[self.name]:
+            tensor = reference()
+            if tensor is not None and id(tensor) in held and tensor.dtype != dtype:
+                yield Problem(
+                    where="cast.modules",
+                    message=f"{name!r} is {_spelt(tensor.dtype)}, {_spelt(dtype)} was planned",
+                    fix="A plugin after `cast` changed it; report this to its makers.",
+                )
+
+
+def _matches(model: nn.Module, rules: Mapping[str, str]) -> Iterator[tuple[str, torch.Tensor, str]]:
+    """Yield each tensor to cast once, with its name and the rule that holds for it."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        pattern = next((rule for rule in rules if re.search(rule, path)), None)
+        if pattern is None:
+            continue
+        for held in (module.named_parameters, module.named_buffers):
+            for name, tensor in held(recurse=False):
+                if tensor.is_floating_point() and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield f"{path}.{name}", tensor, pattern
+
+
+def _refuse_unmatched(model: nn.Module, counts: Mapping[str, int]) -> None:
+    problems = [
+        Problem(
+            where="cast.modules",
+            message=f"no module of {type(model).__name__} that holds floating-point tensors has"
+            f" {pattern!r} in its name",
+            fix="Remove the rule, or write part of a name as `named_modules()` gives it.",
+        )
+        for pattern, count in counts.items()
+        if not count
+    ]
+    if problems:
+        raise PlanError(problems)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _spelt(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Every dropout of a model set, in config, modules and attributes, and proved."""

@@ -1,0 +1,1 @@
+"""Embeddings resized to the tokenizer."""

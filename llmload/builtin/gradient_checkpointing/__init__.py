@@ -1,0 +1,1 @@
+"""Gradient checkpointing, with input gradients where an adapter needs them."""

@@ -1,0 +1,267 @@
+"""What is asked, against what the folder holds and what is installed; before a model is built."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from llmload.hf import compat
+from llmload.builtin.kbit.section import KbitSection
+from llmload.errors import Problem, first_line
+from llmload.errors import Note
+from llmload.host.distributions import version_of
+
+if TYPE_CHECKING:
+    from llmload.context.context import LoadContext
+
+_IN_CONFIG: Final = {
+    "quant_type": "bnb_4bit_quant_type",
+    "double_quant": "bnb_4bit_use_double_quant",
+    "compute_dtype": "bnb_4bit_compute_dtype",
+    "quant_storage": "bnb_4bit_quant_storage",
+    "threshold": "llm_int8_threshold",
+    "fp32_cpu_offload": "llm_int8_enable_fp32_cpu_offload",
+}
+"""Key of the section -> what a BitsAndBytesConfig calls it."""
+
+_FLOATS: Final = ("float16", "bfloat16", "float32")
+
+SPREADING: Final = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of ``device_map`` by which a model is spread over devices."""
+
+
+def stored_quantisation(ctx: LoadContext) -> dict[str, Any] | None:
+    """Return the quantisation that the folder's config declares, or None: not quantised yet."""
+    found = getattr(ctx.config, "quantization_config", None)
+    if found is None:
+        return None
+    return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+
+
+def compute_dtype(ctx: LoadContext, section: KbitSection) -> str:
+    """Return the dtype in which 4-bit layers multiply: as asked, else the model's."""
+    return section.compute_dtype or _name(ctx)
+
+
+def storage(ctx: LoadContext, section: KbitSection) -> str:
+    """Return the dtype of packed codes: as asked, else uint8, else what can be sharded."""
+    if section.quant_storage is not None:
+        return section.quant_storage
+    sharded = fsdp_announced() or _zero3_announced() or partitioned(ctx)
+    return _name(ctx) if sharded else "uint8"
+
+
+def partitioned(ctx: LoadContext) -> bool:
+    """Say whether this load partitions the model by ZeRO-3."""
+    if "zero3" not in ctx.active:
+        return False
+    from llmload.builtin.zero3.config import stage_of
+
+    return stage_of(ctx.sections["zero3"]) == 3  # type: ignore[arg-type]
+
+
+def _name(ctx: LoadContext) -> str:
+    return str(ctx.dtype).removeprefix("torch.")
+
+
+def fsdp_announced() -> bool:
+    """Say whether ``accelerate launch`` told this process that FSDP will shard the model."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _deepspeed_announced() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def _zero3_announced() -> bool:
+    return _deepspeed_announced() and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+
+
+def check(ctx: LoadContext, section: KbitSection) -> Iterator[Problem | Note]:
+    """Yield what stands in the way, and what will be done."""
+    yield from backend()
+    yield from _devices(ctx, section)
+    yield from _placement(ctx)
+    yield from _adapter(ctx, section)
+    yield from _deepspeed(ctx, section)
+    stored = stored_quantisation(ctx)
+    if stored is not None:
+        yield from _contradictions(ctx, section, stored)
+        yield Note(text="the checkpoint is quantised already")
+    else:
+        yield Note(text=_described(ctx, section))
+        if partitioned(ctx):
+            yield Note(
+                text="each rank reads what it quantises whole, one weight at a time, and keeps its"
+                " part of the codes and all statistics"
+            )
+    yield Note(text=f"freeze the base model, prepared as {section.prepare}")
+    if section.prepare in ("legacy", "trl_legacy") and "gradient_checkpointing" not in ctx.active:
+        yield Note(
+            text="no gradient checkpointing, which belongs to the preparation in PEFT and has its"
+            " own section here"
+        )
+
+
+def _described(ctx: LoadContext, section: KbitSection) -> str:
+    if section.bits == 8:
+        return f"quantise to 8 bits, outliers above {section.threshold:g} in 16"
+    double = ", statistics quantised too" if section.double_quant else ""
+    return (
+        f"quantise to 4 bits: {section.quant_type} in blocks of {section.block_size}{double},"
+        f" stored as {storage(ctx, section)}, computing in {compute_dtype(ctx, section)}"
+    )
+
+
+def backend() -> Iterator[Problem]:
+    """Yield why transformers takes no bitsandbytes here."""
+    from transformers.integrations import validate_bnb_backend_availability
+
+    try:
+        validate_bnb_backend_availability(raise_exception=True)
+    except RuntimeError as error:
+        version = version_of("transformers")
+        reason = first_line(error).partition(". ")[0].rstrip(".")
+        fix = "Run on a device that bitsandbytes supports."
+        if not compat.quantises_weight_by_weight():
+            # Its own sentence lists sets, in an order that changes from run to run.
+            reason = "it finds no accelerator, and does not take the CPU"
+            fix = "Run on an accelerator, or use transformers 5, which takes bitsandbytes on a CPU."
+        yield Problem(
+            where="kbit",
+            message=f"transformers {version} refuses bitsandbytes here: {reason}",
+            fix=fix,
+        )
+
+
+def _devices(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
+    asked = ctx.spec.device_map
+    places = {str(place) for place in asked.values()} if isinstance(asked, Mapping) else set()
+    on_host = places & {"cpu", "disk"}
+    if section.fp32_cpu_offload and not (on_host and places - on_host):
+        yield Problem(
+            where="kbit.fp32_cpu_offload",
+            message="no modules are put on the CPU beside others on an accelerator",
+            fix="Remove it, or name the modules in `device_map`.",
+        )
+    elif on_host and places != {"cpu"} and not section.fp32_cpu_offload:
+        yield Problem(
+            where="device_map",
+            message=f"some modules are put on {' and '.join(sorted(on_host))}, where bitsandbytes"
+            " does not compute for a model on an accelerator",
+            fix="Put them on the accelerator, or set `kbit: {fp32_cpu_offload: true}` to keep them"
+            " unquantised.",
+        )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked in SPREADING and processes > 1:
+        yield Problem(
+            where="device_map",
+            message=f"each of {processes} processes would spread its model over all devices",
+            fix="Leave `device_map` out: each process then takes the device of its local rank.",
+        )
+
+
+def _placement(ctx: LoadContext) -> Iterator[Problem]:
+    """Refuse a plugin that stores weights in a way that quantised ones cannot be stored in."""
+    other = ctx.placed_by
+    if other is not None and not ctx.splits and stored_quantisation(ctx) is None:
+        yield unsuited(f"`{other}`")
+
+
+def unsuited(what: str) -> Problem:
+    """Return the problem that a placement before ours takes no quantised weights."""
+    return Problem(
+        where="kbit",
+        message=f"{what} stores the weights in its own way, and takes none that are quantised: it"
+        " has no `part`, as llmload.checkpoint.placement.Splitting has",
+        fix="Leave out one of the two. A plugin whose placement has it says so in its `check`:"
+        " `ctx.splits = True`.",
+    )
+
+
+def _adapter(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
+    """TRL casts the adapter, which here is the business of the section ``lora``."""
+    dtype = getattr(ctx.sections.get("lora"), "adapter_dtype", "bfloat16")
+    if section.prepare == "trl" and dtype != "bfloat16":
+        yield Problem(
+            where="kbit.prepare",
+            message=f"`trl` has adapters in bfloat16, and `lora.adapter_dtype` is {dtype!r}",
+            fix="Set `lora: {adapter_dtype: bfloat16}`.",
+        )
+
+
+def _deepspeed(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
+    """DeepSpeed 0.19 takes codes stored as floating point for values: it casts them to its dtype.
+
+    In ``deepspeed.initialize``, silently, at any ZeRO stage, with other losses from the first step.
+    """
+    if "zero3" not in ctx.active and not _deepspeed_announced():
+        return
+    stored = stored_quantisation(ctx)
+    bits, as_dtype = section.bits, section.quant_storage
+    if stored is not None:
+        bits = 8 if stored.get("load_in_8bit") else 4
+        as_dtype = stored.get("bnb_4bit_quant_storage")
+    if bits == 8 and partitioned(ctx):
+        yield Problem(
+            where="kbit.bits",
+            message="ZeRO-3 cannot partition 8-bit weights: bitsandbytes keeps the whole codes in"
+            " the layer, beside the parameter",
+            fix="Use `bits: 4`, or a ZeRO stage below 3, where each rank keeps the whole model.",
+        )
+    elif bits == 4 and as_dtype in _FLOATS and as_dtype != _name(ctx):
+        yield Problem(
+            where="kbit.quant_storage",
+            message=f"DeepSpeed casts every floating-point parameter to {_name(ctx)}, codes stored"
+            f" as {as_dtype} too, which ruins them",
+            fix=f"Remove the key, or set `quant_storage: {_name(ctx)}`."
+            if stored is None
+            else "Load the checkpoint from before it was quantised.",
+        )
+
+
+def _contradictions(
+    ctx: LoadContext, section: KbitSection, stored: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """Compare what the section says, defaults aside, with how the checkpoint was quantised."""
+    bits = {"load_in_4bit": 4, "load_in_8bit": 8}
+    found = next((number for key, number in bits.items() if stored.get(key)), None)
+    if found is None:
+        method = getattr(stored.get("quant_method"), "value", stored.get("quant_method"))
+        yield Problem(
+            where="kbit",
+            message=f"the checkpoint is quantised already, by {method}, not by bitsandbytes",
+            fix="Remove `kbit`.",
+        )
+        return
+    has = {key: stored[name] for key, name in _IN_CONFIG.items() if name in stored}
+    has["bits"] = found
+    if (block := _stored_block_size(ctx)) is not None:
+        has["block_size"] = block
+    for key in sorted(section.model_fields_set & has.keys()):
+        asked = getattr(section, key)
+        if asked is not None and asked != (value := has[key]):
+            yield Problem(
+                where=f"kbit.{key}",
+                message=f"{asked!r} is asked for, and the checkpoint is quantised with {value!r}",
+                fix="Remove the key, or load the checkpoint from before it was quantised.",
+            )
+    if section.skip_modules:
+        yield Problem(
+            where="kbit.skip_modules",
+            message="the checkpoint is quantised already, with modules left out as it has them",
+            fix="Remove the key, or load the checkpoint from before it was quantised.",
+        )
+
+
+def _stored_block_size(ctx: LoadContext) -> int | None:
+    """Find the block size, which no config says, from the number of statistics."""
+    tensors = ctx.checkpoint.tensors if ctx.checkpoint is not None else {}
+    for name, statistics in tensors.items():
+        weight = tensors.get(name.removesuffix(".absmax"))
+        if name.endswith(".weight.absmax") and weight is not None:
+            values = 2 * weight.nbytes / statistics.numel
+            return 1 << math.ceil(math.log2(values))
+    return None

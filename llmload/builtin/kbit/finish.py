@@ -1,0 +1,251 @@
+"""Once the weights are there: freeze, cast, say what it all takes, prove a piece. Needs torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from bitsandbytes import functional as bnb
+from bitsandbytes.nn import Int8Params, Linear4bit
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from llmload.model import partitions
+from llmload.load.audit import some
+from llmload.builtin.kbit import check
+from llmload.builtin.kbit.casting import Casting, is_quantised, parameters
+from llmload.builtin.kbit.quantise import quantised_layers, rehearse
+from llmload.errors import CheckpointError, Problem, RequestError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmload.builtin.kbit.quantise import QuantisedLayer
+    from llmload.builtin.kbit.section import KbitSection
+    from llmload.context.context import LoadContext
+
+
+def finish(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> None:
+    """Freeze the base model, cast what is not quantised, and record what it takes.
+
+    :raises RequestError: nothing is quantised; the block size is not as asked; the model is to be
+        sharded by FSDP, and its parameters would not have one dtype; or ZeRO-3 partitions it, and
+        parameters would be cast.
+    :raises CheckpointError: a weight to be quantised is missing from the checkpoint.
+    """
+    if ctx.rehearsing:
+        rehearse(ctx, section, model)
+    layers = dict(quantised_layers(model))
+    _refuse_unquantised(ctx, section, model, layers)
+    casting = Casting(section, model)
+    if check.partitioned(ctx):
+        _refuse_casts(ctx, casting, model)
+    for name, owner, parameter in parameters(model):
+        parameter.requires_grad = False
+        parameter.data = parameter.data.to(casting.dtype(name, owner, parameter))
+    if check.fsdp_announced():
+        _refuse_mixed_dtypes(casting, model)
+    ctx.record("kbit", _facts(ctx, casting, model, layers))
+
+
+def _refuse_unquantised(
+    ctx: LoadContext, section: KbitSection, model: nn.Module, layers: dict[str, QuantisedLayer]
+) -> None:
+    if not layers:
+        raise RequestError(
+            Problem(
+                where="kbit",
+                message=f"{type(model).__name__} has no linear layer to quantise",
+                fix="Remove `kbit`, or list fewer `skip_modules`.",
+            )
+        )
+    if ctx.rehearsing:
+        return
+    missing = [f"{n}.weight" for n, layer in layers.items() if not _is_done(layer.weight)]
+    if missing:
+        raise CheckpointError(
+            Problem(
+                where="kbit",
+                message=f"the checkpoint has no values for {some(missing)}, and bitsandbytes cannot"
+                " quantise newly initialised ones",
+                fix="List the modules in `kbit: {skip_modules: [...]}`.",
+            )
+        )
+    blocks = {n.weight.quant_state.blocksize for n in layers.values() if isinstance(n, Linear4bit)}
+    if check.stored_quantisation(ctx) is None and blocks - {section.block_size}:
+        raise RequestError(
+            Problem(
+                where="kbit.block_size",
+                message=f"{section.block_size} is asked for, and from_pretrained, which had to load"
+                f" this model, quantises in blocks of {min(blocks)}",
+                fix="Remove the key; the plan says why the streaming loader declined.",
+            )
+        )
+
+
+def _is_done(weight: nn.Parameter) -> bool:
+    return is_quantised(weight) and (
+        weight.dtype == torch.int8 or bool(getattr(weight, "bnb_quantized", False))
+    )
+
+
+def _refuse_casts(ctx: LoadContext, casting: Casting, model: nn.Module) -> None:
+    """ZeRO-3 has one dtype for every parameter of floating point, DeepSpeed's own."""
+    groups = {
+        casting.group(name, owner)
+        for name, owner, parameter in parameters(model)
+        if casting.dtype(name, owner, parameter) != parameter.dtype
+    }
+    if groups:
+        raise RequestError(
+            Problem(
+                where="kbit",
+                message=f"ZeRO-3 keeps every parameter in {str(ctx.dtype).removeprefix('torch.')},"
+                f" and {' and '.join(sorted(groups))} would be cast to another dtype",
+                fix="Leave `prepare` and `cast` out, or use a ZeRO stage below 3.",
+            )
+        )
+
+
+def _refuse_mixed_dtypes(casting: Casting, model: nn.Module) -> None:
+    """FSDP flattens the parameters of a block into one tensor: they must have one dtype."""
+    found: dict[torch.dtype, set[str]] = {}
+    for name, owner, parameter in parameters(model):
+        what = "codes" if is_quantised(parameter) else casting.group(name, owner)
+        found.setdefault(parameter.dtype, set()).add(what)
+    if len(found) > 1 or not next(iter(found)).is_floating_point:
+        listed = ", ".join(
+            f"{' and '.join(sorted(groups))} in {str(dtype).removeprefix('torch.')}"
+            for dtype, groups in sorted(found.items(), key=str)
+        )
+        raise RequestError(
+            Problem(
+                where="kbit",
+                message="FSDP shards parameters of one floating-point dtype, and the model would"
+                f" have {listed}",
+                fix="Leave `quant_storage`, `prepare` and `cast` out.",
+            )
+        )
+
+
+def _facts(
+    ctx: LoadContext, casting: Casting, model: nn.Module, layers: dict[str, QuantisedLayer]
+) -> dict[str, Any]:
+    left: dict[str, dict[str, int]] = {}
+    for name, owner, parameter in parameters(model):
+        if not is_quantised(parameter):
+            group = left.setdefault(
+                casting.group(name, owner), {"parameters": 0, "bytes": 0, "cast_bytes": 0}
+            )
+            elements = partitions.elements(parameter)
+            group["parameters"] += elements
+            group["bytes"] += elements * parameter.element_size()
+            group["cast_bytes"] += elements * (parameter.element_size() - ctx.dtype.itemsize)
+    return {
+        "layers": len(layers),
+        "parameters": sum(layer.in_features * layer.out_features for layer in layers.values()),
+        "bytes": sum(map(_code_bytes, layers.values())),
+        "statistics_bytes": sum(map(_statistics_bytes, layers.values())),
+        "unquantised": left,
+    }
+
+
+def _code_bytes(layer: QuantisedLayer) -> int:
+    size: int = layer.weight.element_size()
+    return partitions.elements(layer.weight) * size
+
+
+def _statistics_bytes(layer: QuantisedLayer) -> int:
+    """Count what a layer keeps beside its codes, constant tables apart."""
+    weight = layer.weight
+    if isinstance(weight, Int8Params):
+        return 4 * int(layer.out_features)
+    blocks: int = math.ceil(layer.in_features * layer.out_features / weight.blocksize)
+    if not weight.compress_statistics:
+        return 4 * blocks
+    # One byte each, in blocks of 256 with a float32, and their mean.
+    return blocks + 4 * math.ceil(blocks / 256) + 4
+
+
+# --- the proof ----------------------------------------------------------------------------------
+
+
+def audit(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
+    """Quantise the first block or row held of each weight anew from the file, and compare.
+
+    Of weights that the checkpoint holds under the model's own name and shape.
+    """
+    checkpoint = ctx.checkpoint
+    if (
+        checkpoint is None
+        or checkpoint.format != "safetensors"
+        or check.stored_quantisation(ctx) is not None
+    ):
+        return
+    get_base_model = getattr(model, "get_base_model", lambda: model)
+    proven, wrong = 0, []
+    for path, layer in quantised_layers(get_base_model()):
+        name = f"{path.removesuffix('.base_layer')}.weight"
+        info = checkpoint.tensors.get(name)
+        shape = (layer.out_features, layer.in_features)
+        if info is None or info.shape != (shape[::-1] if _is_transposed(layer) else shape):
+            continue
+        proven += 1
+        if not _agrees(layer, info.file, name, ctx.dtype):
+            wrong.append(name)
+    ctx.record("kbit", {"proven_layers": proven})
+    if wrong:
+        yield Problem(
+            where="kbit",
+            message=f"{some(wrong)} are not what the checkpoint's values give when quantised",
+            fix="Try another loader with `-p no:NAME`, and report this.",
+        )
+
+
+def _is_transposed(layer: QuantisedLayer) -> bool:
+    return issubclass(layer.source_cls, Conv1D)
+
+
+def _rows(layer: QuantisedLayer, file: Any, name: str, start: int, stop: int) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        stored = opened.get_slice(name)
+        rows: torch.Tensor = (
+            stored[:, start:stop].T if _is_transposed(layer) else stored[start:stop]
+        )
+    return rows.to(layer.weight.device)
+
+
+def _agrees(layer: QuantisedLayer, file: Any, name: str, dtype: torch.dtype) -> bool:
+    weight = layer.weight
+    if isinstance(weight, Int8Params):
+        row = _rows(layer, file, name, 0, 1).to(dtype).to(torch.float16)
+        codes, scale, _ = bnb.int8_vectorwise_quant(row)
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        return torch.equal(codes, weight.data[:1]) and torch.equal(scale, scales[:1])
+    found = partitions.held(weight)
+    if found is None:
+        return True  # on a disk
+    held, first = found[0].view(torch.uint8), found[1] * weight.element_size()
+    state, width = weight.quant_state, layer.in_features
+    # The first whole block that this process holds, two values to the byte.
+    block = -(-2 * first // state.blocksize)
+    start = block * state.blocksize
+    stop = min(start + state.blocksize, width * layer.out_features)
+    held = held[start // 2 - first : (stop + 1) // 2 - first]
+    if start >= stop or 2 * len(held) < stop - start:
+        return True
+    rows = _rows(layer, file, name, start // width, -(-stop // width)).flatten()
+    offset = start - start // width * width
+    packed, expected = bnb.quantize_4bit(
+        rows[offset : offset + stop - start].to(state.dtype),
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+    )
+    # Statistics that are quantised themselves cannot be looked at one by one.
+    return torch.equal(packed.flatten(), held) and (
+        state.nested or torch.equal(expected.absmax, state.absmax[block : block + 1])
+    )

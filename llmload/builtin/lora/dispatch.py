@@ -1,0 +1,86 @@
+"""Asks plugins for adapter layers before PEFT looks for one, and remembers who made some."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import peft
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from llmload.errors import LlmloadError, LoadFailedError, PluginError, Problem
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from llmload.context.context import LoadContext
+
+
+@dataclasses.dataclass
+class _RecordingConfig(peft.LoraConfig):  # type: ignore[misc]
+    """A LoRA configuration that is saved with the names of the plugins that made layers."""
+
+    llmload_plugins: list[str] = dataclasses.field(default_factory=list)
+
+
+class Dispatcher:
+    """Stands among PEFT's custom modules for the hook ``lora_layer``."""
+
+    def __init__(self, ctx: LoadContext, config: peft.LoraConfig) -> None:
+        self._ctx = ctx
+        self._config = config
+        # pluggy keeps them in the opposite of the order in which it calls them.
+        self._plugins: list[pluggy.HookImpl] = ctx.hook.lora_layer.get_hookimpls()[::-1]
+        self._made: set[str] = set()
+        if self._plugins:
+            config._register_custom_module({nn.Module: self._layer})
+
+    def _layer(self, target: nn.Module, adapter_name: str, **options: Any) -> nn.Module | None:
+        """Return the first plugin's layer, or None, whereupon PEFT goes on to its own.
+
+        :param options: what PEFT would give to a layer of its own, by the names of its version.
+        """
+        config = copy.copy(self._config)
+        config.r, config.lora_alpha = options["r"], options["lora_alpha"]
+        given = {
+            "ctx": self._ctx,
+            "target": target,
+            "adapter_name": adapter_name,
+            "config": config,
+        }
+        for plugin in self._plugins:
+            layer = _call(plugin, given)
+            if layer is None:
+                continue
+            if not (isinstance(layer, LoraLayer) and isinstance(layer, nn.Module)):
+                raise PluginError(
+                    Problem(
+                        plugin=plugin.plugin_name,
+                        message=f"lora_layer returned a {type(layer).__name__}, and must return a"
+                        " module that is a peft LoraLayer, or None",
+                    )
+                )
+            self._made.add(plugin.plugin_name)
+            return layer
+        return None
+
+    def finish(self) -> None:
+        """Let go of the load, and write the plugins that made layers into the configuration."""
+        self._config._custom_modules = None
+        if self._made:
+            # The object is in the model already, which saves it with the fields of its class.
+            self._config.__class__ = _RecordingConfig
+            self._config.llmload_plugins = sorted(self._made)
+
+
+def _call(plugin: pluggy.HookImpl, given: dict[str, Any]) -> object:
+    try:
+        return plugin.function(*(given[name] for name in plugin.argnames))
+    except LlmloadError:
+        raise
+    except Exception as error:  # the plugin's own code
+        raise LoadFailedError(
+            f"plugin {plugin.plugin_name!r} failed in lora_layer: {type(error).__name__}: {error}"
+        ) from error

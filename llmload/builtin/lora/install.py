@@ -1,0 +1,241 @@
+"""Puts the adapter around the model, in the rehearsal and in the load by the same steps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Final
+
+import peft
+import torch
+from torch import nn
+
+from llmload.errors import Problem, RequestError
+
+from llmload.builtin.lora import resume, targets, ties
+from llmload.builtin.lora.dispatch import Dispatcher
+from llmload.builtin.lora.layers import adapter_parameters, lora_layers
+from llmload.builtin.lora.names import translate_targets
+from llmload.builtin.lora.request import Request, heard, refused, resolve
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+    from llmload.context.context import LoadContext
+
+PREFIX: Final = "base_model.model."
+"""Goes before the base model's names in a ``PeftModel``."""
+
+# Initialisations that PEFT cannot run on the meta device; names and shapes are those of any other.
+_NEED_VALUES: Final = ("corda", "loftq")
+
+
+def install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
+    """Wrap ``model`` and record what came of it under ``ctx.facts["lora"]``.
+
+    :raises RequestError: PEFT refuses the adapter, a name matches nothing, the adapter reaches tied
+        weights without a choice, or a saved adapter does not fit.
+    """
+    request = resolve(ctx)
+    section = request.section
+    untied = ties.untie(model) if section.tied_weights == "untie" else {}
+    with heard():  # what it warns of, `check` has told
+        config = _config(ctx, request, model)
+    unmatched = targets.hold_to_names(request.fields, config, model)
+    linear = targets.linear_layers(model)
+    tied = ties.tied_embeddings(model)
+    trial = _trial(ctx, request, model)
+    # Held, not only their ids: PEFT may replace one, and its id would be given away again.
+    before = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+
+    with heard() as warned:
+        wrapped = _wrap(ctx, request, model, config)
+    reached = ties.reached(wrapped, tied)
+    ties.refuse_undecided(request, reached, tied)
+    _set_dtype(ctx, request, wrapped)
+    if section.ensure_weight_tying:
+        ties.tie_again(wrapped, section.adapter_name)
+    layers = lora_layers(wrapped, section.adapter_name)
+    if trial is not None:
+        _refuse_other_targets(request, set(layers), trial)
+
+    _account(ctx, request, wrapped, before, untied)
+    changed = [f"{PREFIX}{name}.base_layer.weight" for name in layers if request.changes_base]
+    if request.saved is not None:
+        changed += resume.restore(ctx, request.saved, wrapped, section.adapter_name)
+    ctx.record(
+        "lora",
+        {
+            "targets": list(layers),
+            "unmatched": unmatched,
+            "left_out": targets.by_kind(set(linear) - layers.keys()),
+            "changed_base": changed,
+            "tied": reached,
+            "untied": list(untied),
+            "warnings": warned,
+        },
+    )
+    if section.inference_mode:
+        # peft 0.13 leaves the modules to save trainable.
+        wrapped.requires_grad_(False)
+    # PEFT makes its modules in training mode, whatever the base model's.
+    return wrapped.train(model.training)
+
+
+def merge(ctx: LoadContext, model: PeftModel) -> PreTrainedModel:
+    """Add the adapter to the base's weights and return the plain model, frozen.
+
+    :raises RequestError: PEFT cannot merge the adapter.
+    """
+    try:
+        # PEFT's safe_merge would round the adapter's part to the base's dtype before adding it.
+        merged = model.merge_and_unload(safe_merge=False)
+    except (NotImplementedError, ValueError) as error:
+        raise refused(error) from error
+    held = {name for name, _ in merged.named_parameters(remove_duplicate=False)}
+    ctx.newly_initialised = {n: why for n, why in ctx.newly_initialised.items() if n in held}
+    ctx.record("lora", {"merged": True})
+    merged.requires_grad_(False)
+    return merged.eval()
+
+
+def _account(
+    ctx: LoadContext,
+    request: Request,
+    model: PeftModel,
+    before: Mapping[int, torch.Tensor],
+    untied: Mapping[str, torch.Tensor],
+) -> None:
+    """List what is not from the checkpoint; ``before`` holds the base's tensors by identity."""
+    source = request.section.adapter
+    made = f"resumed from {source}" if source else "made by PEFT"
+    copies = {id(tensor) for tensor in untied.values()}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) in copies:
+            ctx.newly_initialised[name] = "an untied copy"
+        elif id(tensor) not in before:
+            ctx.newly_initialised[name] = made
+
+
+def _config(ctx: LoadContext, request: Request, model: nn.Module, **changes: Any) -> LoraConfig:
+    """Make PEFT's configuration for this model."""
+    if request.coati is not None:
+        changes["target_modules"] = request.coati.targets(model)
+        if not changes["target_modules"]:
+            raise RequestError(
+                Problem(
+                    where="lora.lora_config",
+                    message=f"no linear or embedding layer of {type(model).__name__} is named in"
+                    f" its target_modules {list(request.coati.target_modules or ())}",
+                    fix="Name layers as ColossalChat does, such as q_proj; it does not adapt"
+                    " transformers' Conv1D.",
+                )
+            )
+    if ctx.rehearsing and request.initialisation in _NEED_VALUES:
+        changes["init_lora_weights"] = True
+    config = request.config(**changes)
+    try:
+        translate_targets(config, model)
+    except ValueError as error:
+        raise refused(error) from error
+    return config
+
+
+def _wrap(ctx: LoadContext, request: Request, model: nn.Module, config: LoraConfig) -> PeftModel:
+    section = request.section
+    if ctx.rehearsing and config.to_dict().get("monteclora_config") is not None:
+        # Its samplers are made on a real device only; the host then promises nothing.
+        raise NotImplementedError("PEFT cannot make MonteCLoRA on the meta device")
+    if not ctx.rehearsing:
+        _prepare(config, model)
+    dispatcher = Dispatcher(ctx, config)
+    try:
+        # Made on the meta device, the adapter costs no memory and draws no random number.
+        with torch.device("meta") if ctx.rehearsing else nullcontext():
+            wrapped = peft.get_peft_model(
+                model,
+                config,
+                adapter_name=section.adapter_name,
+                autocast_adapter_dtype=section.adapter_dtype == "auto",
+            )
+    except (ImportError, TypeError, ValueError) as error:
+        raise refused(error) from error
+    dispatcher.finish()
+    _name_base(ctx, request, config)
+    return wrapped
+
+
+def _prepare(config: LoraConfig, model: nn.Module) -> None:
+    """Do what an initialisation needs done first, and make sure of what a plugin was to do."""
+    if config.init_lora_weights == "corda":
+        from peft.tuners.lora.corda import preprocess_corda
+
+        if not any(hasattr(module, "eigens") for module in model.modules()):
+            preprocess_corda(model, config)
+    elif config.init_lora_weights == "lora_ga" and not any(
+        # PEFT would quietly fall back to its default.
+        hasattr(module, "_peft_loraga_grad")
+        for module in model.modules()
+    ):
+        raise RequestError(
+            Problem(
+                where="lora.init_lora_weights",
+                message="no layer carries the gradients that 'lora_ga' starts from",
+                fix="Let a plugin's post_load call peft's preprocess_loraga.",
+            )
+        )
+
+
+def _name_base(ctx: LoadContext, request: Request, config: LoraConfig) -> None:
+    """Let the saved adapter find its base: PEFT knows only the folder the model was read from."""
+    from pathlib import Path
+
+    spec = ctx.spec
+    if spec.weights == "pretrained" and not Path(spec.model).expanduser().is_dir():
+        config.base_model_name_or_path = spec.model
+    config.revision = spec.revision
+    for name in ("base_model_name_or_path", "revision"):
+        if request.fields.get(name) is not None:
+            setattr(config, name, request.fields[name])
+
+
+def _set_dtype(ctx: LoadContext, request: Request, model: PeftModel) -> None:
+    """Cast the adapter to the dtype asked for; ``auto`` was PEFT's own work."""
+    asked, adapter = request.section.adapter_dtype, request.section.adapter_name
+    if asked == "auto":
+        return
+    dtype = ctx.dtype if asked == "base" else getattr(torch, asked)
+    for layer in lora_layers(model, adapter).values():
+        for parameter in adapter_parameters(layer, adapter).values():
+            parameter.data = parameter.data.to(dtype)
+
+
+def _trial(ctx: LoadContext, request: Request, model: nn.Module) -> set[str] | None:
+    """Return the layers that the section's own words would adapt, where a saved adapter's hold.
+
+    PEFT saves ``all-linear`` and regular expressions as the names they matched, so the words can
+    only be compared by their effect; in the rehearsal a second wrap costs nothing.
+    """
+    given = request.section.given()
+    words = {n: given[n] for n in ("target_modules", "exclude_modules") if n in given}
+    if request.saved is None or not ctx.rehearsing or not words:
+        return None
+    twin = copy.deepcopy(model)
+    with heard():
+        wrapped = _wrap(ctx, request, twin, _config(ctx, request, twin, **words))
+    return set(lora_layers(wrapped, request.section.adapter_name))
+
+
+def _refuse_other_targets(request: Request, found: set[str], asked: set[str]) -> None:
+    if asked == found:
+        return
+    raise RequestError(
+        Problem(
+            where="lora.target_modules",
+            message=f"the section asks for {', '.join(targets.by_kind(asked))}, and the adapter in"
+            f" {request.section.adapter!r} has {', '.join(targets.by_kind(found))}",
+            fix="Remove `target_modules` and `exclude_modules` from the section.",
+        )
+    )

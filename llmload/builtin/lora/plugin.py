@@ -1,0 +1,233 @@
+"""LoRA adapters through PEFT: new, resumed, or as ColossalChat's files describe them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from llmload.hf import compat
+from llmload.errors import Problem
+from llmload.errors import Conflict, Note
+from llmload.hookspecs import hookimpl
+from llmload.host.distributions import version_of
+
+from llmload.builtin.lora.hooks import Hooks
+from llmload.builtin.lora.section import LoraSection
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from llmload.context.context import LoadContext
+
+    from llmload.builtin.lora.request import Request
+
+__all__ = ["LoraPlugin", "LoraSection"]
+
+_UNQUANTISED: Final = ("pissa", "corda", "loftq", "mica", "lora_ga")
+
+
+def _needs_plain_weights(section: LoraSection, _other: object) -> bool:
+    start = section.init_lora_weights
+    return isinstance(start, str) and start.startswith(_UNQUANTISED)
+
+
+class LoraPlugin:
+    """Wraps the finished base model in a ``PeftModel``."""
+
+    name = "lora"
+    requires = ("peft>=0.13.2",)
+    Section = LoraSection
+    Hooks = Hooks
+    conflicts = (
+        Conflict(
+            key="kbit",
+            reason="this `init_lora_weights` decomposes weights that are not quantised",
+            fix="Use `init_lora_weights: true` or olora, or prepare adapter and residual model"
+            " beforehand from the unquantised model.",
+            when=_needs_plain_weights,
+        ),
+    )
+
+    @hookimpl
+    def check(self, ctx: LoadContext) -> Iterator[Problem | Note]:
+        """Say which adapter will be made, and find what PEFT would refuse or get wrong."""
+        from llmload.builtin.lora.request import heard, resolve
+
+        request = resolve(ctx)
+        with heard() as warned:
+            request.config()
+        for text in warned:
+            yield Problem(
+                where="lora", severity="warning", message=f"PEFT warns: {text.rstrip('.')}"
+            )
+        yield from _idle(ctx, request)
+        yield from _start_problems(request)
+        yield from _resume_problems(request)
+        yield from _missing_dispatchers(ctx, request)
+        yield from _merge_problems(ctx, request)
+        yield from _bias_problems(request)
+        for text in _notes(request):
+            yield Note(text=text)
+
+    @hookimpl
+    def wrap_adapter(self, ctx: LoadContext, model: PreTrainedModel) -> PeftModel | PreTrainedModel:
+        """Put the adapter around the model, and where it is to be merged, into it."""
+        from llmload.builtin.lora.install import install, merge
+
+        wrapped = install(ctx, model)
+        return merge(ctx, wrapped) if ctx.section(LoraSection).merge else wrapped
+
+    @hookimpl
+    def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
+        """Prove that the adapter is where it was put, and holds what it should."""
+        from llmload.builtin.lora.proof import prove, prove_merged
+
+        merged = ctx.section(LoraSection).merge
+        yield from prove_merged(ctx, model) if merged else prove(ctx, model)
+
+
+def _idle(ctx: LoadContext, request: Request) -> Iterator[Problem]:
+    """Warn of an adapter that starts without effect and is never trained."""
+    start = request.initialisation
+    if not ctx.spec.trainable and request.saved is None and start not in (False, "orthogonal"):
+        yield Problem(
+            where="lora",
+            severity="warning",
+            message="the adapter is new and will not be trained: it changes nothing",
+            fix="Remove the section; in a member that is `like` another one, write `lora: null`.",
+        )
+
+
+def _start_problems(request: Request) -> Iterator[Problem]:
+    """Yield what initialisations need beyond the weights."""
+    start = request.initialisation
+    where = "lora.init_lora_weights"
+    if request.saved is not None:
+        return
+    if start == "eva":
+        yield Problem(
+            where=where,
+            severity="warning",
+            message="'eva' starts from data: until then, the adapter starts at random",
+            fix="Call peft's initialize_lora_eva_weights(result.model, batches) before training.",
+        )
+    elif start == "lora_ga":
+        yield Problem(
+            where=where,
+            severity="warning",
+            message="'lora_ga' starts from gradients, which a spec cannot make",
+            fix="Let a plugin's post_load call peft's preprocess_loraga.",
+        )
+    elif start == "corda" and not _corda_files(request):
+        yield Problem(
+            where=where,
+            message="'corda' starts from covariances of activations, and `corda_config` names no"
+            " file that holds them",
+            fix="Make one with peft's preprocess_corda, and name it as `covariance_file` or"
+            " `cache_file` in `corda_config`.",
+        )
+    elif start == "loftq":
+        yield from _accelerator(where)
+
+
+def _corda_files(request: Request) -> bool:
+    from pathlib import Path
+
+    options: dict[str, Any] = request.fields.get("corda_config") or {}
+    named = [options.get(name) for name in ("cache_file", "covariance_file")]
+    return any(name is not None and Path(name).is_file() for name in named)
+
+
+def _accelerator(where: str) -> Iterator[Problem]:
+    import torch
+
+    if not (torch.cuda.is_available() or torch.xpu.is_available()):
+        yield Problem(
+            where=where,
+            message="PEFT computes 'loftq' on a GPU, and there is none",
+            fix="Use pissa or olora, or load where there is a GPU.",
+        )
+
+
+def _resume_problems(request: Request) -> Iterator[Problem]:
+    """Refuse adapters whose base weights cannot be had again.
+
+    Such an adapter was trained on what its initialisation left of the base; PEFT repeats the
+    initialisation when it resumes, which gives the same base only where nothing is drawn or read.
+    """
+    start = request.initialisation
+    if request.saved is None or not isinstance(start, str):
+        return
+    if start.startswith("pissa_niter_") or start in ("corda", "lora_ga"):
+        yield Problem(
+            where="lora.adapter",
+            message=f"the adapter in {request.section.adapter!r} was made with {start!r}, which"
+            " changed the base weights in a way that cannot be repeated",
+            fix="Save it with `path_initial_model_for_weight_conversion`, which makes it a plain"
+            " LoRA for the unchanged base.",
+        )
+
+
+def _missing_dispatchers(ctx: LoadContext, request: Request) -> Iterator[Problem]:
+    """Refuse to resume layers that no plugin of this load makes."""
+    present = {plugin.plugin_name for plugin in ctx.hook.lora_layer.get_hookimpls()}
+    for name in request.saved.layer_plugins if request.saved is not None else ():
+        if name not in present:
+            yield Problem(
+                where="lora.adapter",
+                message=f"the adapter in {request.section.adapter!r} has layers made by the plugin"
+                f" {name!r}, which takes no part in this load",
+                fix="Install the distribution that provides it and select it with"
+                f" `-p {name}`; if it has a section, add `{name}: {{}}` to the spec.",
+            )
+
+
+def _merge_problems(ctx: LoadContext, request: Request) -> Iterator[Problem]:
+    """Refuse to merge into weights of 8 or 4 bits: the adapter would be rounded away."""
+    stored = getattr(ctx.config, "quantization_config", None) is not None
+    if request.section.merge and ("kbit" in ctx.active or stored):
+        yield Problem(
+            where="lora.merge",
+            message="the base is quantised, and an adapter merged into so few bits is mostly lost",
+            fix="Load the checkpoint from before it was quantised."
+            if stored
+            else "Remove `kbit`: the base is then read in full precision, and merged there.",
+        )
+
+
+def _bias_problems(request: Request) -> Iterator[Problem]:
+    """Warn where what is trained would be lost when the adapter is saved."""
+    if request.fields.get("bias") == "lora_only" and not compat.saves_biases_of_adapted_layers():
+        yield Problem(
+            where="lora.bias",
+            severity="warning",
+            message=f"peft {version_of('peft')} leaves the biases of adapted layers out of a saved"
+            " adapter",
+            fix="Use `bias: all`, or a newer peft.",
+        )
+
+
+def _notes(request: Request) -> Iterator[str]:
+    fields, section = request.fields, request.section
+    rank, alpha = fields.get("r", 8), fields.get("lora_alpha", 8)
+    targets = fields.get("target_modules")
+    if request.coati is not None:
+        where = "the layers that ColossalChat would adapt"
+    elif targets is None:
+        where = "target_parameters" if fields.get("target_parameters") else "PEFT's default targets"
+    else:
+        where = targets if isinstance(targets, str) else ", ".join(sorted(targets))
+    scale = "sqrt(r)" if fields.get("use_rslora") else "r"
+    yield f"LoRA of rank {rank}, alpha {alpha} / {scale}, on {where}"
+    if request.saved is not None:
+        yield f"resume the {len(request.saved.checkpoint)} tensors in {section.adapter!r}"
+    if section.merge:
+        yield "merge it into the weights of its base"
+    if request.changes_base:
+        yield f"{request.changes_base} changes the weights of the layers it adapts"
+    if section.ensure_weight_tying:
+        yield "tied adapters share one storage: moving or casting the model parts them"
+    if request.coati is not None:
+        yield from request.coati.notes(str(section.lora_config))

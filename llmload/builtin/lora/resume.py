@@ -1,0 +1,96 @@
+"""Gives a new adapter the weights of a saved one: every key, no other key, every shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+from llmload.model import partitions
+from llmload.load.audit import some
+from llmload.errors import CheckpointError, Problem
+
+from llmload.builtin.lora.names import translate_weights
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from llmload.context.context import LoadContext
+
+    from llmload.builtin.lora.saved import SavedAdapter
+
+
+def restore(ctx: LoadContext, saved: SavedAdapter, model: PeftModel, adapter: str) -> list[str]:
+    """Copy the saved weights into ``model``, cast to the adapter's dtype.
+
+    In the rehearsal only names and shapes are held against each other.
+
+    :returns: names of base parameters that were saved with the adapter, and replaced by it.
+    :raises CheckpointError: a key is missing or left over, or a shape differs.
+    """
+    outline = translate_weights(model, saved.outline(), adapter)
+    replaced = sorted(outline.keys() - required(model, adapter).keys())
+    with partitions.whole(embeddings(model) if replaced else ()):
+        problems = [*_mismatches(saved, model, adapter, outline)]
+        if problems:
+            raise CheckpointError(problems)
+        if not ctx.rehearsing:
+            set_peft_model_state_dict(model, saved.read(), adapter_name=adapter)
+    return replaced
+
+
+def embeddings(model: PeftModel) -> list[torch.Tensor]:
+    """Return the base's parameters that PEFT may save with an adapter; partitioned under ZeRO-3."""
+    base = model.get_base_model()
+    modules = (base.get_input_embeddings(), base.get_output_embeddings())
+    return [p for module in modules if module is not None for p in module.parameters()]
+
+
+def required(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    """Return the tensors that a saved adapter must hold, by their names in its file."""
+    return _named(model, adapter, embeddings=False)
+
+
+def allowed(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
+    """Return those, and the embeddings, which PEFT saves too where they were resized or adapted."""
+    return _named(model, adapter, embeddings=True) | required(model, adapter)
+
+
+def _named(model: PeftModel, adapter: str, *, embeddings: bool) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, adapter_name=adapter, save_embedding_layers=embeddings
+    )
+    return tensors
+
+
+def _mismatches(
+    saved: SavedAdapter, model: PeftModel, adapter: str, found: Mapping[str, torch.Tensor]
+) -> Iterator[Problem]:
+    needed, known = required(model, adapter), allowed(model, adapter)
+    missing = sorted(needed.keys() - found.keys())
+    unexpected = sorted(found.keys() - known.keys())
+    if missing:
+        yield _problem(
+            f"the adapter in {str(saved.folder)!r} lacks {some(missing)}",
+            "Save it again, complete; or check that model and adapter belong together.",
+        )
+    if unexpected:
+        yield _problem(
+            f"the model has no place for {some(unexpected)} of the adapter in"
+            f" {str(saved.folder)!r}",
+            "Check that model and adapter belong together.",
+        )
+    for name in sorted(known.keys() & found.keys()):
+        if found[name].shape != known[name].shape:
+            yield _problem(
+                f"{name!r} has the shape {list(found[name].shape)} in {str(saved.folder)!r} and"
+                f" {list(known[name].shape)} in the model",
+                "Check that model and adapter belong together, and that the embeddings have the"
+                " adapter's size.",
+            )
+
+
+def _problem(message: str, fix: str) -> Problem:
+    return Problem(where="lora.adapter", message=message, fix=fix)

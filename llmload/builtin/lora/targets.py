@@ -1,0 +1,143 @@
+"""Which modules an adapter is asked to reach, which it reaches, and which of them are tied."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from llmload.errors import Problem, RequestError
+
+from llmload.builtin.lora.request import ALL_LINEAR
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+_ADAPTABLE: Final = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LINEAR: Final = (nn.Linear, Conv1D)
+_NEAREST: Final = 2
+_SHOWN: Final = 12
+
+
+_Matcher: TypeAlias = Callable[[str, str], bool]
+
+
+def hold_to_names(fields: Mapping[str, Any], config: LoraConfig, model: nn.Module) -> list[str]:
+    """Find the names in a request that match nothing in ``model``.
+
+    :param fields: the request's fields of ``LoraConfig``.
+    :param config: the configuration made of them, translated to today's names. Names that the
+        translation dropped or brought are PEFT's affair.
+    :param model: the base model before it is wrapped.
+    :returns: ``field: name`` for each such name.
+    :raises RequestError: a field of which not one name matches; PEFT itself speaks up for
+        ``target_modules`` only.
+    """
+    modules = [name for name, _ in model.named_modules() if name]
+    parameters = [name for name, _ in model.named_parameters()]
+    unmatched: list[str] = []
+    problems: list[Problem] = []
+    for field, entries, matches in _named(config):
+        given = fields.get(field) or ()
+        asked = [entry for entry in entries if entry in _listed(given)]
+        among = {
+            "target_parameters": parameters,
+            # Patterns hold for whatever is adapted.
+            "rank_pattern": modules + parameters,
+            "alpha_pattern": modules + parameters,
+        }.get(field, modules)
+        misses = [entry for entry in asked if not any(matches(entry, name) for name in among)]
+        unmatched += [f"{field}: {entry}" for entry in misses]
+        # To exclude what is not there is idle, not wrong.
+        if misses and len(misses) == len(asked) and field != "exclude_modules":
+            what = "parameter" if among is parameters else "module"
+            problems.append(
+                Problem(
+                    where=f"lora.{field}",
+                    message=f"no {what} of {type(model).__name__} is called"
+                    f" {' or '.join(map(repr, misses))}",
+                    fix=_way_out(field, misses, model),
+                )
+            )
+    if problems:
+        raise RequestError(problems)
+    return unmatched
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _named(config: LoraConfig) -> Iterator[tuple[str, list[str], _Matcher]]:
+    """Yield the fields that hold names, their entries, and PEFT's rule for a match."""
+    for field in ("target_modules", "exclude_modules"):
+        value = getattr(config, field, None)
+        if isinstance(value, str):
+            if value.lower() != ALL_LINEAR:
+                yield field, [value], _whole
+        elif value:
+            yield field, sorted(value), _end
+    if config.modules_to_save:
+        yield "modules_to_save", config.modules_to_save, _bare_end
+    tokens = getattr(config, "trainable_token_indices", None)
+    if isinstance(tokens, Mapping):
+        yield "trainable_token_indices", [*tokens], _bare_end
+    if getattr(config, "target_parameters", None):
+        yield "target_parameters", sorted(config.target_parameters), _end
+    for field in ("rank_pattern", "alpha_pattern"):
+        yield field, [*getattr(config, field)], _pattern
+
+
+def _whole(entry: str, name: str) -> bool:
+    return re.fullmatch(entry, name) is not None
+
+
+def _end(entry: str, name: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _bare_end(entry: str, name: str) -> bool:
+    return name.endswith(entry)
+
+
+def _pattern(entry: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({entry})$", name) is not None
+
+
+def _way_out(field: str, misses: list[str], model: nn.Module) -> str:
+    """Return the nearest names, or the form in which a name would have matched."""
+    if field == "target_parameters":
+        ends = sorted({".".join(name.split(".")[-2:]) for name, _ in model.named_parameters()})
+    else:
+        ends = sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if isinstance(module, _ADAPTABLE)
+            }
+        )
+    if field in ("target_modules", "exclude_modules") and misses[0] in ends:
+        return f"A text is a regular expression for the whole name; write [{misses[0]}]."
+    near = [
+        name
+        for entry in misses
+        for name in difflib.get_close_matches(entry, ends, n=_NEAREST, cutoff=0.6)
+    ]
+    if near:
+        return f"The nearest: {', '.join(dict.fromkeys(near))}."
+    more = ", ..." if len(ends) > _SHOWN else ""
+    return f"Names are {', '.join(ends[:_SHOWN])}{more}."
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Return the names of all linear layers, the output head included."""
+    return [name for name, module in model.named_modules() if isinstance(module, _LINEAR)]
+
+
+def by_kind(names: Iterable[str]) -> list[str]:
+    """Write layers of one kind as one: ``model.layers.*.self_attn.q_proj``."""
+    return sorted({re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names})

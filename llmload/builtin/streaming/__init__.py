@@ -1,0 +1,1 @@
+"""The loader that reads each tensor once."""

@@ -1,0 +1,160 @@
+"""The loader that is asked first: transformers' own mapping, our reading and placement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from llmload.load import audit
+from llmload.hf import compat
+from llmload.checkpoint.dtypes import torch_dtype
+from llmload.errors import CheckpointError, Problem
+from llmload.errors import Decline, Note
+from llmload.hookspecs import hookimpl
+from llmload.spec.loadspec import Section
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmload.checkpoint.accounting import Accounting
+    from llmload.context.context import LoadContext
+
+_HONOURED = {"device_map"}
+
+
+class StreamingSection(Section):
+    """How the streaming loader proves what it did."""
+
+    digests: bool = False
+    """Record SHA-256 of every weight as read and as placed. Reads every byte, also of weights that
+    would stay on the file's pages, and takes a second or so per GB."""
+
+
+class StreamingLoader:
+    """Maps the checkpoint's files and places each weight once, straight in its final form."""
+
+    name = "streaming"
+    Section = StreamingSection
+    always_active = True
+
+    @hookimpl
+    def diagnose(self) -> Iterator[Problem | Note]:
+        """Hold transformers' private functions to what is needed of them."""
+        reason = compat.seam().unsuited()
+        if reason is None:
+            yield Note(text="reads each tensor once, through transformers' own mapping")
+        else:
+            yield Problem(
+                message=f"it leaves every load to from_pretrained: {reason}",
+                fix="Install a transformers that constraints/ names.",
+            )
+
+    @hookimpl
+    def check(self, ctx: LoadContext) -> Iterator[Note | Decline]:
+        """Decline what cannot be loaded exactly as ``from_pretrained`` would."""
+        reason = _unfit(ctx)
+        if reason:
+            yield Decline(reason)
+            return
+        assert ctx.checkpoint is not None
+        files, size = len(ctx.checkpoint.files), ctx.checkpoint.total_bytes
+        yield Note(
+            text=lambda: (
+                f"read {ctx.reads or f'{size:,} bytes'} from {files} file(s), each tensor once"
+            )
+        )
+
+    @hookimpl
+    def load(self, ctx: LoadContext) -> PreTrainedModel | Decline:
+        """Build on the meta device, account for every key, then read and place."""
+        from transformers.integrations import is_deepspeed_zero3_enabled
+
+        from llmload.checkpoint.mapped import MappedCheckpoint
+        from llmload.checkpoint.placement import Plain
+        from llmload.checkpoint.proof import Proof
+
+        honoured = _HONOURED | getattr(ctx.placement, "honours", frozenset())
+        if others := ctx.load_options.keys() - honoured:
+            return Decline(f"a plugin set {', '.join(sorted(others))}, for from_pretrained to do")
+        if is_deepspeed_zero3_enabled():
+            return Decline(
+                "a DeepSpeed ZeRO-3 config is active, for from_pretrained to partition by"
+            )
+        assert ctx.checkpoint is not None
+        seam = compat.seam()
+        placement = ctx.placement or Plain()
+        model = compat.fillable(ctx)
+        device_map = seam.resolve_device_map(
+            model, ctx.load_options.get("device_map", ctx.spec.device_map)
+        )
+        if device_map and "disk" in device_map.values():
+            return Decline("the device map keeps weights on disk, which accelerate does")
+        accounting = ctx.accounting(model)
+        if accounting.failed:
+            name, trace = next(iter(accounting.failed.items()))
+            reason = trace.splitlines()[-1].removeprefix("Error: ")
+            return Decline(f"transformers failed to convert {name!r}: {reason}")
+        account(ctx, accounting)
+        placement.prepare(model)
+        proof = Proof(digests=ctx.section(StreamingSection).digests)
+        with MappedCheckpoint(ctx.checkpoint) as files, proof:
+            missing = seam.fill(
+                model,
+                files,
+                placement,
+                proof,
+                accounting,
+                dtype=ctx.dtype,
+                device_map=device_map,
+                name_or_path=str(ctx.folder),
+            )
+            ctx.record(self.name, proof.facts(files))
+        for name in missing:
+            ctx.newly_initialised.setdefault(name, audit.MISSING)
+        return seam.finish(
+            model, ctx.folder, device_map, trust_remote_code=ctx.spec.trust_remote_code
+        )
+
+
+def _unfit(ctx: LoadContext) -> str | None:
+    """Why this load is not for us, or None. Looks at config and headers only."""
+    config, checkpoint = ctx.config, ctx.checkpoint
+    if checkpoint is None:
+        return "weights: random reads no checkpoint"
+    unsuited: str | None = compat.seam().unsuited()
+    if unsuited is not None:
+        return unsuited
+    if getattr(config, "quantization_config", None) is not None:
+        return "the checkpoint is quantised already"
+    for key in ("fusion_config", "transformers_weights"):
+        if getattr(config, key, None) is not None:
+            return f"the config sets {key}, which only from_pretrained carries out"
+    if getattr(type(config), "extra_files", ()):
+        return "this model type keeps weights in further files"
+    if (ctx.folder / "adapter_config.json").exists():
+        return "the folder holds an adapter, which from_pretrained loads along with the model"
+    for tensor in checkpoint.tensors.values():
+        if torch_dtype(tensor.dtype) is None:
+            return f"{tensor.name!r} is stored as {tensor.dtype}, for which torch has no dtype"
+        if tensor.name.endswith("_extra_state"):
+            return f"{tensor.name!r} is a module's extra state, not a tensor of the model"
+    return None
+
+
+def account(ctx: LoadContext, accounting: Accounting) -> None:
+    """Refuse what does not fit, before a weight is read; list what is missing and unexpected."""
+    if accounting.mismatched:
+        raise CheckpointError(
+            Problem(
+                where=name,
+                message=f"the checkpoint has {found}, the model takes {expected}",
+                fix="Check that config.json and weights belong together.",
+            )
+            for name, found, expected in accounting.mismatched
+        )
+    ctx.newly_initialised |= {
+        name: ctx.to_initialise.get(name, audit.MISSING) for name in accounting.missing
+    }
+    ctx.newly_initialised |= dict.fromkeys(accounting.excused, audit.EXCUSED)
+    ctx.unexpected += accounting.unexpected
+    audit.hold_to_strict(ctx)

@@ -1,0 +1,1 @@
+"""The tokenizer: pad token, sides, added tokens, chat template."""

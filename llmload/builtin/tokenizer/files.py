@@ -1,0 +1,98 @@
+"""Where a tokenizer comes from: its folder, the files in it, and the loading without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmload.hf import locating
+from llmload.errors import CheckpointError, Problem, RequestError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmload.builtin.tokenizer.plugin import TokenizerSection
+    from llmload.context.context import LoadContext
+
+# Any of these makes a folder one with a tokenizer; the first alone holds no vocabulary.
+_CONFIG = "tokenizer_config.json"
+_FILES = (_CONFIG, "tokenizer*", "vocab.*", "*.model", "tekken.json")
+
+
+def refusal(key: str, message: str, fix: str) -> RequestError:
+    """Return the refusal of a key of the section."""
+    return RequestError(Problem(where=f"tokenizer.{key}", message=message, fix=fix))
+
+
+def locate(ctx: LoadContext, section: TokenizerSection) -> Path:
+    """Return the folder of the tokenizer: the model's, or the one that is asked for."""
+    if section.name_or_path is None:
+        if section.revision is not None:
+            raise refusal(
+                "revision",
+                f"revision {section.revision!r} was asked for without `tokenizer.name_or_path`",
+                "Name the hub id of the tokenizer, or set the model's `revision`.",
+            )
+        return ctx.folder
+    place = {"model": section.name_or_path, "revision": section.revision}
+    try:
+        folder = locating.locate(ctx.spec.model_copy(update=place), weights=False)
+        if (folder / locating.CONFIG).is_file():
+            # transformers reads it to choose the tokenizer's class.
+            locating.read_config(folder, ctx.spec)
+    except CheckpointError as error:
+        keys = {"model": "tokenizer.name_or_path", "revision": "tokenizer.revision"}
+        raise RequestError(
+            problem.model_copy(update={"where": keys.get(problem.where, problem.where)})
+            for problem in error.problems
+        ) from None
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    """Return the names of a tokenizer's files in a folder."""
+    return {path.name for pattern in _FILES for path in folder.glob(pattern)}
+
+
+def load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a local folder, without asking any network.
+
+    transformers 5 makes a tokenizer of nothing but special tokens where the vocabulary is missing;
+    here that is refused.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder,
+            use_fast=section.use_fast,
+            trust_remote_code=ctx.spec.trust_remote_code,
+            local_files_only=True,
+        )
+    except Exception as error:  # transformers raises many kinds for a bad file
+        if names(folder) == {_CONFIG}:
+            raise _no_vocabulary(folder, []) from error
+        raise refusal(
+            "name_or_path",
+            f"the tokenizer in {str(folder)!r} cannot be loaded: {first_line(error)}",
+            "Save or download it again, or name another in `tokenizer.name_or_path`.",
+        ) from error
+    if tokenizer is False:  # what transformers 4.51 gives where a slow one's files are missing
+        raise refusal(
+            "use_fast",
+            f"the folder {str(folder)!r} holds no files of a slow tokenizer",
+            "Remove `tokenizer.use_fast`.",
+        )
+    expected = list(tokenizer.vocab_files_names.values())
+    if expected and names(folder) == {_CONFIG}:
+        raise _no_vocabulary(folder, [*dict.fromkeys([*expected, "tokenizer.json"])])
+    return tokenizer
+
+
+def _no_vocabulary(folder: Path, expected: list[str]) -> RequestError:
+    none_of = f": none of {', '.join(expected)}" if expected else ""
+    return refusal(
+        "name_or_path",
+        f"the folder {str(folder)!r} holds a {_CONFIG}, but no vocabulary{none_of}",
+        "Save or download it again, or name another in `tokenizer.name_or_path`.",
+    )

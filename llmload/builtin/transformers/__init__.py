@@ -1,0 +1,1 @@
+"""The loader that calls ``from_pretrained``."""

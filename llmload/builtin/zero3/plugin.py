@@ -1,0 +1,181 @@
+"""The plugin ``zero3``: a model partitioned by DeepSpeed ZeRO-3 while it is loaded.
+
+transformers has rank 0 read the checkpoint and send every tensor whole to all ranks. Here each rank
+reads its own part of each tensor from the mapped files, and nothing is sent but the few weights
+that the checkpoint lacks. Where DeepSpeed itself must partition (``DeepSpeedConfig.beyond_us``) or
+the streaming loader declines, ``from_pretrained`` does it under the same plan and report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from llmload.builtin.streaming.plugin import StreamingLoader
+from llmload.builtin.transformers.plugin import TransformersLoader
+from llmload.builtin.zero3 import config
+from llmload.builtin.zero3.section import Zero3Section
+from llmload.errors import Problem
+from llmload.errors import Conflict, Decline, Note
+from llmload.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from llmload.builtin.zero3.loading_session import Session
+    from llmload.builtin.zero3.config import DeepSpeedConfig
+    from llmload.context.context import LoadContext
+
+
+_EXAMPLES = (2, 4, 8)
+"""Numbers of ranks that a plan tells of where no launcher has started any."""
+
+
+def _partitions(section: Any, other: Any) -> bool:
+    return config.stage_of(section) == 3
+
+
+class Zero3Plugin:
+    """Partitions with DeepSpeed, and keeps DeepSpeed's global state to the length of one load."""
+
+    name = "zero3"
+    Section = Zero3Section
+    after = ("streaming",)
+    before = ("tokenizer", "embeddings", "dropout", "gradient_checkpointing", "kbit", "lora")
+    requires = ("deepspeed>=0.19", "accelerate")
+    conflicts = (
+        Conflict(
+            key="device_map",
+            reason="DeepSpeed chooses the device of each partition",
+            fix="Remove `device_map`.",
+            when=_partitions,
+        ),
+    )
+
+    def __init__(self) -> None:
+        self._sessions: WeakKeyDictionary[LoadContext, Session] = WeakKeyDictionary()
+
+    @hookimpl
+    def diagnose(self) -> Iterator[Problem | Note]:
+        """Import DeepSpeed, and what of it each rank places its partitions with."""
+        from llmload.builtin.zero3 import loading_session  # noqa: F401 - imports what it needs
+
+        yield Note(text="ZeRO stage 3, each rank reading its own part")
+
+    @hookimpl
+    def check(self, ctx: LoadContext) -> Iterator[Problem | Note | Decline]:
+        """Resolve the DeepSpeed config, and say what each rank will read and keep."""
+        from llmload.builtin.zero3 import disk, launch
+        from llmload.builtin.zero3.loading_session import mixed_dtypes
+
+        resolved = _resolve(ctx)
+        ctx.handed_on[self.name] = resolved
+        if resolved.stage < 3:
+            yield Note(text=f"ZeRO stage {resolved.stage}: the model stays whole")
+            yield Decline(f"ZeRO stage {resolved.stage} does not partition parameters")
+            return
+        ctx.placed_by, ctx.splits = self.name, True
+        problem = config.precision_problem(resolved, _name(ctx))
+        if problem:
+            yield problem
+        yield from disk.problems(resolved)
+        lora = ctx.sections.get("lora")
+        copies = getattr(lora, "modules_to_save", None)
+        if copies and getattr(lora, "adapter_dtype", "") == "auto" and _name(ctx) != "float32":
+            yield mixed_dtypes(("float32", _name(ctx)))
+        if resolved.left:
+            yield Note(text=f"`auto` is left to the training loop: {', '.join(resolved.left)}")
+        reason = resolved.beyond_us()
+        if reason:
+            yield Note(text=f"rank 0 reads and from_pretrained partitions: {reason}")
+            if StreamingLoader.name in ctx.active:
+                yield Decline(f"DeepSpeed partitions: {reason}", loader=StreamingLoader.name)
+        elif ctx.checkpoint is not None and "kbit" not in ctx.active:  # which says it itself
+            for text in _shares(ctx, launch.rank(), launch.world_size()):
+                yield Note(text=text)
+
+    @hookimpl
+    def init_context(self, ctx: LoadContext) -> AbstractContextManager[Session]:
+        """Gather the ranks, agree with them, and give the streaming loader its placement."""
+        from llmload.builtin.zero3.loading_session import Session
+
+        session = Session(ctx, ctx.handed_on[self.name])
+        self._sessions[ctx] = session
+        return session
+
+    @hookimpl
+    def load(self, ctx: LoadContext) -> PreTrainedModel:
+        """Let ``from_pretrained`` partition, where the streaming loader does not."""
+        session = self._sessions[ctx]
+        session.activate()
+        model = TransformersLoader().load(ctx)
+        session.loaded(model)
+        return model
+
+    @hookimpl
+    def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
+        """Check every partition."""
+        yield from self._sessions.pop(ctx).audit(model)
+
+    @hookimpl
+    def stopped(self, asked: Mapping[str, Any], error: BaseException) -> None:
+        """Tell the other ranks, which may have planned well and wait for this one."""
+        from llmload.builtin.zero3 import launch
+
+        try:
+            section = Zero3Section.model_validate(asked[self.name])
+            stage = config.stage_of(section)
+        except Exception:  # it may be what is wrong; the others have another
+            section, stage = Zero3Section(), 3
+        if stage == 3 and launch.world_size() is not None:
+            launch.tell(error, section.deadline)
+
+
+def _resolve(ctx: LoadContext) -> DeepSpeedConfig:
+    text = ctx.config.get_text_config()
+    hidden = getattr(text, "hidden_size", None)
+    if hidden is None and hasattr(text, "hidden_sizes"):
+        hidden = max(text.hidden_sizes)
+    return config.resolve(ctx.section(Zero3Section), _name(ctx), hidden)
+
+
+def _name(ctx: LoadContext) -> str:
+    return str(ctx.dtype).removeprefix("torch.")
+
+
+def _shares(ctx: LoadContext, rank: int, ranks: int | None) -> Iterator[str]:
+    """Say how much of the checkpoint each rank reads, and what it keeps."""
+    from llmload.builtin.zero3.shares import forecast
+
+    assert ctx.checkpoint is not None
+    reason = _streaming_declines(ctx)
+    if reason:
+        yield f"rank 0 reads and from_pretrained partitions: {reason}"
+        return
+    accounting = ctx.accounting(ctx.blank)
+    total = ctx.checkpoint.total_bytes
+    if ranks is None:
+        yield "each rank reads and keeps its own part of every tensor"
+        ctx.reads = f"a rank's part of {total:,} bytes"
+    else:
+        ctx.reads = f"{forecast(ctx, accounting, rank, ranks).read:,} of {total:,} bytes"
+    for number in _EXAMPLES if ranks is None else (ranks,):
+        expected = forecast(ctx, accounting, 0, number)
+        computed = ""
+        if expected.computed:
+            computed = f" ({expected.computed:,} of tensors that others are computed of, whole)"
+        yield (
+            f"each of {number} ranks reads {expected.read:,} of {total:,} bytes{computed}"
+            f" and keeps {expected.kept:,}"
+        )
+
+
+def _streaming_declines(ctx: LoadContext) -> str | None:
+    """Return why the streaming loader will not take our placement, or None."""
+    if StreamingLoader.name not in ctx.active:
+        return "the plugin `streaming` is not selected"
+    found = StreamingLoader().check(ctx)
+    return next((each.reason for each in found if isinstance(each, Decline)), None)

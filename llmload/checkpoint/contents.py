@@ -1,0 +1,199 @@
+"""What a checkpoint holds, found out once from its index and headers and never changed after."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from llmload.checkpoint.folder import inside, main_file, member, read_index, refuse, regular_file, unlisted_shards
+from llmload.checkpoint.header import TensorInfo, read_header
+from llmload.checkpoint.pickled import read_pickle, refuse_pickle, require_safe_torch
+from llmload.errors import CheckpointError, Problem
+
+_INCOMPLETE = "Download or save the whole folder again."
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFile:
+    """One file of weights as it was when its header was checked."""
+
+    path: Path
+    """Links resolved."""
+    name: str
+    """As the index calls it, or the file's own name."""
+    size: int
+    """Bytes, header included."""
+    identity: tuple[int, int, int]
+    """Device, inode and time of the last change of content, in ns."""
+    metadata: Mapping[str, str]
+    """Free text from the header, usually ``{"format": "pt"}``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model's weights on disk: validated, immutable, nothing of their data read."""
+
+    root: Path
+    """The folder that holds the files."""
+    format: Literal["safetensors", "pickle"]
+    files: tuple[CheckpointFile, ...]
+    tensors: Mapping[str, TensorInfo]
+    """By name, file by file, each file in the order of its bytes."""
+    as_stored: bool = True
+    """Whether the names are those in the files, and all of them."""
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
+        """Describe the checkpoint at ``path``: a folder, an index file or a file of weights.
+
+        A pickle may be the archive of the DPO reference code (``step_idx``, ``state`` and
+        ``metrics``), whose ``state`` is then read. Takes ``model.safetensors`` before
+        ``model.safetensors.index.json`` before ``pytorch_model.bin``, as transformers does. Pickles
+        are opened only where ``allow_pickle`` is set and torch is at least 2.10; nothing else
+        imports torch.
+
+        Raises ``CheckpointError`` where anything is missing, damaged, unsafe or contradictory; the
+        error lists every faulty shard with the bytes expected and found.
+        """
+        start = Path(path)
+        if not start.exists():
+            raise refuse(start, f"there is no checkpoint at {start}", "Check the path.")
+        if start.is_dir():
+            start = main_file(start)
+            real = inside(start.parent, start)
+        else:
+            start = real = start.resolve()
+        is_index = start.name.endswith(".index.json")
+        suffix = Path(start.name.removesuffix(".index.json")).suffix
+        is_pickle = suffix != ".safetensors"
+        if is_pickle:
+            if not allow_pickle:
+                raise refuse_pickle(start)
+            require_safe_torch(start)
+        if not is_index:
+            shards = {start.name: real}
+            return cls._assemble(start.parent, is_pickle, shards, None)
+        weight_map = read_index(real)
+        names = sorted(set(weight_map.values()))
+        shards = {name: member(start.parent, name, suffix) for name in names}
+        left_out = unlisted_shards(start.parent, set(names))
+        if left_out:
+            raise refuse(
+                start,
+                f"the index does not list {', '.join(left_out)}, which lies beside its shards",
+                _INCOMPLETE,
+            )
+        return cls._assemble(start.parent, is_pickle, shards, weight_map)
+
+    @classmethod
+    def _assemble(
+        cls,
+        root: Path,
+        is_pickle: bool,
+        shards: Mapping[str, Path],
+        weight_map: Mapping[str, str] | None,
+    ) -> Checkpoint:
+        files: list[CheckpointFile] = []
+        tensors: dict[str, TensorInfo] = {}
+        problems: list[Problem] = []
+        for name, path in shards.items():
+            try:
+                file, found = _describe(path, name, is_pickle)
+            except CheckpointError as error:
+                problems.extend(error.problems)
+                continue
+            files.append(file)
+            if weight_map is not None:
+                problems.extend(_disagreements(file, found, weight_map))
+            tensors.update((tensor.name, tensor) for tensor in found)
+        if problems:
+            raise CheckpointError(problems)
+        return cls(
+            root,
+            "pickle" if is_pickle else "safetensors",
+            tuple(files),
+            MappingProxyType(tensors),
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """Return the same files with other names; a tensor that ``names`` lacks is left out.
+
+        :param names: name here -> new name, all different.
+        """
+        tensors = {
+            names[name]: replace(tensor, name=names[name])
+            for name, tensor in self.tensors.items()
+            if name in names
+        }
+        return replace(self, tensors=MappingProxyType(tensors), as_stored=False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tensor's name, file by file, each file in the order of its bytes."""
+        return tuple(self.tensors)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors, headers not counted."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def _describe(path: Path, name: str, is_pickle: bool) -> tuple[CheckpointFile, list[TensorInfo]]:
+    with regular_file(path) as (descriptor, state):
+        metadata: dict[str, str] = {}
+        if is_pickle:
+            with os.fdopen(os.dup(descriptor), "rb") as file:
+                tensors = read_pickle(path, file, state.st_size)
+        else:
+            tensors, metadata = read_header(descriptor, path, state.st_size)
+    file_info = CheckpointFile(
+        path, name, state.st_size, identity(state), MappingProxyType(metadata)
+    )
+    return file_info, tensors
+
+
+def identity(state: os.stat_result) -> tuple[int, int, int]:
+    """What tells that an open file is still the one that was checked, besides its size."""
+    return state.st_dev, state.st_ino, state.st_mtime_ns
+
+
+def _disagreements(
+    file: CheckpointFile, found: list[TensorInfo], weight_map: Mapping[str, str]
+) -> Iterator[Problem]:
+    held = {tensor.name for tensor in found}
+    promised = {name for name, shard in weight_map.items() if shard == file.name}
+    elsewhere: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(held - promised):
+        elsewhere[weight_map.get(name, "")].append(name)
+    for shard, names in elsewhere.items():
+        said = f"the index places in {shard}" if shard else "the index does not list"
+        yield _fault(file, f"the shard holds {_some(names)}, which {said}")
+    if promised - held:
+        missing = _some(sorted(promised - held))
+        yield _fault(file, f"the index places {missing} in this shard, which does not hold it")
+
+
+def _fault(file: CheckpointFile, message: str) -> Problem:
+    return Problem(message=message, fix=_INCOMPLETE, where=str(file.path))
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more

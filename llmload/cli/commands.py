@@ -1,0 +1,278 @@
+"""The command line. Standard output is data, standard error is for people.
+
+Exit codes: 0 done, 1 failed, 2 the request is wrong. Every command is a function that returns an
+:class:`Answer`; what is common to all (JSON or text, errors, exit codes) is in ``_command``.
+Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+from pydantic import BaseModel
+
+from llmload.errors import LlmloadError, RequestError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from llmload.spec.groupspec import GroupSpec
+    from llmload.host.registry import Registry
+    from llmload.spec.loadspec import LoadSpec
+    from llmload.spec.files import Source
+
+
+class Answer(NamedTuple):
+    """What a command found out."""
+
+    data: BaseModel | dict[str, Any]
+    """For ``--json``."""
+    text: Callable[[], RenderableType]
+    """Makes the same for people."""
+    exit_code: int = 0
+
+
+app = typer.Typer(
+    name="llmload",
+    help="Load a language model as a spec says, with a plan before and a proof after.",
+    epilog="Exit codes: 0 done, 1 failed, 2 the request is wrong.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Spec = Annotated[
+    str, typer.Argument(metavar="SPEC", help="A YAML or JSON file, or `-` for standard input.")
+]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        "-p",
+        metavar="NAME",
+        help="Use a plugin, by name or as module:attribute; `no:NAME` leaves one out. Repeatable.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    app()
+
+
+def _command(function: Callable[..., Answer]) -> Callable[..., None]:
+    """Make a function a command: write its answer, or its error without a traceback."""
+
+    @wraps(function)
+    def run(*, json: bool, **arguments: Any) -> None:
+        try:
+            # Some libraries greet on standard output when they are imported.
+            with redirect_stdout(sys.stderr):
+                answer = function(json=json, **arguments)
+        except LlmloadError as error:
+            if json:
+                problems = [problem.model_dump(exclude_defaults=True) for problem in error.problems]
+                _write_json({"error": type(error).__name__, "problems": problems})
+            typer.secho(str(error), err=True, fg="red")
+            raise typer.Exit(error.exit_code) from None
+        if json:
+            _write_json(answer.data)
+        else:
+            _write_text(answer.text())
+        raise typer.Exit(answer.exit_code)
+
+    return app.command()(run)
+
+
+def _write_json(data: BaseModel | dict[str, Any]) -> None:
+    if isinstance(data, BaseModel):
+        typer.echo(data.model_dump_json(indent=2))
+    else:
+        typer.echo(json_module.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _write_text(text: RenderableType) -> None:
+    if isinstance(text, str):
+        typer.echo(text)
+    else:
+        from rich.console import Console
+
+        Console(highlight=False).print(text)
+
+
+@_command
+def load(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
+    """Load the model of a spec, or all of a group, prove that it is right, and report."""
+    from llmload.group import loading
+    from llmload.load import pipeline
+    from llmload.cli import show
+    from llmload.spec.groupspec import GroupSpec
+    from llmload.cli.progress import is_wanted, progress
+
+    registry = _registry(plugin)
+    wanted = _wanted(spec, registry)
+    with progress(shown=is_wanted(json=json)):
+        if isinstance(wanted, GroupSpec):
+            report = loading.load_group(wanted, registry=registry).report
+            return Answer(report, lambda: show.group_report(report))
+        result = pipeline.load(wanted, registry=registry)
+    return Answer(result.report, lambda: show.report(result.report))
+
+
+@_command
+def plan(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
+    """Say what `load` would do and what stands in its way, reading no weight."""
+    from llmload.group import loading
+    from llmload.load import pipeline
+    from llmload.cli import show
+    from llmload.spec.groupspec import GroupSpec
+    from llmload.cli.progress import is_wanted, progress
+
+    registry = _registry(plugin)
+    wanted = _wanted(spec, registry)
+    with progress(shown=is_wanted(json=json)):
+        if isinstance(wanted, GroupSpec):
+            plans = loading.plan_group(wanted, registry=registry)
+            code = RequestError.exit_code if plans.errors else 0
+            return Answer(plans, lambda: show.group_plan(plans), code)
+        made = pipeline.plan(wanted, registry=registry)
+    return Answer(made, lambda: show.plan(made), RequestError.exit_code if made.errors else 0)
+
+
+@_command
+def validate(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
+    """Check a spec by itself, without looking at its models."""
+    from llmload.spec import files
+
+    checked = _wanted(spec, _registry(plugin))
+    data = {"valid": True, "spec": files.read(checked).data}
+    name = "<stdin>" if spec == "-" else spec
+    return Answer(data, lambda: f"{name}: valid")
+
+
+@_command
+def plugins(*, plugin: Plugins = None, json: Json = False) -> Answer:
+    """List the plugins: built in, installed, left out, broken."""
+    from llmload.cli import environment, show
+
+    listed = environment.list_plugins(_registry(plugin))
+    return Answer(listed, lambda: show.plugins(listed))
+
+
+@_command
+def doctor(
+    *,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Plugins; by default all.")
+    ] = None,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> Answer:
+    """Try out the plugins: what works here, what does not, and how to get the rest.
+
+    Exit code 1 where a plugin that is named does not work, or where any is broken.
+    """
+    from llmload.cli import doctor as examination
+    from llmload.cli import show
+
+    found = examination.examine(_registry(plugin), names or ())
+    exit_code = 0 if found.healthy(names or ()) else LlmloadError.exit_code
+    return Answer(found, lambda: show.diagnoses(found), exit_code)
+
+
+@_command
+def env(*, plugin: Plugins = None, json: Json = False) -> Answer:
+    """Describe versions, machine and plugins, to paste into a bug report."""
+    from llmload.cli import environment, show
+
+    described = environment.describe(_registry(plugin))
+    return Answer(described, lambda: show.environment(described))
+
+
+@_command
+def schema(*, plugin: Plugins = None, json: Json = False) -> Answer:
+    """Write the JSON schema of a spec or group, sections of the plugins included."""
+    from llmload.spec.schema import file_schema
+
+    document = file_schema(_registry(plugin).sections)
+    return Answer(document, lambda: json_module.dumps(document, indent=2, ensure_ascii=False))
+
+
+@_command
+def demo(
+    *,
+    directory: Annotated[
+        Path | None,
+        typer.Option("--dir", metavar="DIR", help="Keep model and spec in this new folder."),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Training steps of the small model.")
+    ] = 400,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> Answer:
+    """Make a small model, load it with an adapter, and fine-tune that. Offline, about a minute."""
+    from llmload.cli import demo as demonstration
+    from llmload.cli import show
+    from llmload.cli.progress import is_wanted, progress
+
+    registry = _registry(plugin)
+    place = nullcontext(directory) if directory else tempfile.TemporaryDirectory()
+    with place as folder, progress(shown=is_wanted(json=json)) as track:
+        shown = demonstration.run(Path(folder), steps=steps, registry=registry, track=track)
+    exit_code = 0 if shown.fine_tuning.loss_fell else LlmloadError.exit_code
+    return Answer(shown, lambda: show.demonstration(shown), exit_code)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from llmload import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Stand for the options that precede a command."""
+
+
+def _registry(words: list[str] | None) -> Registry:
+    from llmload.host.registry import create_registry
+
+    return create_registry(select=words or ())
+
+
+def _wanted(spec: str, registry: Registry) -> LoadSpec | GroupSpec:
+    """Read and check what the argument names: a group if it has the key ``models``."""
+    from llmload.spec import groupspec, files
+
+    document = files.read(_source(spec))
+    if groupspec.is_group(document.data):
+        return registry.validate_group(document)
+    return registry.validate(document)
+
+
+def _source(spec: str) -> Source:
+    from llmload.spec import files
+
+    if spec != "-":
+        return spec
+    return files.parse(sys.stdin.buffer.read(files.MAX_BYTES + 1), "<stdin>")

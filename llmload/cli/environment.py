@@ -1,0 +1,158 @@
+"""What is installed here and what this machine has: the text to paste into a bug report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from pydantic import BaseModel, Field
+
+from llmload.host import ordering
+from llmload.host.discovery import PluginInfo, Status
+from llmload.errors import PluginError, Problem
+from llmload.host.registry import Registry
+from llmload.host.distributions import installed_versions, version_of
+
+_OTHERS: Final = (
+    "huggingface_hub",
+    "numpy",
+    "pluggy",
+    "pydantic",
+    "rich",
+    "tokenizers",
+    "triton",
+    "typer",
+)
+_VARIABLES: Final = (
+    "CUDA_VISIBLE_DEVICES",
+    "HF_ENDPOINT",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_HUB_OFFLINE",
+    "HF_TOKEN",
+    "LLMLOAD_DISABLE_PLUGIN_AUTOLOAD",
+    "LLMLOAD_PLUGINS",
+    "LOCAL_RANK",
+    "OMP_NUM_THREADS",
+    "RANK",
+    "TRANSFORMERS_OFFLINE",
+    "TRANSFORMERS_VERBOSITY",
+    "WORLD_SIZE",
+)
+_SECRET: Final = "HF_TOKEN"
+
+
+class PluginEntry(BaseModel):
+    """One line of ``llmload plugins``."""
+
+    name: str
+    """Also its key in the spec, where it has a section."""
+    distribution: str
+    """Distribution and version, or where a plugin object came from."""
+    builtin: bool
+    """Whether it comes with llmload."""
+    status: Status
+    """Only an active plugin can take part in a load."""
+    reason: str = ""
+    """Why it is broken."""
+    section: bool
+    """Whether it has a spec key; without one it takes part in every load."""
+    hooks: list[str]
+    """The hooks that it implements, in the manual's order."""
+
+
+class PluginList(BaseModel):
+    """All plugins that are known here."""
+
+    plugins: list[PluginEntry]
+    """Active ones in plan order, then the others by name."""
+    problems: list[Problem] = Field(default_factory=list)
+    """Why the active plugins cannot be ordered, if they cannot; they then stand by name."""
+
+
+class Environment(BaseModel):
+    """Versions, machine, variables and plugins. Holds no secret."""
+
+    versions: dict[str, str]
+    """Python and the installed libraries that matter to a load."""
+    platform: str
+    """Operating system, release and processor architecture."""
+    processors: int
+    """Processors that this process may use."""
+    memory_bytes: int
+    """Physical memory of the machine."""
+    devices: list[str]
+    """Accelerators that torch sees, or why torch cannot say."""
+    variables: dict[str, str]
+    """Environment variables that change a load, as far as they are set."""
+    plugins: list[PluginEntry]
+    """As ``llmload plugins`` lists them."""
+
+
+def list_plugins(registry: Registry) -> PluginList:
+    """Return every plugin the registry knows, usable or not."""
+    active = {info.name: info for info in registry.plugins if info.status == "active"}
+    problems: Iterable[Problem] = ()
+    try:
+        order = ordering.plan_order({name: info.plugin for name, info in active.items()})
+    except PluginError as error:
+        order, problems = sorted(active), error.problems
+    others = [info for info in registry.plugins if info.status != "active"]
+    infos = [*(active[name] for name in order), *others]
+    return PluginList(plugins=[_entry(info) for info in infos], problems=list(problems))
+
+
+def describe(registry: Registry, environ: Mapping[str, str] = os.environ) -> Environment:
+    """Look around. Imports torch, where it is installed, to ask for devices."""
+    others = {name: version for name in _OTHERS if (version := version_of(name))}
+    return Environment(
+        versions=installed_versions() | others,
+        platform=platform.platform(),
+        processors=_processors(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        devices=_devices(),
+        variables={name: _shown(name, environ[name]) for name in _VARIABLES if name in environ},
+        plugins=list_plugins(registry).plugins,
+    )
+
+
+def _entry(info: PluginInfo) -> PluginEntry:
+    return PluginEntry(
+        name=info.name,
+        distribution=info.distribution,
+        builtin=info.builtin,
+        status=info.status,
+        reason=info.reason,
+        section=info.section is not None,
+        hooks=list(info.hooks),
+    )
+
+
+def _devices() -> list[str]:
+    if version_of("torch") is None:
+        return []
+    try:
+        import torch
+    # A torch built for another CUDA or libc fails with OSError.
+    except (ImportError, OSError) as error:
+        return [f"torch cannot be imported: {error}"]
+    if torch.cuda.is_available():
+        cards = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
+        return [f"{card.name}, {card.total_memory / 2**30:.1f} GiB" for card in cards]
+    return ["mps"] if torch.backends.mps.is_available() else []
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux only
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _shown(name: str, value: str) -> str:
+    if name == _SECRET:
+        return "set, not shown" if value else "empty"
+    return re.sub(r"//[^/@]*@", "//...@", value)

@@ -1,0 +1,268 @@
+"""Plan, report and lists for people, made with rich: a choice of what the JSON has in full."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from llmload.cli.demo import Demonstration
+    from llmload.cli.doctor import Diagnoses
+    from llmload.cli.environment import Environment, PluginList
+    from llmload.errors import Problem
+    from llmload.group.loading import GroupReport
+    from llmload.group.planning import GroupPlan
+    from llmload.load.planning import Plan
+    from llmload.load.report import Report
+    from llmload.group.sharing import Sharing
+
+_SHARED = {
+    "checkpoint pages": "{member} and {of} lie on the checkpoint's own pages",
+    "one cast": "{member} takes what was cast for {of}",
+    "adapter off": "{member} is {of} with its adapter off",
+    "frozen copy": "{member} is {of} with a frozen copy of its adapter",
+}
+_COLOURS = {
+    **dict.fromkeys(("error", "broken", "does not work"), "red"),
+    **dict.fromkeys(("warning", "works in part"), "yellow"),
+    **dict.fromkeys(("active", "works"), "green"),
+}
+
+
+def plan(plan: Plan) -> RenderableType:
+    """Render what a load will do."""
+    facts = _pairs()
+    facts.add_row("model", f"{plan.model_class}, {plan.dtype}")
+    facts.add_row("folder", plan.folder)
+    if plan.checkpoint_tensors:
+        size = f"{plan.checkpoint_tensors} tensors, {_size(plan.checkpoint_bytes)}"
+        facts.add_row("checkpoint", size)
+    for line in plan.keys:
+        facts.add_row("keys", line)
+    if plan.loader:
+        facts.add_row("loader", plan.loader)
+    for name, reason in plan.declined.items():
+        facts.add_row("declined", f"{name}: {reason}")
+    if plan.parameters:
+        facts.add_row("parameters", f"{plan.parameters:,}, {_size(plan.parameter_bytes)}")
+        facts.add_row("trainable", _trainable(plan))
+    for line in _quantised(plan):
+        facts.add_row("k-bit", line)
+    for name in _grouped(plan.facts.get("lora", {}).get("targets", ())):
+        facts.add_row("LoRA on", name)
+    for name in _made_by(plan.new_parameters):
+        facts.add_row("new", name)
+
+    steps = _table("step", "plugin", last="what it does")
+    for step in plan.steps:
+        steps.add_row(step.hook, step.plugin, Text("\n".join(step.notes)))
+    return Group(facts, *([steps] if plan.steps else []), *_problems(plan.problems))
+
+
+def report(report: Report) -> RenderableType:
+    """Render what a load did."""
+    phases = Table(box=box.SIMPLE_HEAD, show_footer=True)
+    phases.add_column("phase", "all", no_wrap=True)
+    phases.add_column("plugin", no_wrap=True)
+    phases.add_column("seconds", f"{report.seconds:.2f}", justify="right")
+    peak = max((phase.peak_rss_mib for phase in report.phases), default=0.0)
+    phases.add_column("peak RSS, MiB", f"{peak:.0f}", justify="right")
+    for phase in report.phases:
+        phases.add_row(
+            phase.name, phase.plugin, f"{phase.seconds:.2f}", f"{phase.peak_rss_mib:.0f}"
+        )
+
+    facts = _pairs()
+    if report.loader:
+        facts.add_row("loader", report.loader)
+    for name, reason in report.declined.items():
+        facts.add_row("declined", f"{name}: {reason}")
+    facts.add_row("parameters", f"{report.parameters:,}, {_size(report.parameter_bytes)}")
+    for name in _made_by(report.newly_initialised):
+        facts.add_row("new", name)
+    for name in _made_by(report.left_out):
+        facts.add_row("left out", name)
+    if report.compared:
+        facts.add_row("proved", f"{report.compared} parameters hold what the checkpoint says")
+    for line in report.audit:
+        facts.add_row("proved", line)
+    warnings = [Text(f"warning: {line}", _COLOURS["warning"]) for line in report.warnings]
+    return Group(phases, facts, *warnings, Text(report.trainable_line()))
+
+
+def group_plan(plans: GroupPlan) -> RenderableType:
+    """Render what a load of several models will do."""
+    members = [
+        part
+        for name, made in plans.members.items()
+        for part in (_heading(name), plan(made.model_copy(update={"problems": []})))
+    ]
+    facts = _shared(plans.shared)
+    for name, reason in plans.apart.items():
+        facts.add_row("not shared", f"{name}: {reason}")
+    return Group(*members, facts, *_problems(plans.problems))
+
+
+def group_report(reports: GroupReport) -> RenderableType:
+    """Render what a load of several models did."""
+    members = [
+        part for name, made in reports.members.items() for part in (_heading(name), report(made))
+    ]
+    return Group(*members, _heading("together"), _shared(reports.shared))
+
+
+def _shared(shared: Iterable[Sharing]) -> Table:
+    facts = _pairs()
+    for found in shared:
+        what = _SHARED[found.how].format(member=found.member, of=found.of)
+        until = "" if found.lasting else ", until a training step writes them"
+        facts.add_row("shared", f"{what}: {_size(found.saved_bytes)} saved{until}")
+    return facts
+
+
+def plugins(listed: PluginList) -> RenderableType:
+    """Render the plugins as a table, the active ones in plan order."""
+    table = _table("plugin", "distribution", "spec key", "status", last="hooks, or what is wrong")
+    for entry in listed.plugins:
+        table.add_row(
+            entry.name,
+            entry.distribution,
+            "yes" if entry.section else "",
+            Text(entry.status, _COLOURS.get(entry.status, "")),
+            Text(entry.reason or ", ".join(entry.hooks)),
+        )
+    return Group(table, *_problems(listed.problems))
+
+
+def diagnoses(found: Diagnoses) -> RenderableType:
+    """Render what works here, and the way to what does not."""
+    versions = _pairs()
+    for name, version in found.versions.items():
+        versions.add_row(name, version)
+    table = _table("plugin", "here", last="what works, and how to get the rest")
+    for diagnosis in found.plugins:
+        lines = [*diagnosis.works, *map(str, diagnosis.problems)]
+        health = Text(diagnosis.health, _COLOURS.get(diagnosis.health, ""))
+        table.add_row(diagnosis.plugin, health, Text("\n".join(lines)))
+    return Group(versions, table, *_problems(found.problems))
+
+
+def environment(environment: Environment) -> str:
+    """Return the environment as lines to paste, not as a table."""
+    lines = [f"{name}: {version}" for name, version in environment.versions.items()]
+    lines.append(f"platform: {environment.platform}")
+    lines.append(f"processors: {environment.processors}")
+    lines.append(f"memory: {_size(environment.memory_bytes)}")
+    lines += [f"device: {device}" for device in environment.devices or ["none beside the CPU"]]
+    lines += [f"{name}={value}" for name, value in environment.variables.items()]
+    for entry in environment.plugins:
+        reason = f": {entry.reason}" if entry.reason else ""
+        lines.append(f"plugin {entry.name} ({entry.distribution}): {entry.status}{reason}")
+    return "\n".join(lines)
+
+
+def demonstration(shown: Demonstration) -> RenderableType:
+    """Render a demo as the story it is."""
+    made, tuned = shown.training, shown.fine_tuning
+    return Group(
+        _heading("1 A small model, trained on what ships with Python"),
+        Text(
+            f"{made.parameters:,} parameters, {made.steps} steps on {made.characters:,} characters"
+            f" in {made.seconds:.0f} s: loss {made.first_loss:.2f} -> {made.last_loss:.2f}\n"
+        ),
+        _heading("2 The spec by which it is loaded"),
+        Text(shown.spec),
+        _heading("3 The plan"),
+        plan(shown.plan),
+        _heading("4 The report"),
+        report(shown.report),
+        _heading("\n5 The adapter, fine-tuned on the Zen of Python"),
+        Text(
+            f"{tuned.steps} steps in {tuned.seconds:.1f} s:"
+            f" loss {tuned.loss_before:.2f} -> {tuned.loss_after:.2f}"
+        ),
+        Text(f"before: {tuned.written_before!r}\nafter:  {tuned.written_after!r}"),
+        Text("The loss fell." if tuned.loss_fell else "The loss did not fall."),
+    )
+
+
+def _problems(problems: Iterable[Problem]) -> list[Text]:
+    return [
+        Text(f"{problem.severity}: {problem}", _COLOURS[problem.severity]) for problem in problems
+    ]
+
+
+def _heading(text: str) -> Text:
+    return Text(text, "bold")
+
+
+def _pairs() -> Table:
+    pairs = Table.grid(padding=(0, 2))
+    pairs.add_column(style="bold", no_wrap=True)
+    pairs.add_column(overflow="fold")
+    return pairs
+
+
+def _table(*names: str, last: str) -> Table:
+    """Return a table whose last column alone may be folded."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    table.add_column(last, overflow="fold")
+    return table
+
+
+def _trainable(plan: Plan) -> str:
+    if plan.trainable_parameters is None:
+        return "not known: the load could not be rehearsed"
+    share = 100 * plan.trainable / plan.parameters
+    return f"{plan.trainable:,} ({share:.2f} %)"
+
+
+def _quantised(plan: Plan) -> Iterable[str]:
+    """Yield what the codes take, and what each group of the other parameters takes and why."""
+    facts = plan.facts.get("kbit")
+    if facts is None:
+        return
+    yield (
+        f"{facts['parameters']:,} values in {_size(facts['bytes'])}, and"
+        f" {_size(facts['statistics_bytes'])} of statistics"
+    )
+    for group, takes in facts["unquantised"].items():
+        cast = takes["cast_bytes"]
+        line = f"{group}: {takes['parameters']:,} values in {_size(takes['bytes'])}"
+        if cast:
+            change = "more" if cast > 0 else "less"
+            line += f", {_size(abs(cast))} {change} than in {plan.dtype}"
+        yield line
+
+
+def _grouped(names: Iterable[str]) -> list[str]:
+    """Return names that differ in their numbers once, with how many there are."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    return [f"{name} ({count})" if count > 1 else name for name, count in counts.items()]
+
+
+def _made_by(makers: Mapping[str, Any]) -> list[str]:
+    """Return one line per maker: how many tensors are new, and the names of a few."""
+    counts = Counter(str(maker) for maker in makers.values())
+    lines = []
+    for maker, count in counts.items():
+        names = [name for name, by in makers.items() if str(by) == maker]
+        lines.append(f"{count} tensors: {maker}" if count > 3 else f"{', '.join(names)}: {maker}")
+    return lines
+
+
+def _size(count: int) -> str:
+    """Return bytes in the largest binary unit that leaves at least one before the point."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"

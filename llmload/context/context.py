@@ -1,0 +1,295 @@
+"""What every hook of one load sees."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel
+
+from llmload.hf import compat, model_classes
+
+if TYPE_CHECKING:
+    import pluggy
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmload.checkpoint import Checkpoint, TensorInfo
+    from llmload.checkpoint.accounting import Accounting
+    from llmload.model.dry_run import ProbeResult
+    from llmload.spec.loadspec import LoadSpec
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What a load, or all loads of one group, begin and end with."""
+
+    until_end: ExitStack = field(default_factory=ExitStack)
+    """Left when the last audit is over, or with the error that ended it all."""
+    kept: dict[str, Any] = field(default_factory=dict)
+    """What plugins have in common for all members, by plugin name."""
+
+
+class LoadContext:
+    """One load: what is asked, what was found, and what the plugins hand on to each other.
+
+    The first group of attributes is read by every plugin and changed by none, except ``config`` in
+    ``init_context``. The second group is where plugins leave something for others or the report.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: LoadSpec,
+        sections: Mapping[str, BaseModel],
+        active: tuple[str, ...],
+        hook: pluggy.HookRelay,
+        folder: Path,
+        config: PretrainedConfig,
+        model_class: type[PreTrainedModel],
+        dtype: torch.dtype,
+        checkpoint: Checkpoint | None,
+        wraps_adapter: bool,
+    ) -> None:
+        self.spec = spec
+        """The validated spec."""
+        self.sections = sections
+        """The active plugins' sections by name, with the defaults of those not in the spec."""
+        self.active = active
+        """Names of the plugins that take part, in plan order."""
+        self.hook = hook
+        """Calls hooks that plugins declared themselves (``Hooks``), among the active plugins."""
+        self.folder = folder
+        """The model folder, or the snapshot of the hub repository; always local."""
+        self.config = config
+        """A copy that belongs to this load. Change it in ``init_context``, not later."""
+        self.model_class = model_class
+        """The concrete class, never an ``Auto`` class."""
+        self.dtype = dtype
+        """The floating-point dtype of the model; ``dtype: auto`` is resolved."""
+        self.checkpoint = checkpoint
+        """Names, shapes, dtypes and places of the loader's tensors, with keys mapped; None with
+        ``weights: random``. While ``map_keys`` is called, all tensors as they are stored."""
+        self.wraps_adapter = wraps_adapter
+        """Whether an active plugin will wrap the model in an adapter."""
+        self.claimed: dict[str, TensorInfo] = {}
+        """Tensors that a plugin took for itself in ``map_keys``, by their key there."""
+        self.rehearsing = True
+        """True while the plan is made: the model is on the meta device and has no values."""
+
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        """Set by the ``tokenizer`` plugin's ``check``."""
+        self.placed_by: str | None = None
+        """The plugin that will set ``placement``, as its ``check`` says: a group then knows that it
+        does not decide how this model's weights are stored."""
+        self.splits = False
+        """Set beside ``placed_by`` by a plugin whose placement is a ``Splitting``: another may then
+        change how each weight is stored before it is split."""
+        self.reads = ""
+        """What of the checkpoint this process will read, in words, as the ``check`` of the plugin
+        says that splits the weights; empty for all of it."""
+        self.new_tokens: dict[str, int] = {}
+        """Token -> id of those that the checkpoint's own tokenizer lacks, set with ``tokenizer``:
+        their embedding rows are untrained, even where the checkpoint has rows to spare."""
+        self.newly_initialised: dict[str, str] = {}
+        """Name of each parameter or buffer that is not from the checkpoint -> why."""
+        self.to_initialise: dict[str, str] = {}
+        """Parameter of the base model that needs no value in the checkpoint -> why. Set in
+        ``check`` by the plugin that answers for its value; ``strict`` then does not ask for it."""
+        self.unexpected: list[str] = []
+        """Checkpoint keys for which the loader found no place in the model."""
+        self.left_out: dict[str, str] = {}
+        """Key of a claimed tensor that nobody needs -> why, set by the plugin that claimed it."""
+        self.load_options: dict[str, Any] = {}
+        """Keyword arguments for ``from_pretrained``, set in ``init_context`` (``device_map``,
+        ``quantization_config``). A loader that cannot honour one declines."""
+        self.placement: Any = None
+        """The streaming engine's placement, set in ``init_context`` by the plugin that decides
+        where and how each weight is stored; None for plain tensors. One that splits may be wrapped
+        by a later plugin: see ``checkpoint.placement.Splitting``."""
+        self.without_memory: Callable[[], AbstractContextManager[Any]] | None = None
+        """Makes the context under which the streaming loader builds the model that it fills, set in
+        ``init_context``; None for the meta device."""
+        self.awaiting: str | None = None
+        """Who will load the weights after this load, set by a loader that leaves them out; it then
+        proves in its ``audit`` that they will all be found."""
+        self.facts: dict[str, Any] = {}
+        """JSON-able facts for the report, by plugin name."""
+        self.handed_on: dict[str, Any] = {}
+        """What a plugin's ``check`` found out for its own later hooks, by plugin name."""
+        self.scope = Scope()
+        """Of this load alone, or of the group that the model is a member of. What a plugin leaves
+        in ``scope.kept`` under its name, the members after this one find there."""
+        self.kept_alive: list[object] = []
+        self._stored = checkpoint
+        self._read: set[str] = set()
+        self._filled: dict[int, nn.Parameter] = {}
+        self._probed: ProbeResult | None = None
+        self._pristine = copy.deepcopy(config)
+        self._blank: PreTrainedModel | None = None
+        self._blank_draws = False
+        self._accounting: Accounting | None = None
+
+    @property
+    def until_end(self) -> ExitStack:
+        """Contexts that outlast those of ``init_context``: left when the audit is over, in a group
+        the last member's, or with the error that ended it. What they raise then fails the load."""
+        return self.scope.until_end
+
+    def section(self, kind: type[SectionT]) -> SectionT:
+        """Return this load's section of the given model: what the spec says, or its defaults.
+
+        :raises LookupError: no active plugin owns a section of this kind.
+        """
+        for value in self.sections.values():
+            if isinstance(value, kind):
+                return value
+        raise LookupError(f"no active plugin has a section of type {kind.__qualname__}")
+
+    def configure(self, **fields: Any) -> None:
+        """Set fields of the config for plan and load alike.
+
+        For ``map_keys`` and ``check``: what ``init_context`` changes, the rehearsal does not see,
+        so a field that decides on names or shapes of parameters belongs here.
+        """
+        for config in (self.config, self._pristine):
+            for name, value in fields.items():
+                setattr(config, name, value)
+        self._blank = self._accounting = None
+
+    @property
+    def blank(self) -> PreTrainedModel:
+        """The model on the meta device, weights not tied: names, shapes and dtypes to look at.
+
+        For ``check``. A loader that fills one takes it with :meth:`take_blank`.
+        """
+        if self._blank is None:
+            self._blank, self._blank_draws = self._build_aside()
+        return self._blank
+
+    def _build_aside(self) -> tuple[PreTrainedModel, bool]:
+        """Build a blank model that no load hands out, and say whether its class draws meanwhile.
+
+        The random stream does not move: the plan must leave it to the load, which draws as often as
+        ``from_pretrained``. On the meta device few classes draw at all (DiffLlama does).
+        """
+        import torch
+
+        with torch.random.fork_rng(devices=[]):
+            before = torch.get_rng_state()
+            blank = model_classes.blank_model(self)
+            return blank, not torch.equal(before, torch.get_rng_state())
+
+    def take_blank(self) -> PreTrainedModel:
+        """Return a blank model that belongs to the caller, built from ``config`` as it now is.
+
+        The plan's own, where it was not used up and no plugin has changed the config since. In a
+        load, a class that draws while it is built does so now.
+        """
+        blank, self._blank = self._blank, None
+        if blank is not None and self._config_changed:
+            blank = None
+        if self.rehearsing:
+            return self._build_aside()[0] if blank is None else blank
+        return model_classes.blank_model(self) if blank is None or self._blank_draws else blank
+
+    @property
+    def _config_changed(self) -> bool:
+        """Whether a plugin has changed the config since the plan began."""
+        # As dicts: comparing configs whose layers differ raises.
+        return bool(self.config.to_dict() != self._pristine.to_dict())
+
+    def accounting(self, model: PreTrainedModel) -> Accounting:
+        """Return how the checkpoint's keys fit a blank model; found out once per config.
+
+        For loaders, and for plugins that foretell what one will do.
+        """
+        unchanged = not self._config_changed
+        if unchanged and self._accounting is not None:
+            return self._accounting
+        if model is self._blank:
+            model = compat.tied_blank(model)
+        found: Accounting = compat.seam().rehearse(model, self.checkpoint)
+        if unchanged:
+            self._accounting = found
+        return found
+
+    def probe(self, model: nn.Module) -> ProbeResult:
+        """Return what :func:`llmload.model.dry_run.probe` finds of the finished model; run once per load.
+
+        For ``audit``: the model does not change any more.
+        """
+        if self._probed is None:
+            from llmload.model.dry_run import probe  # needs torch
+
+            self._probed = probe(model)
+        return self._probed
+
+    def read(self, key: str) -> torch.Tensor:
+        """Return the values of a claimed tensor: on the CPU, as stored, the caller's own copy.
+
+        :raises LookupError: the key was not claimed in ``map_keys``.
+        """
+        from llmload.checkpoint.mapped import MappedCheckpoint  # needs torch
+
+        info = self.claimed[key]
+        assert self._stored is not None
+        with MappedCheckpoint(self._stored) as files:
+            value = files.tensor(info).clone()
+        self._read.add(key)
+        return value
+
+    def from_checkpoint(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Say that a plugin's own parameters have their values from the checkpoint.
+
+        For ``post_load``, in the rehearsal too: plan and report then do not list them as new.
+        """
+        self._filled.update((id(parameter), parameter) for parameter in parameters)
+
+    def is_from_checkpoint(self, parameter: nn.Parameter) -> bool:
+        """Whether :meth:`from_checkpoint` was told of the parameter."""
+        return id(parameter) in self._filled
+
+    @property
+    def unused(self) -> list[str]:
+        """Claimed keys that were neither read nor left out with a reason."""
+        return [key for key in self.claimed if key not in self._read | self.left_out.keys()]
+
+    def keep_alive(self, thing: object) -> None:
+        """Hold ``thing`` as long as the result of the load lives."""
+        self.kept_alive.append(thing)
+
+    def record(self, plugin: str, facts: Mapping[str, Any]) -> None:
+        """Add JSON-able facts of a plugin to the report."""
+        self.facts.setdefault(plugin, {}).update(facts)
+
+    def for_loading(self) -> LoadContext:
+        """Return the context of the load itself: same request, untouched config, nothing recorded.
+
+        Tokenizer, blank model and what plugins handed on are kept; the records of the rehearsal are
+        left behind.
+        """
+        loading = copy.copy(self)
+        loading.config = copy.deepcopy(self._pristine)
+        loading.rehearsing = False
+        loading.newly_initialised = {}
+        loading.unexpected = []
+        loading.left_out = {}
+        loading._read = set()
+        loading._filled = {}
+        loading.load_options = {}
+        loading.placement = None
+        loading.without_memory = None
+        loading.awaiting = None
+        loading.facts = {}
+        loading.scope = Scope()
+        loading.kept_alive = []
+        loading._probed = None
+        return loading

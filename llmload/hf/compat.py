@@ -1,0 +1,341 @@
+"""The only place that asks which version of transformers or peft is installed.
+
+Two versions of transformers are supported, 5.23 and 4.51.3; each function says what differs.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Container
+from contextlib import AbstractContextManager, ExitStack
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from llmload.host.distributions import version_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from llmload.context.context import LoadContext
+
+
+def major(distribution: str) -> int:
+    """Return the major version of an installed distribution."""
+    return int((version_of(distribution) or "0").partition(".")[0])
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the keyword for ``from_pretrained``: ``dtype``, or ``torch_dtype`` before 4.56."""
+    return {"dtype" if major("transformers") >= 5 else "torch_dtype": dtype}
+
+
+def config_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """Return the dtype a config declares; the attribute was ``torch_dtype`` before 4.56."""
+    import torch
+
+    name = "dtype" if major("transformers") >= 5 else "torch_dtype"
+    declared = getattr(config, name, None)
+    return getattr(torch, declared) if isinstance(declared, str) else declared
+
+
+def concrete_class(
+    auto_name: str, config: PretrainedConfig, trust_remote_code: bool
+) -> tuple[type[PreTrainedModel], PretrainedConfig] | None:
+    """Return what an ``Auto`` class would build, and the config it would build it from.
+
+    None where the model type has no such head. As in transformers' ``auto_factory``: remote code
+    wins where it is trusted, a class that takes only the text part gets only the text config (5.x),
+    and among several classes the config's ``architectures`` decides.
+    """
+    import transformers
+    from transformers.models.auto import auto_factory
+
+    auto = getattr(transformers, auto_name)
+    remote = (getattr(config, "auto_map", None) or {}).get(auto_name)
+    if remote is not None and trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(remote, config._name_or_path), config
+    if type(config) not in auto._model_mapping:
+        return None
+    found = auto_factory._get_model_class(config, auto._model_mapping)
+    sub_configs = getattr(config, "sub_configs", {})
+    takes_text = sub_configs.get("text_config") is not None and (
+        getattr(found, "config_class", None) == sub_configs["text_config"]
+    )
+    if takes_text and major("transformers") >= 5:
+        quantization = getattr(config, "quantization_config", None)
+        config = config.get_text_config()
+        if quantization is not None:
+            config.quantization_config = quantization
+    return found, config
+
+
+def meta_contexts(
+    model_class: type[PreTrainedModel], dtype: torch.dtype
+) -> list[AbstractContextManager[Any]]:
+    """Return the contexts under which ``from_pretrained`` builds a model on the meta device.
+
+    Taken from transformers 5 itself; 4.51.3 has the same contexts but sets the default dtype apart.
+    """
+    if major("transformers") >= 5:
+        return model_class.get_init_context(dtype, False, False, None)  # type: ignore[no-any-return]
+    import torch
+    from transformers.modeling_utils import no_init_weights
+
+    return [default_dtype(dtype), no_init_weights(), torch.device("meta")]
+
+
+def build_on_meta(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    stored: Container[str] = (),
+    *,
+    asked: bool = True,
+) -> PreTrainedModel:
+    """Build a model as ``from_pretrained`` does before it reads, from a copy of ``config``.
+
+    Weights are tied by the constructor at most. In 4.51.3 buffers have their values, and in
+    composite models the dtype of a part depends on whether one was ``asked`` for.
+
+    4.51.3 freezes fixed positions (Marian's, which are never saved) when it initialises them, and
+    since 5.0 the constructor does: so they are frozen here, unless they are among the ``stored``
+    names of the checkpoint.
+    """
+    if seam().unsuited() is None:
+        options = {} if major("transformers") >= 5 else {"asked": asked}
+        model: PreTrainedModel = _building().build(model_class, config, dtype, **options)
+    else:
+        with ExitStack() as stack:
+            for context in meta_contexts(model_class, dtype):
+                stack.enter_context(context)
+            model = model_class(copy.deepcopy(config))
+    if major("transformers") < 5:
+        unsaved = set(model_class._keys_to_ignore_on_save or ())
+        for path, module in model.named_modules():
+            name = f"{path}.weight"
+            if hasattr(module, "_init_weight") and name in unsaved and name not in stored:
+                module.weight.requires_grad_(False)
+    return model
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Return the parameters that the config ties to another one, which keeps its own name.
+
+    transformers 5 has the pairs per model; 4.51.3 has a list per class and one switch.
+    """
+    pairs = getattr(model, "all_tied_weights_keys", None)
+    if pairs is None:
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        pairs = (model._tied_weights_keys or ()) if tied else ()
+    return set(pairs)
+
+
+def tied_blank(blank: PreTrainedModel) -> PreTrainedModel:
+    """Return the plan's blank as the seam's ``rehearse`` takes it.
+
+    That of 4.51.3 calls a weight missing whose tie, if there is one, does not show yet: it gets a
+    tied copy.
+    """
+    if major("transformers") >= 5:
+        return blank
+    tied = copy.deepcopy(blank)
+    tied.tie_weights()
+    return tied
+
+
+def seam() -> ModuleType:
+    """Return the module that joins the streaming engine to this transformers' loading code."""
+    return _for_this_version("seam")
+
+
+def _building() -> ModuleType:
+    return _for_this_version("building")
+
+
+def _for_this_version(name: str) -> ModuleType:
+    suffix = "" if major("transformers") >= 5 else "_4_51"
+    return importlib.import_module(f"llmload.hf.{name}{suffix}")
+
+
+def fillable(ctx: LoadContext) -> PreTrainedModel:
+    """Return the model for a loader to fill, its parameters on the meta device.
+
+    Where a plugin set ``ctx.without_memory``, its context keeps them without memory: in
+    transformers 5 with the meta device beneath it, which every model there is made for; in 4.51.3,
+    which moves each parameter by itself, in the place of that. There the model is tied too.
+    """
+    context = ctx.without_memory() if ctx.without_memory is not None else None
+    if major("transformers") < 5:
+        if context is None:
+            return _building().tie(ctx.take_blank())
+        asked = ctx.spec.dtype != "auto"
+        lazy = _building().build(ctx.model_class, ctx.config, ctx.dtype, context, asked=asked)
+        lazy.tie_weights()
+        return lazy
+    if context is None:
+        return ctx.take_blank()
+    with context:
+        return _building().build(ctx.model_class, ctx.config, ctx.dtype)
+
+
+def trains_once_loaded(like: torch.Tensor) -> bool:
+    """Say whether a parameter requires gradients when it is loaded in place of ``like``.
+
+    4.51.3 leaves it as the constructor made it; since 5.0 every one of floating point does.
+    """
+    return like.is_floating_point() if major("transformers") >= 5 else like.requires_grad
+
+
+def no_init_weights() -> AbstractContextManager[Any]:
+    """Return a context in which new modules keep uninitialised memory; it moved with 5.0."""
+    if major("transformers") >= 5:
+        from transformers.initialization import no_init_weights
+    else:
+        from transformers.modeling_utils import no_init_weights
+    return no_init_weights()  # type: ignore[no-any-return]
+
+
+def enable_checkpointing(
+    model: PreTrainedModel, options: dict[str, Any], *, every_n_layers: int, offload: bool
+) -> None:
+    """Turn on gradient checkpointing, which was renamed with 5.23 and takes more since.
+
+    Under the old name ``every_n_layers`` and ``offload`` are unknown and must not be asked for: see
+    :func:`checkpoints_selectively`.
+    """
+    if checkpoints_selectively():
+        model.activation_checkpointing_enable(options, every_n_layers, offload)
+    else:
+        model.gradient_checkpointing_enable(options)
+
+
+def checkpoints_gradients(model_class: type[PreTrainedModel]) -> bool:
+    """Say whether a class can checkpoint gradients. In 4.51.3 Starcoder2 says so and never does."""
+    if major("transformers") < 5 and model_class.__name__.startswith("Starcoder2"):
+        return False
+    return bool(model_class.supports_gradient_checkpointing)
+
+
+def require_input_gradients(model: PreTrainedModel) -> None:
+    """Make the embedded tokens require gradients though nothing in the embedding does.
+
+    4.51.3 forgets where encoder and decoder have embeddings beside the model's, tied to it or not
+    (BART, LongT5). ``disable_input_require_grads`` undoes it all.
+    """
+    model.enable_input_require_grads()
+    if major("transformers") >= 5 or not hasattr(model, "get_encoder"):
+        return
+    halves = (model.get_encoder(), model.get_decoder())
+    found = {id(m): m for half in halves if (m := getattr(half, "embed_tokens", None)) is not None}
+    found.pop(id(model.get_input_embeddings()), None)
+
+    def require(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
+        output.requires_grad_(True)
+
+    hooks = [module.register_forward_hook(require) for module in found.values()]
+    model._require_grads_hook = _Hooks([model._require_grads_hook, *hooks])
+
+
+class _Hooks:
+    """Several hooks, removed as one."""
+
+    def __init__(self, hooks: list[Any]) -> None:
+        self._hooks = hooks
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def saves_biases_of_adapted_layers() -> bool:
+    """Say whether PEFT saves what `bias: lora_only` trains.
+
+    0.13.2 looks for the biases beside the adapter's factors; they are in the base layer.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
+    return hasattr(BaseTuner, "_get_adapter_state_dict")
+
+
+def has_accelerator() -> bool:
+    """Say whether torch has an accelerator here. ``torch.accelerator`` came with torch 2.6."""
+    import torch
+
+    return (
+        torch.accelerator.is_available()
+        if hasattr(torch, "accelerator")
+        else torch.cuda.is_available()
+    )
+
+
+def checkpoints_selectively() -> bool:
+    """Say whether transformers can checkpoint every n-th layer and keep activations on the host."""
+    from transformers import PreTrainedModel
+
+    return hasattr(PreTrainedModel, "activation_checkpointing_enable")
+
+
+def quantised_by_bitsandbytes(config: PretrainedConfig) -> bool:
+    """Say whether a config declares 8 or 4 bits by bitsandbytes; it is a mapping as read."""
+    found = getattr(config, "quantization_config", None) or {}
+    declared = found if isinstance(found, dict) else found.to_dict()
+    return bool(declared.get("load_in_4bit") or declared.get("load_in_8bit"))
+
+
+def quantises_weight_by_weight() -> bool:
+    """Say whether transformers has bitsandbytes make one weight after the other, on a CPU too.
+
+    Both came with 5.0; before, its quantiser fills layers in ways of its own, on accelerators only.
+    """
+    return major("transformers") >= 5
+
+
+def modules_left_unquantised(model: PreTrainedModel) -> list[str]:
+    """Return the modules that transformers does not quantise if it is not told which: the output
+    head, what is tied, the last one. The function moved with 5.0."""
+    if major("transformers") >= 5:
+        from transformers.quantizers.base import get_keys_to_not_convert
+    else:
+        from transformers.integrations import get_keys_to_not_convert
+    return get_keys_to_not_convert(model)  # type: ignore[no-any-return]
+
+
+def leaves_unquantised(pattern: str, module: str) -> bool:
+    """Say whether ``pattern`` among ``llm_int8_skip_modules`` keeps the linear layer ``module`` out
+    of quantisation. 4.51.3 knows whole names and parts between dots only."""
+    if major("transformers") >= 5:
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        return not should_convert_module(module, [pattern])
+    return f"{pattern}." in module or pattern in (module, module.rpartition(".")[2])
+
+
+def auxiliary_wrapper() -> type[Any]:
+    """Return PEFT's class around what it trains beside its layers; before 0.16 there was but one,
+    for ``modules_to_save``."""
+    from peft.utils import other
+
+    return getattr(other, "AuxiliaryTrainingWrapper", other.ModulesToSaveWrapper)  # type: ignore[no-any-return]
+
+
+class default_dtype(AbstractContextManager[None]):  # noqa: N801 - reads as a function
+    """Set torch's default dtype and restore it, whatever happens."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __enter__(self) -> None:
+        import torch
+
+        self._before = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype)
+
+    def __exit__(self, *exc: object) -> None:
+        import torch
+
+        torch.set_default_dtype(self._before)

@@ -1,0 +1,203 @@
+"""Both ends at which transformers' weight conversion meets us: what it reads, what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmload.checkpoint.dtypes import torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from llmload.checkpoint.header import TensorInfo
+    from llmload.checkpoint.assembled import Assembled
+    from llmload.checkpoint.mapped import MappedCheckpoint
+    from llmload.checkpoint.placing import Placer
+
+Taken = list[tuple["TensorInfo", "torch.Tensor"]]
+"""Tensors of the file that were asked for since the last target was finished."""
+
+Receive = Callable[[str, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor]"]
+"""Takes the first target's name and the finished tensors by name; returns what to set there."""
+
+
+class Outline:
+    """Stands for a tensor in the rehearsal: shape and dtype, no values.
+
+    :param taken: remembers that transformers asked for it.
+    """
+
+    def __init__(self, info: TensorInfo, taken: Taken) -> None:
+        self._info = info
+        self._taken = taken
+
+    def get_shape(self) -> list[int]:
+        """As a safetensors slice has it."""
+        return list(self._info.shape)
+
+    def get_dtype(self) -> str:
+        """As a safetensors slice has it."""
+        return self._info.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Return the tensor for transformers to convert, or to pass on as it is."""
+        from llmload.checkpoint.assembled import StandIn
+
+        tensor = self._tensor()
+        if index is not Ellipsis:
+            tensor = tensor[index]
+        return self._take(StandIn(tensor, tensor.device))
+
+    def plain(self) -> torch.Tensor:
+        """Return the tensor where transformers does not come in."""
+        return self._take(self._tensor())
+
+    def _take(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._taken.append((self._info, tensor))
+        return tensor
+
+    def _tensor(self) -> torch.Tensor:
+        import torch
+
+        dtype = torch_dtype(self._info.dtype)
+        return torch.empty(self._info.shape, dtype=dtype, device="meta")
+
+
+class View(Outline):
+    """A tensor that is mapped when transformers asks for it."""
+
+    def __init__(self, info: TensorInfo, taken: Taken, files: MappedCheckpoint) -> None:
+        super().__init__(info, taken)
+        self._files = files
+
+    def _tensor(self) -> torch.Tensor:
+        return self._files.tensor(self._info)
+
+
+def as_stored(taken: Taken, values: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo] | None:
+    """Return which tensor of the file each value is; None where they were made of several."""
+    infos = {id(tensor): info for info, tensor in taken}
+    if not infos.keys() >= {id(value) for value in values.values()}:
+        return None
+    return {name: infos[id(value)] for name, value in values.items()}
+
+
+def assembled(taken: Taken, values: Mapping[str, torch.Tensor]) -> dict[str, Assembled] | None:
+    """Return how each value is put together from tensors of the file; None if one is computed."""
+    from llmload.checkpoint.assembled import Assembled
+
+    found = {name: Assembled.of(value, taken) for name, value in values.items()}
+    return None if None in found.values() else found  # type: ignore[return-value]
+
+
+class Handover:
+    """What transformers takes for a quantiser and its operation."""
+
+    pre_quantized = False
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+
+    def param_needs_quantization(self, model: PreTrainedModel, name: str) -> bool:
+        """Every parameter and buffer is ours to place."""
+        return True
+
+    def get_quantize_ops(self) -> Handover:
+        """The operation that runs after all others."""
+        return self
+
+    def convert(
+        self, collected: dict[str, Any], *, full_layer_name: str, **others: Any
+    ) -> dict[str, torch.Tensor]:
+        """Give on the finished tensors, which come alone or in a list of one."""
+        values = {
+            name: value[0] if isinstance(value, list) else value
+            for name, value in collected.items()
+        }
+        return self._receive(full_layer_name, values)
+
+
+class AbortError(BaseException):
+    """Carries an error past transformers, which would note any ``Exception`` and go on."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
+
+
+class Dtypes:
+    """Decides on final dtypes as transformers does: by its plan, else by what the model declares.
+
+    :param plan: pattern of names -> dtype.
+    :param state: the model's tensors by name.
+    """
+
+    def __init__(self, plan: Mapping[str, torch.dtype], state: Mapping[str, torch.Tensor]) -> None:
+        from transformers.core_model_loading import build_glob_alternation
+
+        self._plan = plan
+        self._state = state
+        self._pattern, self._pattern_of_group, _ = build_glob_alternation(list(plan))
+
+    def of(self, name: str) -> torch.dtype:
+        """Return the final dtype of a parameter or buffer."""
+        match = self._pattern.search(name) if self._plan else None
+        if match is None:
+            return self._state[name].dtype
+        return self._plan[self._pattern_of_group[match.lastgroup]]
+
+
+class Receiver:
+    """Finds out what each finished tensor was made of, and has it placed.
+
+    :param taken: the tensors of the file that were asked for since the last one was finished.
+    """
+
+    def __init__(self, placer: Placer, dtypes: Dtypes, taken: Taken) -> None:
+        self._placer = placer
+        self._dtypes = dtypes
+        self._taken = taken
+
+    def __call__(self, first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Place ``values``; raises ``AbortError`` around whatever goes wrong."""
+        try:
+            return self._receive(first, values)
+        except Exception as error:
+            raise AbortError(error) from error
+
+    def _receive(self, first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        from llmload.checkpoint.assembled import itself
+
+        read = self._taken.copy()
+        self._taken.clear()
+        dtype = self._dtypes.of(first)
+        infos = as_stored(read, values)
+        if infos is not None:
+            return {
+                name: self._placer.place(name, dtype, itself(value), infos[name])
+                for name, value in values.items()
+            }
+        behind = [info for info, _ in read]
+        found = assembled(read, values)
+        if found is not None:
+            return {
+                name: self._placer.place(name, dtype, value, None, behind)
+                for name, value in found.items()
+            }
+        made = {name: itself(value) for name, value in values.items()}
+        self._placer.read_for_conversion(behind)
+        if not _share_storage(made.values(), (itself(tensor) for _, tensor in read)):
+            self._placer.drop(behind)
+            behind = []
+        return {
+            name: self._placer.place(name, dtype, value, None, behind)
+            for name, value in made.items()
+        }
+
+
+def _share_storage(values: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:
+    of_values, of_others = (
+        {tensor.untyped_storage().data_ptr() for tensor in tensors} for tensors in (values, others)
+    )
+    return not of_values.isdisjoint(of_others)

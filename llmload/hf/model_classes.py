@@ -1,0 +1,155 @@
+"""Which class with which config and dtype is to be built, and the same model without storage."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmload.hf import compat, locating
+from llmload.errors import CheckpointError, Problem, SpecError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from llmload.checkpoint import Checkpoint
+    from llmload.context.context import LoadContext
+    from llmload.spec.loadspec import LoadSpec
+
+AUTO_CLASSES = {
+    "causal_lm": "AutoModelForCausalLM",
+    "seq2seq_lm": "AutoModelForSeq2SeqLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "base": "AutoModel",
+}
+
+
+def load_config(folder: Path, spec: LoadSpec) -> PretrainedConfig:
+    """Read the model's config with transformers, after :func:`source.read_config` let it pass.
+
+    :raises CheckpointError: transformers does not know the model type, or refuses a value.
+    """
+    from transformers import AutoConfig
+
+    content = locating.read_config(folder, spec)
+    options: dict[str, Any] = {}
+    if spec.attn_implementation is not None:
+        options["attn_implementation"] = spec.attn_implementation
+    try:
+        return AutoConfig.from_pretrained(
+            folder, trust_remote_code=spec.trust_remote_code, local_files_only=True, **options
+        )
+    except Exception as error:  # transformers raises many kinds for a bad config
+        fix = "Check the folder, or install the transformers version it was saved with."
+        if "auto_map" in content and not spec.trust_remote_code:
+            fix = (
+                "The folder brings code of its own: set `trust_remote_code: true` if you trust"
+                " whoever made it."
+            )
+        raise CheckpointError(
+            Problem(
+                file=str(folder / locating.CONFIG),
+                message=f"transformers cannot read the config of model type"
+                f" {content.get('model_type')!r}: {first_line(error).rstrip('.')}",
+                fix=fix,
+            )
+        ) from error
+
+
+def resolve_class(
+    spec: LoadSpec, config: PretrainedConfig
+) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """Return the concrete class for ``spec.auto_class`` and the config it takes.
+
+    The config differs from the one passed in where a text model is taken out of a composite one.
+
+    :raises SpecError: the class cannot be imported, or the model type has no such head.
+    """
+    if ":" in spec.auto_class:
+        return _imported_class(spec.auto_class), config
+    found = compat.concrete_class(AUTO_CLASSES[spec.auto_class], config, spec.trust_remote_code)
+    if found is None:
+        raise SpecError(
+            Problem(
+                where="auto_class",
+                message=f"model type {config.model_type!r} has no class for {spec.auto_class!r}",
+                fix=f"Use one of {', '.join(_heads(config))}, or `module:Class`.",
+            )
+        )
+    return found
+
+
+def _heads(config: PretrainedConfig) -> list[str]:
+    return [
+        name
+        for name, auto in AUTO_CLASSES.items()
+        if compat.concrete_class(auto, config, trust_remote_code=False) is not None
+    ]
+
+
+def _imported_class(path: str) -> type[PreTrainedModel]:
+    from transformers import PreTrainedModel
+
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(
+            Problem(
+                where="auto_class",
+                message=f"{path!r} cannot be imported: {error}",
+                fix="Write it as `module:Class`, and check that the module is on the path.",
+            )
+        ) from None
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise SpecError(
+            Problem(
+                where="auto_class",
+                message=f"{path!r} is not a subclass of transformers.PreTrainedModel",
+                fix="Name a model class, such as `transformers:LlamaForCausalLM`.",
+            )
+        )
+    return found
+
+
+def resolve_dtype(
+    spec: LoadSpec, config: PretrainedConfig, checkpoint: Checkpoint | None
+) -> torch.dtype:
+    """Return the model's dtype: the spec's, else the config's, else the first float tensor's.
+
+    The same order as transformers' ``dtype="auto"``; float32 where nothing says.
+    """
+    import torch
+
+    if spec.dtype != "auto":
+        return getattr(torch, spec.dtype)  # type: ignore[no-any-return]
+    declared = compat.config_dtype(config)
+    if declared is not None:
+        return declared
+    stored = [t.dtype for t in checkpoint.tensors.values()] if checkpoint else []
+    names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    return next((names[dtype] for dtype in stored if dtype in names), torch.float32)
+
+
+def blank_model(ctx: LoadContext) -> PreTrainedModel:
+    """Build the model on the meta device: names, shapes and dtypes, no storage, weights not tied.
+
+    :raises CheckpointError: the class refuses the config, for example an attention implementation
+        it does not have.
+    """
+    stored = () if ctx.checkpoint is None else ctx.checkpoint.names
+    try:
+        return compat.build_on_meta(
+            ctx.model_class, ctx.config, ctx.dtype, stored, asked=ctx.spec.dtype != "auto"
+        )
+    except Exception as error:
+        raise CheckpointError(
+            Problem(
+                where="model",
+                message=f"{ctx.model_class.__name__} cannot be built from the config:"
+                f" {first_line(error).rstrip('.')}",
+                fix="Check the config, `auto_class` and `attn_implementation`.",
+            )
+        ) from error

@@ -1,0 +1,5 @@
+"""The plugins: which there are, which are sound, which take part, and in which order they are called.
+
+In come plugin objects and the installed distributions; out goes a :class:`Registry`, which picks
+the :class:`Host` of one load. Nothing here loads a model.
+"""

@@ -1,0 +1,128 @@
+"""Which plugins there are: given as objects, selected by path, installed as distributions."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from llmload import hookspecs
+from llmload.errors import PluginError
+from llmload.host.distributions import name_and_version
+
+GROUP = "llmload"
+GIVEN = "given as an object"
+
+Status = Literal["active", "blocked", "not selected", "broken"]
+
+
+@dataclass
+class PluginInfo:
+    """What is known of one plugin, imported or not."""
+
+    name: str
+    distribution: str
+    """Distribution and version (``llmload 0.1.0``), or where a plugin object came from."""
+    builtin: bool
+    status: Status
+    reason: str = ""
+    """Why it is broken; empty otherwise."""
+    named: bool = False
+    """Whether an argument, ``-p`` or the environment asked for it by name."""
+    plugin: Any = field(default=None, repr=False)
+
+    @property
+    def section(self) -> type[BaseModel] | None:
+        """The pydantic model of its spec key, if it has one."""
+        return getattr(self.plugin, "Section", None)
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """Names of the hooks it implements, in the manual's order."""
+        return tuple(
+            name
+            for name in (*hookspecs.HELPERS, *hookspecs.SPINE)
+            if callable(getattr(self.plugin, name, None))
+        )
+
+
+def from_object(plugin: object) -> PluginInfo:
+    """Take a plugin object or class as it is.
+
+    :raises PluginError: it has no name.
+    """
+    plugin = plugin() if inspect.isclass(plugin) else plugin
+    name = getattr(plugin, "name", None)
+    if not isinstance(name, str) or not name:
+        raise PluginError(
+            f"{plugin!r} is not a plugin: it has no `name`",
+            fix="Give it a class attribute `name`, its key in the spec.",
+        )
+    return PluginInfo(name, GIVEN, builtin=False, status="active", named=True, plugin=plugin)
+
+
+def attribute(path: str) -> object:
+    """Import what ``module:attribute`` names.
+
+    :raises PluginError: there is no such thing.
+    """
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise PluginError(
+            f"plugin {path!r} was selected, but cannot be imported: {error}",
+            fix="Write it as `module:attribute`, and check that the module is on the path.",
+        ) from error
+
+
+def installed(named: set[str], *, autoload: bool, blocked: set[str]) -> list[PluginInfo]:
+    """Return one entry per name and distribution; only what is selected is imported."""
+    infos = []
+    owned_by = cache(name_and_version)  # one distribution has many plugins
+    for entry in metadata.entry_points(group=GROUP):
+        owner, version = owned_by(entry.dist) if entry.dist else ("unknown", "")
+        info = PluginInfo(
+            name=entry.name,
+            distribution=f"{owner} {version}",
+            builtin=owner == GROUP,
+            status="active",
+            named=entry.name in named,
+        )
+        if not (autoload or info.builtin or info.named):
+            info.status = "not selected"
+        elif entry.name not in blocked:
+            _import(info, entry.load)
+        infos.append(info)
+    return infos
+
+
+def _import(info: PluginInfo, load: Callable[[], Any]) -> None:
+    try:
+        plugin = load()
+        info.plugin = plugin() if inspect.isclass(plugin) else plugin
+    # SystemExit too: a module that exits at import must not end everybody's process.
+    except (Exception, SystemExit) as error:
+        info.status, info.reason = "broken", f"{type(error).__name__}: {error}"
+
+
+def break_doubles(infos: Iterable[PluginInfo]) -> None:
+    """Break all providers of one name; a built-in among them survives those that shadow it."""
+    providers: dict[str, list[PluginInfo]] = defaultdict(list)
+    for info in infos:
+        if info.status != "blocked":
+            providers[info.name].append(info)
+    for name, rivals in providers.items():
+        if len(rivals) > 1:
+            owners = " and ".join(sorted(info.distribution for info in rivals))
+            for info in rivals:
+                if not info.builtin:
+                    info.status = "broken"
+                    info.reason = f"the name {name!r} is provided by {owners}"

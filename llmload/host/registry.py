@@ -1,0 +1,303 @@
+"""The host: finds plugins, refuses the broken ones by name, and calls the others in one order.
+
+``create_registry`` looks at the installed distributions and makes a :class:`Registry`;
+``Registry.activate`` picks the plugins that take part in one load and returns their
+:class:`Host`. pluggy does the calling; plugins are registered so that its last-registered-first
+becomes plan order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pluggy
+from pydantic import BaseModel
+
+from llmload.spec import groupspec, files
+from llmload import hookspecs
+from llmload.host import ordering
+from llmload.host.contract import break_faulty
+from llmload.host.discovery import GIVEN, GROUP, PluginInfo, attribute, break_doubles, from_object, installed
+from llmload.errors import PluginError, Problem, RequestError, SpecError
+from llmload.spec.groupspec import GroupSpec
+from llmload.spec.loadspec import LoadSpec, validate
+from llmload.spec.suggest import nearest
+
+PLUGINS_VARIABLE = "LLMLOAD_PLUGINS"
+DISABLE_AUTOLOAD_VARIABLE = "LLMLOAD_DISABLE_PLUGIN_AUTOLOAD"
+
+
+class _Manager(pluggy.PluginManager):
+    """A plugin manager that can call one plugin's implementation of a hook."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        """Look at no attribute that every object has: looking at each takes a while."""
+        return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
+
+    def call_one(self, plugin: object, hook: str, **kwargs: Any) -> Any:
+        """Call ``hook`` of ``plugin`` through pluggy; returns its result, None included."""
+        others = [
+            impl.plugin
+            for impl in getattr(self.hook, hook).get_hookimpls()
+            if impl.plugin is not plugin and not impl.wrapper
+        ]
+        results = self.subset_hook_caller(hook, others)(**kwargs)
+        return results[0] if results else None
+
+
+class Host:
+    """The plugins of one load, in plan order. Made by :meth:`Registry.activate`."""
+
+    def __init__(
+        self, spec: LoadSpec, infos: list[PluginInfo], sections: Mapping[str, BaseModel]
+    ) -> None:
+        self.spec = spec
+        self.infos = infos
+        self.sections = sections
+        self._by_name = {info.name: info for info in infos}
+        self._manager = _Manager(GROUP)
+        self._manager.add_hookspecs(hookspecs)
+        for info in infos:
+            if hasattr(info.plugin, "Hooks"):
+                self._manager.add_hookspecs(info.plugin.Hooks)
+        # pluggy calls the last registered first: registered backwards, plan order is call order.
+        for info in reversed(infos):
+            self._manager.register(info.plugin, name=info.name)
+        # Misspelt hooks were found with the contracts; one that is unknown here belongs to a plugin
+        # that takes no part, and is never called.
+        self.hook = self._manager.hook
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The active plugins in plan order."""
+        return tuple(info.name for info in self.infos)
+
+    def implementing(self, hook: str) -> list[str]:
+        """Names of the active plugins that implement ``hook``, in plan order."""
+        found = {
+            impl.plugin_name
+            for impl in getattr(self.hook, hook).get_hookimpls()
+            if not impl.wrapper
+        }
+        return [name for name in self.names if name in found]
+
+    def shaping(self, hook: str) -> list[str]:
+        """Those of them that change names, shapes or ``requires_grad``: they are rehearsed."""
+        return [
+            name
+            for name in self.implementing(hook)
+            if getattr(self._by_name[name].plugin, "rehearsed", True)
+        ]
+
+    def call(self, name: str, hook: str, **kwargs: Any) -> Any:
+        """Call one plugin's ``hook``. Errors of the request get the plugin's name.
+
+        A hook that yields is run to its end here, so that its errors are told the same way.
+        """
+        info = self._by_name[name]
+        try:
+            result = self._manager.call_one(info.plugin, hook, **kwargs)
+            return list(result) if isinstance(result, Iterator) else result
+        except RequestError as error:
+            error.problems = tuple(
+                problem if problem.plugin else problem.model_copy(update={"plugin": name})
+                for problem in error.problems
+            )
+            raise
+
+    def describe(self, name: str) -> str:
+        """Return ``'name' (distribution version)`` for messages."""
+        return f"{name!r} ({self._by_name[name].distribution})"
+
+
+class Registry:
+    """All plugins that are known here: selected, blocked, broken, or not asked for."""
+
+    def __init__(self, infos: Iterable[PluginInfo]) -> None:
+        self.plugins: tuple[PluginInfo, ...] = tuple(sorted(infos, key=lambda info: info.name))
+
+    @property
+    def sections(self) -> dict[str, type[BaseModel]]:
+        """The spec keys that plugins own, with their pydantic models."""
+        return {
+            info.name: info.section
+            for info in self.plugins
+            if info.status == "active" and info.section is not None
+        }
+
+    def validate(self, source: files.Source) -> LoadSpec:
+        """Read a spec and check it, sections included.
+
+        :raises SpecError: with every fault at once.
+        :raises PluginError: a key of the spec belongs to a broken or blocked plugin.
+        """
+        document = files.read(source)
+        if groupspec.is_group(document.data):
+            problem = Problem(
+                where=groupspec.MODELS,
+                message="this is a group of models, and one model was to be loaded",
+                fix="Use `llmload.load_group` or `llmload.plan_group`.",
+            )
+            raise SpecError(document.placed([problem]))
+        self._refuse_unusable(document.data)
+        return validate(document, self.sections)
+
+    def validate_group(self, source: files.Source) -> GroupSpec:
+        """Read a group of models and check it, sections included; ``like`` is resolved.
+
+        :raises SpecError: with every fault at once.
+        :raises PluginError: a key of a member belongs to a broken or blocked plugin.
+        """
+        document = files.read(source)
+        if not groupspec.is_group(document.data):
+            problem = Problem(
+                where=groupspec.MODELS,
+                message="a group has the key `models`, and there is none",
+                fix="Use `llmload.load` or `llmload.plan` for one model.",
+            )
+            raise SpecError(document.placed([problem]))
+        members = document.data[groupspec.MODELS]
+        for name, keys in members.items() if isinstance(members, Mapping) else ():
+            with groupspec.naming(name):
+                self._refuse_unusable(keys if isinstance(keys, Mapping) else ())
+        return groupspec.validate(document, self.sections)
+
+    def activate(self, spec: LoadSpec) -> Host:
+        """Return the plugins that take part in a load of ``spec``, ordered and ready to be called.
+
+        :raises PluginError: the load names a plugin that is broken, or the order has a cycle.
+        """
+        self._refuse_unusable(spec.sections)
+        taking_part: dict[str, PluginInfo] = {}
+        sections: dict[str, BaseModel] = {}
+        for info in self.plugins:
+            if info.status != "active":
+                continue
+            if info.section is not None:
+                if info.name in spec.sections:
+                    sections[info.name] = spec.sections[info.name]
+                elif getattr(info.plugin, "always_active", False):
+                    sections[info.name] = info.section()
+                else:
+                    continue
+            taking_part[info.name] = info
+        order = ordering.plan_order({name: info.plugin for name, info in taking_part.items()})
+        return Host(spec, [taking_part[name] for name in order], sections)
+
+    @contextmanager
+    def telling(self, source: files.Source, begun: Collection[str] = ()) -> Iterator[None]:
+        """Call ``stopped`` of the plugins that a spec names if the block fails.
+
+        Of a group, with the first member that names the plugin.
+
+        :param begun: plugins that need not be told, as their turn in ``init_context`` had come.
+            May be filled while the block runs.
+        """
+        try:
+            yield
+        except BaseException as error:
+            # Whatever goes wrong here, the error itself is what the caller must see.
+            with suppress(Exception):
+                self._tell(files.read(source).data, error, begun)
+            raise
+
+    def _tell(self, asked: Mapping[str, Any], error: BaseException, begun: Collection[str]) -> None:
+        members = asked.get("models")
+        specs = list(members.values()) if isinstance(members, Mapping) else [asked]
+        for info in self.plugins:
+            own = next((s for s in specs if isinstance(s, Mapping) and info.name in s), None)
+            if info.status != "active" or own is None or info.name in begun:
+                continue
+            manager = _Manager(GROUP)
+            manager.add_hookspecs(hookspecs)
+            manager.register(info.plugin, name=info.name)
+            with suppress(Exception):
+                manager.call_one(info.plugin, "stopped", asked=own, error=error)
+
+    def _refuse_unusable(self, keys: Iterable[str]) -> None:
+        """Raise for plugins that this load names and that cannot be had."""
+        asked = set(keys)
+        problems = []
+        for info in self.plugins:
+            in_spec = info.name in asked
+            if info.status == "broken" and (in_spec or info.named):
+                problems.append(
+                    Problem(
+                        where=info.name if in_spec else "",
+                        plugin=info.name,
+                        message=f"plugin {info.name!r} ({info.distribution}) is broken:"
+                        f" {info.reason}",
+                        fix=f"Mend or uninstall it, or leave it out with `-p no:{info.name}`.",
+                    )
+                )
+            elif in_spec and info.status in ("blocked", "not selected"):
+                problems.append(
+                    Problem(
+                        where=info.name,
+                        plugin=info.name,
+                        message=f"the spec has the section {info.name!r}, but the plugin"
+                        f" {info.name!r} ({info.distribution}) is {info.status}",
+                        fix=f"Remove the section, or select the plugin with `-p {info.name}`."
+                        if info.status == "not selected"
+                        else f"Remove the section or the block `no:{info.name}`.",
+                    )
+                )
+        if problems:
+            raise PluginError(problems)
+
+
+def create_registry(
+    plugins: Iterable[object] = (),
+    *,
+    select: Iterable[str] = (),
+    block: Iterable[str] = (),
+    autoload: bool | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Registry:
+    """Make a registry from plugin objects and the installed distributions.
+
+    :param plugins: plugin objects (or classes) to use beside the installed ones.
+    :param select: names of installed plugins, or ``module:attribute``, to use whatever ``autoload``
+        says; ``no:NAME`` blocks, as on the command line.
+    :param block: names that must not be used; a blocked plugin is not imported.
+    :param autoload: use every installed plugin. ``None``: unless the environment variable
+        ``LLMLOAD_DISABLE_PLUGIN_AUTOLOAD`` is set. Built-in plugins count as installed ones, and
+        are used without being selected.
+    :param environ: ``LLMLOAD_PLUGINS`` (comma-separated) is read as more of ``select``.
+    :raises PluginError: a selected name is not installed, or an object of ``plugins`` is no plugin.
+
+    A plugin that cannot be imported or breaks the hook contract is kept as ``broken`` with the
+    reason, and fails only a load that names it.
+    """
+    words = [*select, *(w.strip() for w in environ.get(PLUGINS_VARIABLE, "").split(","))]
+    blocked = {*block, *(word.removeprefix("no:") for word in words if word.startswith("no:"))}
+    named = [word for word in words if word and not word.startswith("no:")]
+    if autoload is None:
+        autoload = not environ.get(DISABLE_AUTOLOAD_VARIABLE)
+
+    infos = [from_object(plugin) for plugin in plugins]
+    infos += [from_object(attribute(word)) for word in named if ":" in word]
+    infos += installed(set(named), autoload=autoload, blocked=blocked)
+    for info in infos:
+        if info.name in blocked:
+            info.status = "blocked"
+    missing = [word for word in named if ":" not in word and word not in {i.name for i in infos}]
+    if missing:
+        known = sorted({info.name for info in infos})
+        raise PluginError(
+            Problem(
+                message=f"plugin {word!r} was selected, but no installed distribution provides it",
+                fix=nearest(word, known) or f"Installed plugins are: {', '.join(known)}.",
+            )
+            for word in missing
+        )
+    break_doubles(infos)
+    break_faulty(infos)
+    for info in infos:
+        # Given as an object, a broken plugin is the caller's own mistake: say so at once.
+        if info.status == "broken" and info.distribution == GIVEN:
+            raise PluginError(f"plugin {info.name!r} breaks the hook contract: {info.reason}")
+    return Registry(infos)

@@ -1,0 +1,305 @@
+"""Proves that it happened: the model is what the plan said and the checkpoint holds."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from llmload.model import partitions
+from llmload.load import hook_calls
+from llmload.checkpoint.dtypes import torch_dtype
+from llmload.errors import AuditError, CheckpointError, Problem
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from llmload.checkpoint import Checkpoint, TensorInfo
+    from llmload.context.context import LoadContext
+    from llmload.load.planning import Plan
+    from llmload.host.registry import Host
+
+MISSING = "missing from the checkpoint"
+"""Why a parameter or buffer is newly initialised that ``strict`` must excuse."""
+EXCUSED = "missing from the checkpoint, as the model's class allows"
+"""Why a parameter or buffer is newly initialised though ``strict`` does not mind."""
+
+_SAMPLE = 32
+_SHOWN = 5
+
+
+def hold_to_strict(ctx: LoadContext) -> None:
+    """Refuse parameters without a value in the checkpoint, and checkpoint keys without a parameter.
+
+    :raises CheckpointError: one that ``strict`` does not excuse. With ``weights: random`` there is
+        nothing to hold the model to.
+    """
+    if ctx.checkpoint is None:
+        return
+    exceptions = ctx.spec.key_exceptions
+    missing = [
+        name
+        for name, why in ctx.newly_initialised.items()
+        if why != EXCUSED and name not in ctx.to_initialise and not exceptions.allows_missing(name)
+    ]
+    unexpected = [name for name in ctx.unexpected if not exceptions.allows_unexpected(name)]
+    problems = []
+    if missing:
+        problems.append(
+            Problem(
+                where="strict",
+                message=f"the checkpoint has no values for {some(missing)}",
+                fix="Map the keys with `key_map`, or list what may be newly initialised in"
+                " `strict: {allow_missing: [...]}`.",
+            )
+        )
+    if unexpected:
+        problems.append(
+            Problem(
+                where="strict",
+                message=f"the model has no place for {some(unexpected)} of the checkpoint",
+                fix="Map the keys with `key_map`, or list what may be left out in"
+                " `strict: {allow_unexpected: [...]}`.",
+            )
+        )
+    if problems:
+        raise CheckpointError(problems)
+
+
+def excused(ctx: LoadContext) -> Iterable[Problem]:
+    """Name, as warnings, what ``strict: false`` let pass; exceptions by name were asked for."""
+    if ctx.spec.strict is not False:
+        return
+    missing = [
+        name
+        for name, why in ctx.newly_initialised.items()
+        if why != EXCUSED and name not in ctx.to_initialise and ctx.checkpoint is not None
+    ]
+    for names, what in (
+        (missing, "the checkpoint has no values for {}, which are newly initialised"),
+        (ctx.unexpected, "the model has no place for {} of the checkpoint, which are left out"),
+    ):
+        if names:
+            yield Problem(
+                where="strict",
+                severity="warning",
+                message=what.format(some(names)),
+                fix="Name them in `strict` if this is meant.",
+            )
+
+
+def hold_to_claims(ctx: LoadContext) -> None:
+    """Refuse tensors that a plugin took out of the checkpoint and then did nothing with.
+
+    :raises AuditError: it neither read one nor said why it is left out.
+    """
+    if ctx.unused:
+        raise AuditError(
+            f"{some(ctx.unused)} of the checkpoint were claimed by a plugin in map_keys, which"
+            " neither read them nor said why they are left out",
+            fix="The plugin is at fault; report this to its makers.",
+        )
+
+
+def compare_with_checkpoint(ctx: LoadContext, model: nn.Module) -> int:
+    """Hold the first and last values of each parameter and buffer against the file's bytes.
+
+    Only tensors that the checkpoint holds under the same name and shape, after the cast to the
+    tensor's dtype; merged, split and quantised ones are for the loader to account for. Of a
+    partitioned one, this rank's part. Works for every loader alike and reads two small pieces of
+    each tensor.
+
+    :returns: the number of tensors compared.
+    :raises AuditError: values differ, or a tensor is still on the meta device.
+    """
+    if ctx.checkpoint is None:
+        return 0
+    compared, ends = 0, _Ends()
+    with _Files(ctx.checkpoint) as files:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            info = ctx.checkpoint.tensors.get(name)
+            if info is None or name in ctx.newly_initialised or not _comparable(info, tensor):
+                continue
+            compared += 1
+            ends.take(name, info, tensor, files)
+    wrong = ends.differing()
+    if wrong:
+        raise AuditError(
+            f"{some(wrong)} differ from the checkpoint after loading",
+            fix="Try another loader with `-p no:NAME`, and report this.",
+        )
+    return compared
+
+
+def _comparable(info: TensorInfo, tensor: torch.Tensor) -> bool:
+    stored = torch_dtype(info.dtype)
+    return (
+        stored is not None
+        and partitions.shape(tensor) == info.shape
+        and not tensor.is_meta
+        and tensor.is_contiguous()
+        and (stored == tensor.dtype or (stored.is_floating_point and tensor.is_floating_point()))
+    )
+
+
+class _Files:
+    """The checkpoint's files, each opened once, for a few bytes here and there."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._open = {file.path: -1 for file in checkpoint.files}
+
+    def __enter__(self) -> _Files:
+        for path in self._open:
+            self._open[path] = os.open(path, os.O_RDONLY)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+
+    def read(self, info: TensorInfo, offset: int, length: int) -> bytes:
+        """Return bytes of a tensor."""
+        return os.pread(self._open[info.file], length, info.start + offset)
+
+
+class _Ends:
+    """First and last elements of many tensors, as stored and as loaded: cast and compared at once,
+    because an operation of torch for each would take longer than to read them."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, list[tuple[str, bytes, bytes]]] = {}
+
+    def take(self, name: str, info: TensorInfo, tensor: torch.Tensor, files: _Files) -> None:
+        """Note both ends of a tensor, or of the part of it that this process holds."""
+        held = partitions.held(tensor)
+        if held is None or held[0].numel() == 0:
+            return  # none of it is in this process's memory
+        flat, first = held
+        stored = torch_dtype(info.dtype)
+        assert stored is not None  # _comparable saw to it
+        count = min(_SAMPLE, flat.numel())
+        found = self._found.setdefault((stored, tensor.dtype), [])
+        for start in {0, flat.numel() - count}:
+            raw = files.read(info, (first + start) * stored.itemsize, count * stored.itemsize)
+            found.append((name, raw, _bytes(flat, start, count)))
+
+    def differing(self) -> list[str]:
+        """Return the names of those that are not as stored, bit by bit after the cast."""
+        import torch
+
+        wrong: dict[str, None] = {}
+        for (stored, dtype), found in self._found.items():
+            raw = bytearray().join(raw for _, raw, _ in found)
+            # As bytes, so that NaN equals NaN and -0.0 differs from 0.0.
+            expected = torch.frombuffer(raw, dtype=stored).to(dtype).view(torch.uint8)
+            data = expected.numpy().tobytes()
+            if data == b"".join(held for _, _, held in found):
+                continue
+            at = 0
+            for name, _, held in found:
+                if data[at : at + len(held)] != held:
+                    wrong[name] = None
+                at += len(held)
+        return list(wrong)
+
+
+def _bytes(flat: torch.Tensor, start: int, count: int) -> bytes:
+    """Return the bytes of some elements of a flat, contiguous tensor."""
+    if flat.device.type == "cpu":
+        return ctypes.string_at(flat.data_ptr() + start * flat.itemsize, count * flat.itemsize)
+    return _bytes(flat[start : start + count].cpu(), 0, count)
+
+
+def prove(ctx: LoadContext, plan: Plan, model: nn.Module) -> list[str]:
+    """Check the finished model: no meta tensor, trainable set as planned, a gradient path.
+
+    :returns: what was proved, a sentence each, for the report.
+    :raises AuditError: with every fault at once.
+    """
+    named = list(model.named_parameters(remove_duplicate=False))
+    problems = [*_trainable(plan, named)]
+    if ctx.awaiting is None:
+        problems += _meta_tensors([*named, *model.named_buffers()])
+    if problems:
+        raise AuditError(problems)
+    said = ["no tensor is on the meta device"]
+    if ctx.awaiting is not None:
+        said = [f"the weights come with {ctx.awaiting}"]
+    if plan.trainable_parameters is None:
+        said.append("the trainable set was not promised by the plan")
+    else:
+        said.append(f"{len(plan.trainable_parameters)} parameters are trainable, as planned")
+    return said + _gradient_path(ctx, model, {id(p): p for _, p in named}.values())
+
+
+def _meta_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> Iterable[Problem]:
+    names = [name for name, tensor in named if tensor.is_meta]
+    if names:
+        yield Problem(
+            message=f"{some(names)} have no values: they are still on the meta device",
+            fix="The loader did not fill them; try another with `-p no:NAME`, and report this.",
+        )
+
+
+def _trainable(plan: Plan, named: Iterable[tuple[str, nn.Parameter]]) -> Iterable[Problem]:
+    if plan.trainable_parameters is None:
+        return
+    planned = set(plan.trainable_parameters)
+    names_of: dict[torch.nn.Parameter, list[str]] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            names_of.setdefault(parameter, []).append(name)
+    # Tied parameters have several names, of which the plan has one.
+    extra = {names[0] for names in names_of.values() if planned.isdisjoint(names)}
+    # Not tied after all, because the checkpoint holds both with different values.
+    extra -= {name for name in extra if name.endswith(tuple(plan.tied))}
+    missing = planned.difference(*names_of.values())
+    for names, what in ((extra, "are"), (missing, "are not")):
+        if names:
+            yield Problem(
+                message=f"{some(sorted(names))} {what} trainable, against the plan",
+                fix="A plugin acts on the loaded model otherwise than in the rehearsal.",
+            )
+
+
+def _gradient_path(
+    ctx: LoadContext, model: nn.Module, parameters: Iterable[nn.Parameter]
+) -> list[str]:
+    """Say whether the loss reaches a trainable parameter; raise where it reaches none."""
+    trainable = [parameter.requires_grad for parameter in parameters]
+    if not any(trainable):
+        return ["no parameter is trainable, so no gradient path was looked for"]
+    if all(trainable):
+        # Nothing is frozen: whatever the output is computed with requires gradients.
+        return ["every parameter is trainable"]
+    found = ctx.probe(model)
+    if found.method == "unavailable":
+        return [f"the gradient path was not looked at: {found.reason}"]
+    reached = sum(trainable) - len(found.unreached)
+    if not reached:
+        raise AuditError(
+            "no gradient reaches any trainable parameter",
+            fix="With reentrant gradient checkpointing and a frozen base, inputs must require"
+            " gradients: use the section `gradient_checkpointing`.",
+        )
+    return [f"gradients reach {reached} of {sum(trainable)} trainable parameters"]
+
+
+def ask(host: Host, plugin: str, ctx: LoadContext, model: nn.Module) -> list[Problem]:
+    """Let a plugin prove its part of the plan, and return its warnings.
+
+    :raises AuditError: it found errors.
+    """
+    found = list(hook_calls.findings(host, plugin, "audit", ctx=ctx, model=model))
+    errors = [problem for problem in found if problem.severity == "error"]
+    if errors:
+        raise AuditError(errors)
+    return found
+
+
+def some(names: list[str]) -> str:
+    """Return the first few names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(repr(name) for name in names[:_SHOWN]) + more

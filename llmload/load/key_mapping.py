@@ -1,0 +1,75 @@
+"""Which tensor of the checkpoint is for whom: the loader, under the model's name, or a plugin.
+
+The one place where keys are renamed. It runs before any plugin or loader sees the checkpoint: first
+the spec's ``key_map``, then its ``key_rules``, then what plugins say in ``map_keys``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from llmload.load import hook_calls
+from llmload.checkpoint.renaming import COATI, Renaming
+from llmload.errors import PluginError
+
+if TYPE_CHECKING:
+    from llmload.context.context import LoadContext
+    from llmload.host.registry import Host
+
+
+def assign(host: Host, ctx: LoadContext) -> list[str]:
+    """Give each tensor of ``ctx.checkpoint`` its name in the model, or its plugin.
+
+    :returns: what was renamed and by which rule, a line each.
+    :raises CheckpointError: a regular expression matches nothing, a key could have two names, or
+        two keys would have the same.
+    :raises PluginError: a plugin answers ``map_keys`` with something else than names of keys.
+    """
+    checkpoint = ctx.checkpoint
+    if checkpoint is None:
+        return []
+    renaming = Renaming(checkpoint.tensors)
+    for pattern, replacement in ctx.spec.key_map.items():
+        renaming.by_regex(pattern, replacement)
+    for rule in ctx.spec.key_rules:
+        of_model = ctx.blank.state_dict() if rule == COATI else {}
+        renaming.by_rule(rule, of_model)
+    renaming.refuse_collisions()
+    for plugin in host.implementing("map_keys"):
+        _ask(host, plugin, ctx, renaming)
+    if any(key != name for key, name in renaming.names.items()) or ctx.claimed:
+        ctx.checkpoint = checkpoint.renamed(renaming.names)
+    return [f"{count} renamed by {rule}" for rule, count in renaming.counts.items()]
+
+
+def _ask(host: Host, plugin: str, ctx: LoadContext, renaming: Renaming) -> None:
+    """Let one plugin rename keys and take tensors for itself."""
+    key_of = {name: key for key, name in renaming.names.items()}
+    asked = tuple(key_of)
+    answer = hook_calls.call(host, plugin, "map_keys", ctx=ctx, keys=asked) or {}
+    if not isinstance(answer, Mapping) or not all(
+        isinstance(new, str | None) for new in answer.values()
+    ):
+        raise PluginError(
+            f"plugin {host.describe(plugin)} returned a {type(answer).__name__} from map_keys,"
+            " which must return a mapping of keys to new names or None"
+        )
+    unknown = [key for key in answer if key not in key_of]
+    if unknown:
+        raise PluginError(
+            f"plugin {host.describe(plugin)} renames {unknown[0]!r} in map_keys, which is no key of"
+            " the checkpoint"
+        )
+    assert ctx.checkpoint is not None
+    for name, new in answer.items():
+        key = key_of[name]
+        if new is None:
+            ctx.claimed[name] = ctx.checkpoint.tensors[key]
+            del renaming.names[key]
+        else:
+            renaming.names[key] = new
+    changed = sum(new is not None and new != name for name, new in answer.items())
+    if changed:
+        renaming.counts[f"plugin {plugin!r}"] = changed
+    renaming.refuse_collisions()

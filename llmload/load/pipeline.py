@@ -1,0 +1,199 @@
+"""Makes it happen: from a spec to a model that is proven to be what the plan said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from llmload.load import audit, hook_calls
+from llmload.model import partitions
+from llmload.spec import files
+from llmload.errors import CheckpointError
+from llmload.errors import Decline
+from llmload.load.makers import Ledger
+from llmload.load.planning import Plan, Prepared, no_loader, prepare
+from llmload.host.registry import Registry, create_registry
+from llmload.load.report import Report
+from llmload.host.distributions import installed_versions
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from llmload.checkpoint.placement import Placement
+    from llmload.context.context import Scope
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadResult:
+    """A loaded model and everything known about it."""
+
+    model: Any
+    """An ordinary ``PreTrainedModel`` or ``PeftModel``, in eval mode."""
+    tokenizer: PreTrainedTokenizerBase | None
+    """The tokenizer, or None for a folder without one."""
+    plan: Plan
+    """What was going to happen."""
+    report: Report
+    """What happened."""
+    kept_alive: tuple[object, ...] = field(default=(), repr=False)
+    """What plugins need to live as long as the model."""
+
+
+def plan(source: files.Source, *, registry: Registry | None = None) -> Plan:
+    """Say what a load of the spec would do, reading no weight.
+
+    :param source: path of a YAML or JSON file, a mapping, or a :class:`LoadSpec`.
+    :param registry: the plugins to use; by default all installed ones.
+    :raises RequestError: the spec, the folder or a plugin it names is wrong. What else stands in
+        the way is in ``plan.problems``.
+    """
+    registry = registry or create_registry()
+    return prepare(registry.validate(source), registry, weights=False).plan
+
+
+def load(
+    source: files.Source, *, registry: Registry | None = None, prove: bool = True
+) -> LoadResult:
+    """Load the model that a spec asks for.
+
+    :param source: path of a YAML or JSON file, a mapping, or a :class:`LoadSpec`.
+    :param registry: the plugins to use; by default all installed ones.
+    :param prove: run the audit. Without it the model is handed out as the plugins left it.
+    :raises RequestError: the request is wrong; no weight was read.
+    :raises LoadFailedError: a plugin or library failed, or the audit found the model not as planned
+        (:class:`AuditError`). Nothing of the load is left behind: contexts are closed, and torch's
+        default dtype, grad mode and random state are as before.
+    """
+    registry = registry or create_registry()
+    report, begun = Report(), set[str]()
+    with registry.telling(source, begun):
+        with report.phase("plan"):
+            prepared = prepare(registry.validate(source), registry, weights=True)
+            prepared.plan.raise_for_errors()
+        return execute(prepared, report, begun, prove=prove)
+
+
+def execute(
+    prepared: Prepared,
+    report: Report,
+    begun: set[str],
+    *,
+    prove: bool,
+    placement: Placement | None = None,
+    scope: Scope | None = None,
+) -> LoadResult:
+    """Carry out a plan without errors.
+
+    :param begun: gets each plugin when its turn in ``init_context`` has come.
+    :param placement: where the streaming loader stores weights, unless a plugin says otherwise.
+    :param scope: of the group that the model is a member of, which outlasts this load.
+    """
+    plan, host = prepared.plan, prepared.host
+    ctx = prepared.ctx.for_loading()
+    ctx.placement = placement
+    if scope is not None:
+        ctx.scope = scope
+    ledger = Ledger()
+    with undone_on_error(), ctx.until_end if scope is None else nullcontext():
+        with ExitStack() as contexts:
+            for plugin in host.implementing("init_context"):
+                begun.update(host.names[: host.names.index(plugin) + 1])
+                with report.phase("init_context", plugin):
+                    context = hook_calls.call(host, plugin, "init_context", ctx=ctx)
+                    if context is not None:
+                        contexts.enter_context(context)
+
+            begun.update(host.names)
+            model = _base_model(prepared, ctx, report)
+            _freeze(model, plan.frozen)
+            ledger.take_stock(report.loader, model)
+            audit.hold_to_strict(ctx)
+            if prove:
+                with report.phase("audit", report.loader):
+                    report.compared = audit.compare_with_checkpoint(ctx, model)
+
+            model, report.declined_adapters = hook_calls.finish(
+                host, ctx, model, report.phase, ledger.take_stock
+            )
+
+        audit.hold_to_claims(ctx)
+        _fill(report, prepared, ctx, model, ledger)
+        if prove:
+            with report.phase("audit"):
+                report.audit += audit.prove(ctx, plan, model)
+            for plugin in host.implementing("audit"):
+                with report.phase("audit", plugin):
+                    warnings = audit.ask(host, plugin, ctx, model)
+                    report.warnings += [str(warning) for warning in warnings]
+    return LoadResult(
+        model=model,
+        tokenizer=ctx.tokenizer,
+        plan=plan,
+        report=report,
+        kept_alive=tuple(ctx.kept_alive),
+    )
+
+
+def _base_model(prepared: Prepared, ctx: Any, report: Report) -> nn.Module:
+    """Ask the loaders that did not decline in the plan, in order."""
+    report.declined = dict(prepared.plan.declined)
+    for plugin in prepared.host.implementing("load"):
+        if plugin in report.declined:
+            continue
+        with report.phase("load", plugin):
+            model = hook_calls.call_for_model(prepared.host, plugin, "load", ctx=ctx)
+        if isinstance(model, Decline):
+            report.declined[plugin] = model.reason
+            continue
+        report.loader = plugin
+        return model
+    raise CheckpointError(no_loader(report.declined))
+
+
+def _freeze(model: nn.Module, names: list[str]) -> None:
+    frozen = set(names)
+    if frozen:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in frozen:
+                parameter.requires_grad_(False)
+
+
+def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger: Ledger) -> None:
+    parameters = list(model.parameters())
+    report.plugins = prepared.plan.plugins
+    report.versions = installed_versions()
+    report.parameters = sum(partitions.values(p) for p in parameters)
+    report.trainable = sum(partitions.values(p) for p in parameters if p.requires_grad)
+    report.parameter_bytes = sum(partitions.elements(p) * p.element_size() for p in parameters)
+    report.checkpoint_bytes = prepared.plan.checkpoint_bytes
+    made = ledger.new(model, report.loader, ctx)
+    report.newly_initialised = made | ctx.newly_initialised
+    report.left_out = dict.fromkeys(ctx.unexpected, "no place in the model") | ctx.left_out
+    report.warnings = [str(problem) for problem in [*prepared.plan.warnings, *audit.excused(ctx)]]
+    report.facts = ctx.facts
+
+
+@contextmanager
+def undone_on_error() -> Iterator[None]:
+    """Give back torch's default dtype and grad mode always, its random state on error.
+
+    A load that succeeds moves the random stream exactly as the libraries it calls would.
+    """
+    import torch
+
+    dtype, grad, random = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_rng_state()
+    linear = torch.nn.functional.linear
+    try:
+        yield
+    except BaseException:
+        torch.set_rng_state(random)
+        # DeepSpeed replaces it, for the rest of the process, by one that keeps gathered weights out
+        # of the autograd graph.
+        torch.nn.functional.linear = linear
+        raise
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)

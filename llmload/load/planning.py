@@ -1,0 +1,272 @@
+"""What a load will do: made from config, tokenizer and checkpoint headers, reading no weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, Field
+
+from llmload.load import key_mapping, hook_calls
+from llmload.hf import model_classes, locating
+from llmload.checkpoint import Checkpoint
+from llmload.context.context import LoadContext
+from llmload.errors import PlanError, PluginError, Problem, RequestError
+from llmload.errors import Conflict, Decline, Note
+from llmload.load.garbage import collection_paused
+from llmload.load.rehearsal import Rehearsal, rehearse
+from llmload.host.distributions import version_of
+
+if TYPE_CHECKING:
+    from llmload.host.discovery import PluginInfo
+    from llmload.host.registry import Host, Registry
+    from llmload.spec.loadspec import LoadSpec
+
+
+class Step(BaseModel):
+    """One call of one plugin's hook."""
+
+    hook: str
+    """``init_context``, ``load``, ``post_load`` or ``wrap_adapter``; ``check`` for a plugin that
+    only looks."""
+    plugin: str
+    """The plugin that does it."""
+    notes: list[str] = Field(default_factory=list)
+    """What the plugin says it will do; given with its first step."""
+
+
+class Plan(BaseModel):
+    """What a load of a spec will do, and what stands in the way."""
+
+    model: str
+    """The spec's ``model``."""
+    folder: str
+    """The local folder that will be read."""
+    model_class: str
+    """The concrete class."""
+    dtype: str
+    """The floating-point dtype of the model."""
+    plugins: dict[str, str]
+    """Plugins in plan order -> distribution and version."""
+    steps: list[Step] = Field(default_factory=list)
+    """In the order in which they will run."""
+    loader: str = ""
+    """The first loader that does not decline."""
+    declined: dict[str, str] = Field(default_factory=dict)
+    """Loaders that will not be asked, with the reason each gave."""
+    declined_adapters: dict[str, str] = Field(default_factory=dict)
+    """Adapter plugins that declined, with the reason each gave."""
+    checkpoint_tensors: int = 0
+    """Tensors in the checkpoint."""
+    checkpoint_bytes: int = 0
+    """Bytes of all tensors in the checkpoint."""
+    keys: list[str] = Field(default_factory=list)
+    """How many of the checkpoint's keys each rule renames, a line each."""
+    parameters: int = 0
+    """Elements in all parameters of the finished model, tied ones once."""
+    parameter_bytes: int = 0
+    """Their bytes."""
+    trainable: int = 0
+    """Elements in the parameters that will require gradients."""
+    trainable_parameters: list[str] | None = None
+    """Their names; None where a hook could not be rehearsed, and nothing is promised."""
+    tied: list[str] = Field(default_factory=list)
+    """Parameters of the base model that the config ties to others. transformers leaves them apart
+    where the checkpoint holds both with different values."""
+    frozen: list[str] = Field(default_factory=list)
+    """Parameters of the base model that its class freezes, such as sinusoidal positions. They stay
+    so, though transformers 5 makes whatever it reads from a checkpoint trainable."""
+    new_parameters: dict[str, str] = Field(default_factory=dict)
+    """Parameters that do not come from the checkpoint as they are -> the plugin that makes them."""
+    facts: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What plugins recorded, by plugin; ``facts["lora"]["targets"]`` names the LoRA targets."""
+    problems: list[Problem] = Field(default_factory=list)
+    """Errors, which stop the load, and warnings."""
+
+    @property
+    def errors(self) -> list[Problem]:
+        """The problems that stop the load."""
+        return [problem for problem in self.problems if problem.severity == "error"]
+
+    @property
+    def warnings(self) -> list[Problem]:
+        """The problems that are only shown."""
+        return [problem for problem in self.problems if problem.severity == "warning"]
+
+    def raise_for_errors(self) -> None:
+        """Raise :class:`PlanError` with all problems of severity ``error``, if there are any."""
+        if self.errors:
+            raise PlanError(self.errors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A plan together with what the pipeline needs to carry it out."""
+
+    plan: Plan
+    host: Host
+    ctx: LoadContext
+    rehearsal: Rehearsal | None
+    """None where the load could not be rehearsed."""
+
+
+@collection_paused()
+def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
+    """Make the plan of a load.
+
+    :param weights: fetch the weight files of a hub repository too, so that their headers are known.
+    :raises RequestError: folder, config or class are wrong. Problems found later are in the plan.
+    """
+    require_stack()
+    host = registry.activate(spec)
+    folder = locating.resolve(spec, weights=weights and spec.weights_from is None)
+    config = model_classes.load_config(folder, spec)
+    model_class, config = model_classes.resolve_class(spec, config)
+    checkpoint = None
+    if spec.weights == "pretrained":
+        place = folder if spec.weights_from is None else Path(spec.weights_from).expanduser()
+        checkpoint = Checkpoint.open(place, allow_pickle=spec.allow_pickle)
+    ctx = LoadContext(
+        spec=spec,
+        sections=host.sections,
+        active=host.names,
+        hook=host.hook,
+        folder=folder,
+        config=config,
+        model_class=model_class,
+        dtype=model_classes.resolve_dtype(spec, config, checkpoint),
+        checkpoint=checkpoint,
+        wraps_adapter=bool(host.implementing("wrap_adapter")),
+    )
+    plan = Plan(
+        model=str(spec.model),
+        folder=str(folder),
+        model_class=model_class.__name__,
+        dtype=str(ctx.dtype).removeprefix("torch."),
+        plugins={info.name: info.distribution for info in host.infos},
+        problems=[*missing_requirements(host.infos), *_conflicts(host), *_broken(registry)],
+    )
+    if checkpoint is not None:
+        plan.checkpoint_tensors = len(checkpoint.tensors)
+        plan.checkpoint_bytes = checkpoint.total_bytes
+    rehearsal = None
+    if not plan.errors:
+        try:
+            plan.keys = key_mapping.assign(host, ctx)
+        except RequestError as error:
+            plan.problems += error.problems
+    if not plan.errors:
+        _check(host, ctx, plan)
+        rehearsal = rehearse(host, ctx, plan)
+    return Prepared(plan=plan, host=host, ctx=ctx, rehearsal=rehearsal)
+
+
+def require_stack() -> None:
+    """Raise ``PluginError`` where torch or transformers is missing: nothing can be loaded."""
+    for name in ("torch", "transformers"):
+        if not version_of(name):
+            raise PluginError(
+                f"loading a model needs {name}, which is not installed",
+                fix="Install it with `pip install 'llmload[hf]'`.",
+            )
+
+
+def missing_requirements(infos: Iterable[PluginInfo]) -> Iterator[Problem]:
+    """Yield what plugins declare in ``requires`` and is not installed, or not in that version."""
+    for info in infos:
+        for text in getattr(info.plugin, "requires", ()):
+            from packaging.requirements import Requirement  # no plugin of a plain load needs it
+
+            requirement = Requirement(text)
+            found = version_of(requirement.name)
+            if found is None or not requirement.specifier.contains(found, prereleases=True):
+                yield Problem(
+                    where=info.name,
+                    plugin=info.name,
+                    message=f"the plugin needs {text}, and {found or 'none'} is installed",
+                    fix=f"Install it with `pip install '{text}'`.",
+                )
+
+
+def _conflicts(host: Host) -> Iterable[Problem]:
+    """Yield the pairs of settings that plugins declare as impossible."""
+    asked = {**_core_keys(host.spec), **host.sections}
+    for info in host.infos:
+        conflicts: Iterable[Conflict] = getattr(info.plugin, "conflicts", ())
+        for conflict in conflicts:
+            other = asked.get(conflict.key)
+            mine = host.sections.get(info.name)
+            if other is None or (conflict.when and not conflict.when(mine, other)):
+                continue
+            yield Problem(
+                where=info.name,
+                plugin=info.name,
+                message=f"{info.name!r} cannot be combined with {conflict.key!r}:"
+                f" {conflict.reason}",
+                fix=conflict.fix,
+            )
+
+
+def _core_keys(spec: LoadSpec) -> dict[str, Any]:
+    return {
+        key: getattr(spec, key) for key in spec.model_fields_set & type(spec).model_fields.keys()
+    }
+
+
+def _broken(registry: Registry) -> Iterable[Problem]:
+    """Yield a warning for each broken plugin: this load does not name it and goes on."""
+    for info in registry.plugins:
+        if info.status == "broken":
+            yield Problem(
+                plugin=info.name,
+                severity="warning",
+                message=f"plugin {info.name!r} ({info.distribution}) is broken and takes no part:"
+                f" {info.reason}",
+                fix=f"Mend or uninstall it, or leave it out with `-p no:{info.name}`.",
+            )
+
+
+def _check(host: Host, ctx: LoadContext, plan: Plan) -> None:
+    """Ask every plugin what it will do, then list the steps and choose the loader."""
+    found: list[tuple[str, Note]] = []
+    for plugin in host.implementing("check"):
+        try:
+            for finding in hook_calls.findings(host, plugin, "check", ctx=ctx):
+                if isinstance(finding, Note):
+                    found.append((plugin, finding))
+                elif isinstance(finding, Decline):
+                    plan.declined[finding.loader or plugin] = finding.reason
+                else:
+                    plan.problems.append(finding)
+        except RequestError as error:
+            plan.problems += error.problems
+    notes: dict[str, list[str]] = {}
+    for plugin, note in found:
+        notes.setdefault(plugin, []).append(str(note))
+    loaders = [name for name in host.implementing("load") if name not in plan.declined]
+    if loaders:
+        plan.loader = loaders[0]
+    else:
+        plan.problems.append(no_loader(plan.declined))
+    spine = [
+        Step(hook=hook, plugin=plugin)
+        for hook in ("init_context", "load", "post_load", "wrap_adapter")
+        for plugin in ([plan.loader] if hook == "load" else host.implementing(hook))
+        if plugin
+    ]
+    acting = {step.plugin for step in spine}
+    looking = [Step(hook="check", plugin=name) for name in notes if name not in acting]
+    plan.steps = looking + spine
+    for step in plan.steps:
+        step.notes = notes.pop(step.plugin, [])
+
+
+def no_loader(declined: Mapping[str, str]) -> Problem:
+    """Return the problem that every loader declined, with the reason each gave."""
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in declined.items())
+    return Problem(
+        message=f"no loader takes this model ({reasons or 'none is selected'})",
+        fix="Select the plugin `transformers`, which takes every model.",
+    )

@@ -1,0 +1,100 @@
+"""The load without storage: what the hooks make of the model on the meta device, written down."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmload.hf import compat
+from llmload.model import partitions
+from llmload.load import hook_calls
+from llmload.errors import LoadFailedError, Problem, RequestError
+from llmload.load.makers import Ledger
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmload.context.context import LoadContext
+    from llmload.load.planning import Plan
+    from llmload.host.registry import Host
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What came of the load on the meta device."""
+
+    model: nn.Module
+    """The finished model."""
+    base: dict[str, nn.Parameter]
+    """Every name in the base model, tied ones included -> its parameter as the loader made it."""
+
+    def kept(self) -> set[str]:
+        """Return the names in the base model of the parameters that the finished model still has,
+        and does not train."""
+        frozen = {id(p) for p in self.model.parameters() if not p.requires_grad}
+        return {name for name, parameter in self.base.items() if id(parameter) in frozen}
+
+
+def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
+    """Run ``post_load`` and ``wrap_adapter`` on the meta device and write down what comes out.
+
+    A hook that cannot run there is a warning, and the plan then promises no trainable parameters.
+    """
+    import torch
+
+    ledger = Ledger()
+    try:
+        model: Any = ctx.blank
+        base = dict(model.named_parameters(remove_duplicate=False))
+        plan.frozen = [name for name, parameter in base.items() if not parameter.requires_grad]
+        tied = still_apart = compat.tied_names(ctx.blank)
+        wider = _kept_in_float32(ctx)
+        shaping = host.shaping("post_load") or host.shaping("wrap_adapter")
+        if shaping or (tied and not ctx.spec.trainable):
+            model = ctx.take_blank()
+            model.tie_weights()
+            base = dict(model.named_parameters(remove_duplicate=False))
+            still_apart = set()
+            ledger.take_stock(plan.loader, model)
+        # Otherwise it is frozen at most, as the load does too: the loader may still fill it.
+        # Adapters draw their first values; the caller's random stream must not move.
+        with torch.random.fork_rng(devices=[]):
+            model, plan.declined_adapters = hook_calls.finish(
+                host, ctx, model, lambda hook, plugin: nullcontext(), ledger.take_stock
+            )
+    except RequestError as error:
+        # A plugin may say in wrap_adapter again what it said in check.
+        plan.problems += [p for p in error.problems if p not in plan.problems]
+        return None
+    except LoadFailedError as error:
+        plan.problems.append(
+            Problem(
+                severity="warning",
+                message=f"the load could not be rehearsed on the meta device, so the plan promises"
+                f" no trainable parameters: {error}",
+            )
+        )
+        return None
+    finally:
+        plan.facts = dict(ctx.facts)
+    kept = {id(base[name]) for name in wider if name in base}
+    unique = {name: p for name, p in model.named_parameters() if name not in still_apart}
+    plan.parameters = sum(partitions.values(p) for p in unique.values())
+    plan.parameter_bytes = sum(
+        p.numel() * (4 if id(p) in kept and p.dtype == ctx.dtype else p.element_size())
+        for p in unique.values()
+    )
+    plan.trainable = sum(partitions.values(p) for p in unique.values() if p.requires_grad)
+    plan.trainable_parameters = [name for name, p in unique.items() if p.requires_grad]
+    plan.tied = sorted(tied)
+    plan.new_parameters = ledger.new(model, plan.loader, ctx)
+    return Rehearsal(model=model, base=base)
+
+
+def _kept_in_float32(ctx: LoadContext) -> set[str]:
+    """Return names of the base model that a load leaves float32, which the blank does not show."""
+    if ctx.checkpoint is None or compat.seam().unsuited() is not None:
+        return set()
+    found: set[str] = compat.seam().kept_in_float32(ctx.blank, ctx.dtype)
+    return found

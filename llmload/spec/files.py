@@ -1,0 +1,213 @@
+"""Reads a spec, or a group of them, from YAML, JSON or Python, and writes it as YAML."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any, Final, TypeAlias
+
+from pydantic import BaseModel
+
+from llmload.spec import yaml_read, yaml_write
+from llmload.errors import Problem, SpecError
+from llmload.spec.groupspec import GroupSpec
+from llmload.spec.loadspec import LoadSpec
+from llmload.spec.yaml_read import Path, dotted
+
+MAX_BYTES: Final = 256 * 1024
+"""Size of the largest spec file that is read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """A spec as plain data, before any key of it is checked."""
+
+    data: Mapping[str, Any]
+    """dict, list, str, int, float, bool and None, all keys text."""
+    file: str = ""
+    """The file it was read from; empty for a spec from Python."""
+    positions: Mapping[Path, tuple[int, int]] = field(default_factory=dict, repr=False)
+    """Line and column of each key and list entry, counted from 1."""
+
+    def position(self, where: str) -> tuple[int, int] | None:
+        """Return line and column of a dotted path, or of the nearest key that contains it.
+
+        None for a spec that is not from a file.
+        """
+        known = {dotted(path): position for path, position in self.positions.items()}
+        while where not in known and where:
+            where = where[: max(where.rfind("."), where.rfind("["), 0)]
+        return known.get(where, (1, 1) if self.file else None)
+
+    def placed(self, problems: Iterable[Problem]) -> list[Problem]:
+        """Return the problems with file, line and column, in the order of the file."""
+        if not self.file:
+            return list(problems)
+        placed = []
+        for problem in problems:
+            line, column = self.position(problem.where) or (1, 1)
+            update = {"file": self.file, "line": line, "column": column}
+            placed.append(problem.model_copy(update=update))
+        return sorted(placed, key=lambda problem: (problem.line, problem.column))
+
+
+Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | LoadSpec | GroupSpec | Document
+"""What ``llmload.load`` and ``load_group`` take: a file name, or the spec itself."""
+
+
+def read(source: Source) -> Document:
+    """Return a spec as plain data; keys and types are checked by ``spec.validate``.
+
+    :raises SpecError: the file cannot be read, is not YAML or JSON, or the data is not plain.
+    """
+    if isinstance(source, Document):
+        return source
+    if isinstance(source, LoadSpec | GroupSpec | Mapping):
+        return Document(data=_plain_mapping(source))
+    return parse(_content(FilePath(source)), os.fspath(source))
+
+
+def parse(text: str | bytes, file: str = "<text>") -> Document:
+    """Return the spec that ``text`` holds as YAML or JSON; bytes are UTF-8.
+
+    :param file: name for messages; with the ending ``.json`` tabs are allowed between tokens.
+    :raises SpecError: as :func:`read`.
+    """
+    if isinstance(text, bytes):
+        text = _decoded(text, file)
+    data, positions = yaml_read.parse(text, file)
+    if not isinstance(data, dict):
+        kind = "a list" if isinstance(data, list) else "a single value"
+        raise SpecError(
+            Problem(
+                message=f"a spec is a mapping of keys to values, found {kind}",
+                fix="Write at least `model: ...`.",
+                file=file,
+                line=1,
+                column=1,
+            )
+        )
+    return Document(data=data, file=file, positions=positions)
+
+
+def dump_yaml(spec: LoadSpec | GroupSpec) -> str:
+    """Return a spec as YAML with the keys that were set; reading it gives an equal spec.
+
+    A group's ``like`` was resolved when it was made: every member has its keys in full.
+    """
+    return yaml_write.dump(_plain_mapping(spec))
+
+
+def _content(path: FilePath) -> bytes:
+    """Return the bytes of a spec file, or one more than ``MAX_BYTES`` where there are more."""
+    try:
+        with path.open("rb") as handle:
+            return handle.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise _refusal(path, "the spec file does not exist", "Check the name.") from None
+    except IsADirectoryError:
+        raise _refusal(
+            path,
+            "this is a folder, not a spec file",
+            "Write a spec with `model:` set to the folder, and give the spec's name.",
+        ) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise _refusal(path, f"the spec file cannot be read: {reason}", "Check the name.") from None
+
+
+def _decoded(content: bytes, file: str) -> str:
+    if len(content) > MAX_BYTES:
+        raise _refusal(
+            file,
+            f"the spec file is larger than {MAX_BYTES // 1024} KiB",
+            "Check that it is a spec; give a spec of that size from Python.",
+        )
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _refusal(
+            file,
+            f"the spec file is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}",
+            "Save it as UTF-8.",
+        ) from None
+
+
+def _refusal(file: str | FilePath, message: str, fix: str) -> SpecError:
+    return SpecError(Problem(message=message, fix=fix, file=os.fspath(file)))
+
+
+def _plain_mapping(source: LoadSpec | GroupSpec | Mapping[str, Any]) -> dict[str, Any]:
+    """Return a spec from Python as the data that its file would hold."""
+    problems: list[Problem] = []
+    data = _plain(dict(source) if isinstance(source, GroupSpec) else source, (), problems)
+    if problems:
+        raise SpecError(problems)
+    return data  # type: ignore[no-any-return]
+
+
+def _plain(value: object, path: Path, problems: list[Problem]) -> Any:
+    """Return ``value`` as dict, list and scalars; what cannot be is added to ``problems``."""
+    if len(path) > yaml_read.MAX_DEPTH:
+        raise SpecError(
+            Problem(
+                where=dotted(path[:3]),
+                message=f"the spec is nested deeper than {yaml_read.MAX_DEPTH} levels",
+                fix="Flatten it; a list or mapping must not contain itself.",
+            )
+        )
+    if isinstance(value, LoadSpec):
+        core = value.model_dump(mode="json", exclude_unset=True, include=set(LoadSpec.model_fields))
+        value = {**core, **value.sections}
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True, by_alias=True)
+    if isinstance(value, Mapping):
+        plain = {}
+        for key, item in value.items():
+            if isinstance(key, str):
+                plain[key] = _plain(item, (*path, key), problems)
+            else:
+                problems.append(
+                    Problem(
+                        where=dotted(path),
+                        message=f"a key must be text, found {key!r}",
+                        fix=f"Write {str(key)!r}.",
+                    )
+                )
+        return plain
+    if isinstance(value, list | tuple):
+        return [_plain(item, (*path, index), problems) for index, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, str) and not re.search("[\ud800-\udfff]", value):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if value is None or isinstance(value, int):
+        return value
+    problems.append(_not_plain(value, path))
+    return None
+
+
+def _not_plain(value: object, path: Path) -> Problem:
+    if isinstance(value, float):
+        message, fix = f"{value} is not a finite number", "Write a number."
+    elif isinstance(value, str):
+        message, fix = (
+            "the text has half of a surrogate pair, which is no character",
+            "Write the whole pair, or the character itself.",
+        )
+    else:
+        kind = type(value)
+        message = f"a spec is plain data, found an object of type {kind.__module__}.{kind.__name__}"
+        name = str(value).removeprefix("torch.")
+        fix = (
+            f"Write {name!r}."
+            if kind.__module__ == "torch"
+            else "Write text, a number, true, false, null, a list or a mapping."
+        )
+    return Problem(where=dotted(path), message=message, fix=fix)

@@ -1,0 +1,266 @@
+"""What is wanted, as plain frozen data: the core keys here, every other key a plugin's section.
+
+No torch type stands in a spec and nothing here imports torch: a spec can be read, checked, compared
+and written where no model could be loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import CoreSchema
+
+from llmload.errors import Problem, SpecError
+from llmload.spec.refusals import InvalidValueError, explain, fields_of, unknown_key
+from llmload.spec.values import AUTO_CLASSES, CLASS_PATH, auto_class_name, device_name, device_or_spread, regex, replacements
+
+if TYPE_CHECKING:
+    from pydantic import GetJsonSchemaHandler
+    from pydantic.json_schema import JsonSchemaValue
+
+    from llmload.spec.files import Document
+
+
+def _make_scalars_strict(schema: Any) -> None:
+    """Make pydantic strict about scalars alone: its own strict mode refuses a list for a tuple."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("bool", "float", "int", "str"):
+            schema["strict"] = True
+        for key, part in schema.items():
+            if key not in ("config", "default", "metadata", "serialization"):
+                _make_scalars_strict(part)
+    elif isinstance(schema, list | tuple):
+        for part in schema:
+            _make_scalars_strict(part)
+
+
+class Section(BaseModel):
+    """Base of every part of a spec: frozen, keyword-only, no unknown key, no NaN.
+
+    A plugin subclasses it for its own key. The docstring under each field becomes its description
+    in the schema. A validator refuses a value with :class:`InvalidValueError`, which carries a fix.
+    Text is not taken for a number, nor a number or true for one another; a list is taken where a
+    field asks for a tuple or set, and text where it asks for a path or enum. A spec is written to
+    files and reports: let a field name an environment variable rather than hold a secret.
+    """
+
+    # Built when a spec has the section: most loads have few of the installed plugins'.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _make_scalars_strict(handler.resolve_ref_schema(schema))
+        return schema
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        # Not with pydantic's use_attribute_docstrings: that parses the source of each class when it
+        # is defined, which every load would wait for.
+        from llmload.spec.docstrings import of_attributes
+
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema).get("properties", {})
+        for name, text in of_attributes(cls).items():
+            field = cls.model_fields.get(name)
+            described = properties.get((field and field.alias) or name)
+            if described is not None:
+                described.setdefault("description", text)
+        return schema
+
+
+Regex = Annotated[str, AfterValidator(regex), Field(json_schema_extra={"format": "regex"})]
+
+
+class KeyExceptions(Section):
+    """Checkpoint keys that may be missing or unexpected, by regular expressions found in them."""
+
+    allow_missing: tuple[Regex, ...] = ()
+    """Parameters of the model that need not be in the checkpoint: they are newly initialised."""
+    allow_unexpected: tuple[Regex, ...] = ()
+    """Tensors of the checkpoint that the model need not have: they are not read."""
+
+    def allows_missing(self, key: str) -> bool:
+        """Say whether the model's parameter ``key`` may be absent from the checkpoint."""
+        return any(re.search(pattern, key) for pattern in self.allow_missing)
+
+    def allows_unexpected(self, key: str) -> bool:
+        """Say whether the checkpoint's tensor ``key`` may be absent from the model."""
+        return any(re.search(pattern, key) for pattern in self.allow_unexpected)
+
+
+def _as_text(value: object) -> object:
+    """Turn paths into text, alone or in a list: a spec holds no objects."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_as_text, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+class LoadSpec(Section):
+    """One model to load. Keys that are not listed here belong to plugins, one key each.
+
+    The constructor checks the core keys; sections are kept as given until a registry, which knows
+    the plugins, validates the whole.
+
+    :raises SpecError: with every fault of the core keys at once.
+    """
+
+    model_config = ConfigDict(extra="allow", defer_build=False)
+
+    model: Annotated[str, Field(min_length=1), BeforeValidator(_as_text)] = Field(
+        examples=["EleutherAI/pythia-2.8b"]
+    )
+    """Hub id (``org/name``) or folder, relative to the working directory."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub repository; null for its main branch."""
+    subfolder: str | None = None
+    """Folder inside the repository or model folder that holds the model."""
+    auto_class: Annotated[
+        str,
+        AfterValidator(auto_class_name),
+        WithJsonSchema({"anyOf": [{"enum": list(AUTO_CLASSES)}, {"pattern": CLASS_PATH}]}),
+    ] = "causal_lm"
+    """What the model is for, or its class as ``module:Class``."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Floating-point dtype of the parameters; ``auto`` keeps the checkpoint's."""
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """``random``: build the model from its config alone and initialise it."""
+    weights_from: Annotated[str | None, BeforeValidator(_as_text)] = None
+    """File or folder of weights to fill the model with, instead of those in ``model``, which then
+    gives config and tokenizer. Also the archive of the DPO reference code, behind
+    ``allow_pickle``."""
+    device_map: (
+        Annotated[int | str, AfterValidator(device_or_spread)]
+        | Mapping[str, Annotated[int | str, AfterValidator(device_name)]]
+        | None
+    ) = None
+    """A device, ``auto`` and the like, or a mapping of module names to devices, as in transformers;
+    null for the CPU. Refused where a plugin places the weights itself."""
+    attn_implementation: str | None = None
+    """Attention kernel, as in transformers (``eager``, ``sdpa``, ``flash_attention_2``); null for
+    the model's own choice."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    allow_pickle: bool = False
+    """Read weights from pickle files, restricted to tensors, where there are no safetensors."""
+    local_files_only: bool = False
+    """Never ask the hub; take what is in the cache."""
+    cache_dir: Annotated[str | tuple[str, ...] | None, BeforeValidator(_as_text)] = None
+    """Folder for downloads, or candidates of which the first that exists is taken; null for the
+    hub's own cache."""
+    key_map: Annotated[Mapping[Regex, str], AfterValidator(replacements)] = {}
+    """Renames checkpoint keys: regular expression to replacement, as in ``re.sub``, applied one
+    after the other in this order. One that matches no key is an error."""
+    key_rules: tuple[Literal["deepspeed_chat", "ddp", "compiled", "peft", "coati"], ...] = ()
+    """Undoes, after ``key_map`` and in this order, what systems do to keys, where they did it:
+    ``deepspeed_chat`` the misspelt ``rwtranrsformer.``; ``ddp`` a leading ``module.``;
+    ``compiled`` every ``_orig_mod.``; ``peft`` the prefixes of a wrapped model; ``coati`` the
+    removal of the first ``model.`` from each key, held against the model's own names."""
+    strict: bool | KeyExceptions = True
+    """``true``: a missing or unexpected checkpoint key is an error; ``false``: it is reported, and
+    the load goes on; or the exceptions by name."""
+    trainable: bool = True
+    """``false``: hand the model out frozen, as a reference or reward model is used: in eval mode,
+    no parameter requires gradients, an adapter's no more than the base's."""
+
+    @model_validator(mode="after")
+    def _random_weights_have_no_keys(self) -> LoadSpec:
+        given = [key for key in ("weights_from", "key_map", "key_rules") if getattr(self, key)]
+        if self.weights == "random" and given:
+            raise InvalidValueError(
+                f"`weights: random` reads no checkpoint, and `{given[0]}` is set",
+                fix="Remove one or the other.",
+            )
+        return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_our_words(cls, data: Any, handler: ModelWrapValidatorHandler[LoadSpec]) -> LoadSpec:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            places = {"": cls.model_fields}
+            raise SpecError(explain(error, cls, data, places=places)) from None
+
+    @property
+    def sections(self) -> Mapping[str, Any]:
+        """The plugins' sections by key, as given: models once validated, else plain data."""
+        return MappingProxyType(self.model_extra or {})
+
+    @property
+    def cache_candidates(self) -> tuple[str, ...]:
+        """The folders of ``cache_dir``, however it was written; empty for the hub's own cache."""
+        if self.cache_dir is None:
+            return ()
+        return (self.cache_dir,) if isinstance(self.cache_dir, str) else self.cache_dir
+
+    @property
+    def key_exceptions(self) -> KeyExceptions:
+        """What ``strict`` tolerates: nothing, anything, or the named exceptions."""
+        if isinstance(self.strict, KeyExceptions):
+            return self.strict
+        every = () if self.strict else ("",)
+        return KeyExceptions(allow_missing=every, allow_unexpected=every)
+
+
+def validate(document: Document, sections: Mapping[str, type[BaseModel]]) -> LoadSpec:
+    """Return the spec of ``document``, with each section as an instance of its plugin's model.
+
+    :param sections: spec key -> model of the plugin that owns it.
+    :raises SpecError: with every fault of core keys and sections at once, in the file's order.
+    """
+    try:
+        return check(document.data, sections)
+    except SpecError as error:
+        raise SpecError(document.placed(error.problems)) from None
+
+
+def check(
+    data: Mapping[str, Any],
+    sections: Mapping[str, type[BaseModel]],
+    *,
+    beside: Iterable[str] = (),
+) -> LoadSpec:
+    """Return the spec that plain data holds, sections checked by their plugins' models.
+
+    :param beside: keys that could have stood there too, for "did you mean".
+    :raises SpecError: with every fault at once, none of them with its place in a file.
+    """
+    core = {key: value for key, value in data.items() if key in LoadSpec.model_fields}
+    places = {key: list(fields_of(model)) for key, model in sections.items()}
+    places[""] = [*LoadSpec.model_fields, *sections]
+    checked: dict[str, BaseModel] = {}
+    problems: list[Problem] = []
+    try:
+        spec = LoadSpec(**core)
+    except SpecError as error:
+        problems += error.problems
+    for key, value in data.items():
+        if key in sections:
+            try:
+                checked[key] = sections[key].model_validate(value)
+            except ValidationError as error:
+                problems += explain(error, sections[key], value, within=(key,), places=places)
+        elif key not in core:
+            problems.append(unknown_key((key,), value, [*places[""], *beside], places))
+    if problems:
+        raise SpecError(problems)
+    return spec.model_copy(update=checked)

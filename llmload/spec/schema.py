@@ -1,0 +1,97 @@
+"""The JSON schema of a spec or group, for editors: core keys and plugins' sections in one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from llmload.spec.docstrings import of_attributes
+from llmload.spec.groupspec import ADAPTER_OF, LIKE, MODELS, NAME, AdapterSpec, GroupSpec
+from llmload.spec.loadspec import LoadSpec
+
+_SPEC: Final = {"$ref": "#/$defs/LoadSpec"}
+DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
+
+
+def file_schema(sections: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+    """Return the draft 2020-12 schema of a file that is a spec, or a group with ``models``.
+
+    :param sections: spec key -> pydantic model of the plugin that owns it.
+    """
+    spec = json_schema(sections)
+    dialect, definitions = spec.pop("$schema"), spec.pop("$defs")
+    adapter = AdapterSpec.model_json_schema()
+    # Like another member, none is required, and null takes a key of the other's away.
+    nullable = {key: {"anyOf": [value, {"type": "null"}]} for key, value in _keys(spec).items()}
+    other = {"type": "string", "description": "The member that this one is like."}
+    like = {
+        "description": "A member like another one, and the keys in which it differs.",
+        "type": "object",
+        "properties": {LIKE: other, **nullable},
+        "required": [LIKE],
+        "additionalProperties": False,
+    }
+    group = {
+        "title": "llmload group",
+        "description": _first_paragraph(GroupSpec.__doc__),
+        "type": "object",
+        "properties": {
+            MODELS: {
+                "description": of_attributes(GroupSpec)[MODELS],
+                "type": "object",
+                "propertyNames": {"pattern": f"^{NAME}$"},
+                "minProperties": 1,
+                "additionalProperties": _by_key(ADAPTER_OF, adapter, _by_key(LIKE, like, _SPEC)),
+            }
+        },
+        "additionalProperties": False,
+    }
+    return {
+        "$schema": dialect,
+        "title": "llmload spec or group",
+        **_by_key(MODELS, group, _SPEC),
+        "$defs": {"LoadSpec": spec, **definitions},
+    }
+
+
+def _by_key(key: str, with_it: dict[str, Any], without: dict[str, Any]) -> dict[str, Any]:
+    """Choose between two schemas; a value that is no mapping has the key, and fails there."""
+    return {"if": {"required": [key]}, "then": with_it, "else": without}
+
+
+def _keys(spec: dict[str, Any]) -> dict[str, Any]:
+    properties: dict[str, Any] = spec["properties"]
+    return properties
+
+
+def _first_paragraph(text: str | None) -> str:
+    return (text or "").partition("\n\n")[0]
+
+
+def json_schema(sections: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+    """Return the draft 2020-12 schema of a spec whose plugins are ``sections``.
+
+    Definitions that sections share are there once; those of equal name are told apart by pydantic.
+
+    :param sections: spec key -> pydantic model of the plugin that owns it.
+    """
+    models: list[type[BaseModel]] = [LoadSpec, *sections.values()]
+    references, document = models_json_schema([(model, "validation") for model in models])
+    definitions: dict[str, Any] = document["$defs"]
+    core = definitions.pop(references[LoadSpec, "validation"]["$ref"].rpartition("/")[2])
+    properties = dict(core["properties"])
+    for key, model in sections.items():
+        properties[key] = references[model, "validation"]
+    return {
+        "$schema": DIALECT,
+        "title": "llmload spec",
+        "description": _first_paragraph(core["description"]),
+        "type": "object",
+        "properties": properties,
+        "required": core["required"],
+        "additionalProperties": False,
+        "$defs": definitions,
+    }

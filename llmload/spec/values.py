@@ -1,0 +1,85 @@
+"""Values of a spec that no type describes: each is returned as it is, or refused with a fix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from llmload.spec.refusals import InvalidValueError, meant
+from llmload.spec.suggest import nearest
+
+AUTO_CLASSES: Final = (
+    "causal_lm",
+    "seq2seq_lm",
+    "sequence_classification",
+    "token_classification",
+    "base",
+)
+CLASS_PATH: Final = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+_PLACEMENTS: Final = ("auto", "balanced", "balanced_low_0", "sequential")
+_DEVICES: Final = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "disk")
+
+
+def regex(pattern: str) -> str:
+    """Hold a value to the syntax of regular expressions."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InvalidValueError(
+            f"{pattern!r} is not a regular expression: {error}",
+            fix=f"To match the text as it stands, write {re.escape(pattern)!r}.",
+        ) from None
+    return pattern
+
+
+def auto_class_name(name: str) -> str:
+    """Hold a value to what ``auto_class`` takes: a name of ours, or ``module:Class``."""
+    if name in AUTO_CLASSES or re.fullmatch(CLASS_PATH, name):
+        return name
+    raise InvalidValueError(
+        f"expected {', '.join(map(repr, AUTO_CLASSES))} or 'module:Class', found {name!r}",
+        fix=meant(name, AUTO_CLASSES),
+    )
+
+
+def device_name(name: int | str) -> int | str:
+    """Hold a value to a device as torch or accelerate name it, or its number."""
+    if isinstance(name, int):
+        if name >= 0:
+            return name
+    elif re.fullmatch(rf"({'|'.join(_DEVICES)})(:\d+)?", name):
+        return name
+    raise InvalidValueError(
+        f"{name!r} is not a device",
+        fix=(isinstance(name, str) and nearest(name, _DEVICES))
+        or "Write one such as cpu, cuda, cuda:0 or 0.",
+    )
+
+
+def device_or_spread(value: int | str) -> int | str:
+    """Hold a value to a device, or a way to spread a model over several."""
+    if value in _PLACEMENTS:
+        return value
+    try:
+        return device_name(value)
+    except InvalidValueError:
+        raise InvalidValueError(
+            f"{value!r} is neither a device nor a way to spread the model",
+            fix=(isinstance(value, str) and nearest(value, (*_PLACEMENTS, *_DEVICES)))
+            or f"Write {', '.join(_PLACEMENTS)}, a device such as cuda:0, or a mapping of modules"
+            " to devices.",
+        ) from None
+
+
+def replacements(rules: Mapping[str, str]) -> Mapping[str, str]:
+    """Hold each replacement to the groups of its pattern, a regular expression already."""
+    for pattern, replacement in rules.items():
+        try:
+            re.sub(pattern, replacement, "")
+        except (re.error, IndexError) as error:
+            raise InvalidValueError(
+                f"the replacement {replacement!r} does not fit the pattern {pattern!r}: {error}",
+                fix="Number the groups of the pattern from \\1, and write a backslash as \\\\.",
+            ) from None
+    return rules
