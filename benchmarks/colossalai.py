@@ -28,8 +28,8 @@ def theirs(folder: Path) -> Any:
     from safetensors.torch import load_file
     from transformers import AutoConfig, LlamaForCausalLM
 
-    from llmload.hf import compat
     from llmload.builtin.colossalai import lazy_models
+    from llmload.hf import compat
 
     config = AutoConfig.from_pretrained(folder)
     with compat.default_dtype(torch.bfloat16):

@@ -20,7 +20,7 @@ from .folders import SIZES
 
 def conditions(python: str, threads: int) -> dict[str, Any]:
     """Return what a row was measured under: it differs from row to row where some were rerun."""
-    code = "import json, llmload.versions as v; print(json.dumps(v.installed_versions()))"
+    code = "import json, llmload.host.distributions as v; print(json.dumps(v.installed_versions()))"
     answer = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
     memory = psutil.virtual_memory().total / 2**30
     return {

@@ -63,7 +63,7 @@ def _phases(case: Case, name: str, folder: Path, kept: list[object]) -> Iterator
     side = case.sides[name]
     assert not isinstance(side, str)
     if isgeneratorfunction(getattr(side, "func", side)):
-        yield from cast(Iterator[Mark], side(folder))
+        yield from cast("Iterator[Mark]", side(folder))
         return
     kept.append(side(folder))
     yield "load"

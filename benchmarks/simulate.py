@@ -22,14 +22,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from llmload.hf import compat
-from llmload.load import planning
 from llmload.builtin.zero3.shares import dtype_of, share
 from llmload.checkpoint.header import TensorInfo
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Part, Source, Target
 from llmload.checkpoint.proof import Proof
+from llmload.hf import compat
 from llmload.host.registry import create_registry
+from llmload.loading import planning
 
 SHARD_BYTES = 5 * 10**9
 """What ``save_pretrained`` puts into one file."""

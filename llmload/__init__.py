@@ -18,35 +18,35 @@ if TYPE_CHECKING:
     from llmload.context.context import LoadContext as LoadContext
     from llmload.errors import AuditError as AuditError
     from llmload.errors import CheckpointError as CheckpointError
+    from llmload.errors import Conflict as Conflict
+    from llmload.errors import Decline as Decline
     from llmload.errors import LlmloadError as LlmloadError
     from llmload.errors import LoadFailedError as LoadFailedError
+    from llmload.errors import Note as Note
     from llmload.errors import PlanError as PlanError
     from llmload.errors import PluginError as PluginError
     from llmload.errors import Problem as Problem
     from llmload.errors import RequestError as RequestError
     from llmload.errors import SpecError as SpecError
-    from llmload.spec.refusals import InvalidValueError as InvalidValueError
-    from llmload.errors import Conflict as Conflict
-    from llmload.errors import Decline as Decline
-    from llmload.errors import Note as Note
     from llmload.group.loading import Group as Group
     from llmload.group.loading import GroupReport as GroupReport
     from llmload.group.loading import load_group as load_group
     from llmload.group.loading import plan_group as plan_group
     from llmload.group.planning import GroupPlan as GroupPlan
-    from llmload.spec.groupspec import AdapterSpec as AdapterSpec
-    from llmload.spec.groupspec import GroupSpec as GroupSpec
     from llmload.hookspecs import hookimpl as hookimpl
     from llmload.hookspecs import hookspec as hookspec
-    from llmload.load.pipeline import LoadResult as LoadResult
-    from llmload.load.pipeline import load as load
-    from llmload.load.pipeline import plan as plan
-    from llmload.load.planning import Plan as Plan
     from llmload.host.registry import Registry as Registry
     from llmload.host.registry import create_registry as create_registry
-    from llmload.load.report import Report as Report
+    from llmload.loading.pipeline import LoadResult as LoadResult
+    from llmload.loading.pipeline import load as load
+    from llmload.loading.pipeline import plan as plan
+    from llmload.loading.plan import Plan as Plan
+    from llmload.loading.report import Report as Report
+    from llmload.spec.groupspec import AdapterSpec as AdapterSpec
+    from llmload.spec.groupspec import GroupSpec as GroupSpec
     from llmload.spec.loadspec import LoadSpec as LoadSpec
     from llmload.spec.loadspec import Section as Section
+    from llmload.spec.refusals import InvalidValueError as InvalidValueError
 
 _HOME = {
     "LoadContext": "context.context",
@@ -70,10 +70,10 @@ _HOME = {
     "GroupPlan": "group.planning",
     **dict.fromkeys(("AdapterSpec", "GroupSpec"), "spec.groupspec"),
     **dict.fromkeys(("hookimpl", "hookspec"), "hookspecs"),
-    **dict.fromkeys(("LoadResult", "load", "plan"), "load.pipeline"),
-    "Plan": "load.planning",
+    **dict.fromkeys(("LoadResult", "load", "plan"), "loading.pipeline"),
+    "Plan": "loading.plan",
     **dict.fromkeys(("Registry", "create_registry"), "host.registry"),
-    "Report": "load.report",
+    "Report": "loading.report",
     **dict.fromkeys(("LoadSpec", "Section"), "spec.loadspec"),
 }
 

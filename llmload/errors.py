@@ -1,6 +1,7 @@
 """What hooks find and what goes wrong.
 
-``Problem``, ``Note`` and ``Decline`` are what a ``check`` may yield, ``Conflict`` is data on a plugin.
+``Problem``, ``Note`` and ``Decline`` are what a ``check`` may yield, ``Conflict`` is data on a
+plugin.
 Errors are of two families: the request is wrong, or the work failed.
 
 Every message says what was asked, what was found, what is allowed and what to do next. Nothing in

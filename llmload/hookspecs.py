@@ -57,8 +57,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llmload.context.context import LoadContext
-    from llmload.errors import Problem
-    from llmload.errors import Decline, Note
+    from llmload.errors import Decline, Note, Problem
 
 PROJECT = "llmload"
 

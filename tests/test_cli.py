@@ -353,7 +353,7 @@ def test_what_a_library_prints_does_not_spoil_the_data(distributions: FakeDistri
 
 def outcome(code: str) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own, after ``code``."""
-    program = f"from llmload import cli, registry\n{code}\ncli.main()"
+    program = f"from llmload import cli\nfrom llmload.host import registry\n{code}\ncli.main()"
     return subprocess.run(
         [sys.executable, "-c", program, "plugins"], capture_output=True, text=True, check=False
     )

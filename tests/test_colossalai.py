@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmload
-from llmload.builtin.colossalai import plugin as plugin
 from llmload.builtin.colossalai import booster, lazy_models
+from llmload.builtin.colossalai import plugin as plugin
 from llmload.errors import LoadFailedError, RequestError
 
 pytest.importorskip("colossalai")

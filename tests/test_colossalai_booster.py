@@ -16,9 +16,9 @@ from tiny import save_checkpoint, tiny_llama, tiny_model
 from torch import nn
 
 import llmload
-from llmload.hf import compat
 from llmload import hookimpl
 from llmload.errors import AuditError
+from llmload.hf import compat
 
 pytest.importorskip("colossalai")
 

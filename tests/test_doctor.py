@@ -10,11 +10,11 @@ from fakes import FakeDistributions
 from typer.testing import CliRunner
 
 import llmload
-from llmload.cli import commands, doctor
 from llmload import hookimpl
-from llmload.load import planning
+from llmload.cli import commands, doctor
 from llmload.errors import PluginError
 from llmload.host.distributions import version_of
+from llmload.loading import planning
 
 
 def run(*arguments: str) -> Any:

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import LlamaForCausalLM, PretrainedConfig
 
 import llmload
-from llmload.hf import compat
 from llmload import hookimpl
-from llmload.model import dry_run
 from llmload.builtin.dropout import rates
 from llmload.errors import AuditError, PlanError, SpecError
+from llmload.hf import compat
 from llmload.host.registry import create_registry
+from llmload.model import dry_run
 
 
 class Stubborn(LlamaForCausalLM):

@@ -19,8 +19,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import llmload
+from llmload.builtin.embeddings.plugin import EmbeddingsPlugin, initialise_rows
 from llmload.builtin.embeddings.resizing import named_tensors
-from llmload.builtin.embeddings.plugin import EmbeddingsPlugin, EmbeddingsSection, initialise_rows
+from llmload.builtin.embeddings.section import EmbeddingsSection
 
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 INPUT, HEAD = "model.embed_tokens.weight", "lm_head.weight"

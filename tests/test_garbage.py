@@ -9,7 +9,7 @@ import pytest
 from tiny import tiny_llama
 
 import llmload
-from llmload.load.garbage import collection_paused
+from llmload.loading.garbage import collection_paused
 
 
 def test_collection_goes_on_after_a_plan_and_after_an_error(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llmload
+from llmload.builtin.gradient_checkpointing.plugin import GradientCheckpointingPlugin
+from llmload.builtin.gradient_checkpointing.section import GradientCheckpointingSection
 from llmload.hf import compat
-from llmload.builtin.gradient_checkpointing.plugin import GradientCheckpointingPlugin, GradientCheckpointingSection
 
 REENTRANT = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not"])
 LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"]}

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import llmload
-from llmload.cli import commands
 from llmload import create_registry, hookimpl
+from llmload.cli import commands
 from llmload.errors import CheckpointError, LoadFailedError, PlanError
 
 LORA = {"r": 4, "target_modules": "all-linear"}

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 from pydantic import ValidationError
 
 from llmload import AdapterSpec, GroupSpec, LoadSpec, PluginError, SpecError, create_registry
-from llmload.spec import groupspec, files
+from llmload.spec import files, groupspec
 from llmload.spec.schema import file_schema
 
 

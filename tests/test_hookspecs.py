@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_checkpoint
 
 import llmload
-from llmload.cli import doctor
 from llmload import hookspecs
+from llmload.cli import doctor
 from llmload.errors import PlanError, SpecError
 
 HOOKS = (*hookspecs.HELPERS, *hookspecs.SPINE)

@@ -27,9 +27,9 @@ from transformers import (
 
 import llmload
 from llmload import hookimpl
-from llmload.cli import show
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Plain
+from llmload.cli import show
 from llmload.errors import AuditError, CheckpointError, RequestError, SpecError
 from llmload.host.registry import create_registry
 

@@ -14,10 +14,16 @@ from adapters import needs_peft, refusal
 from tiny import tiny_llama
 
 import llmload
-from llmload.load import planning
-from llmload.builtin.lora.plugin import LoraPlugin, LoraSection
-from llmload.builtin.lora.section import FIELDS_SINCE, INITIALISATIONS, LEFT_TO_PEFT, OWN_FIELDS
+from llmload.builtin.lora.plugin import LoraPlugin
+from llmload.builtin.lora.section import (
+    FIELDS_SINCE,
+    INITIALISATIONS,
+    LEFT_TO_PEFT,
+    OWN_FIELDS,
+    LoraSection,
+)
 from llmload.host.distributions import version_of
+from llmload.loading import planning
 
 LORA_FIELDS = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from llmload.model import partitions
 from llmload.errors import CheckpointError
+from llmload.model import partitions
 
 
 class Tied(nn.Module):

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import llmload
 from llmload import Decline, hookimpl
-from llmload.hf import compat
 from llmload.errors import AuditError, CheckpointError, LoadFailedError, PluginError
+from llmload.hf import compat
 from llmload.host.registry import create_registry
 
 
@@ -474,12 +474,12 @@ def test_an_error_at_any_hook_boundary_leaves_nothing_behind(
         "llmload.hf.locating.resolve",
         "llmload.hf.model_classes.load_config",
         "llmload.hf.model_classes.resolve_class",
-        "llmload.load.planning.Checkpoint.open",
+        "llmload.loading.planning.Checkpoint.open",
         "llmload.hf.model_classes.blank_model",
-        "llmload.load.audit.hold_to_strict",
-        "llmload.load.audit.compare_with_checkpoint",
-        "llmload.load.audit.prove",
-        "llmload.load.pipeline.installed_versions",
+        "llmload.loading.audit.hold_to_strict",
+        "llmload.loading.audit.compare_with_checkpoint",
+        "llmload.loading.audit.prove",
+        "llmload.loading.pipeline.installed_versions",
     ],
 )
 def test_an_error_in_any_phase_of_the_host_leaves_nothing_behind(

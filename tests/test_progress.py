@@ -70,7 +70,7 @@ def test_loops_of_transformers_are_shown_in_the_same_place(tmp_path: Path) -> No
 SILENT = """
 from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging
-from llmload.progress import progress
+from llmload.cli.progress import progress
 
 try:
     with progress(shown=False):

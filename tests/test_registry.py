@@ -14,8 +14,8 @@ from fakes import FakeDistributions
 
 import llmload
 from llmload import Section, create_registry, hookimpl
-from llmload.host.contract import break_faulty
 from llmload.errors import PluginError
+from llmload.host.contract import break_faulty
 from llmload.host.registry import PluginInfo, Registry
 from llmload.spec.loadspec import LoadSpec
 

@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field
 
 from llmload import LoadSpec, Section, SpecError
 from llmload.spec import files
-from llmload.spec.schema import json_schema
 from llmload.spec.loadspec import validate
+from llmload.spec.schema import json_schema
 
 
 class Shared(Section):

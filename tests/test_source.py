@@ -13,8 +13,8 @@ import pytest
 from tiny import tiny_checkpoint
 
 from llmload import LoadSpec
-from llmload.hf import locating
 from llmload.errors import CheckpointError
+from llmload.hf import locating
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from llmload import LoadSpec, Section, SpecError, create_registry
 from llmload.spec import files
+from llmload.spec.foreign_keys import SPELLINGS, VALUES
+from llmload.spec.loadspec import KeyExceptions, validate
 from llmload.spec.refusals import InvalidValueError, fields_of
 from llmload.spec.schema import json_schema
-from llmload.spec.loadspec import KeyExceptions, validate
-from llmload.spec.foreign_keys import SPELLINGS, VALUES
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz012345"
 
@@ -393,9 +393,9 @@ def test_every_word_of_other_tools_is_answered_with_one_of_ours() -> None:
 def test_reading_and_checking_a_spec_imports_no_ml_library() -> None:
     code = """
 import sys
-from llmload import specfile
-from llmload.schema import json_schema
-from llmload.spec import validate
+from llmload.spec import files as specfile
+from llmload.spec.schema import json_schema
+from llmload.spec.loadspec import validate
 validate(specfile.parse("model: gpt2"), {})
 json_schema({})
 heavy = {"torch", "transformers", "peft", "accelerate", "numpy", "deepspeed", "safetensors"}

@@ -24,12 +24,12 @@ from transformers import (
 )
 
 import llmload
-from llmload.hf import compat
 from llmload import hookimpl
 from llmload.builtin.transformers.plugin import TransformersLoader
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Plain, Source, Target
 from llmload.checkpoint.proof import sha256
+from llmload.hf import compat
 
 EMBEDDING = "model.embed_tokens.weight"
 

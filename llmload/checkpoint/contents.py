@@ -10,7 +10,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from llmload.checkpoint.folder import inside, main_file, member, read_index, refuse, regular_file, unlisted_shards
+from llmload.checkpoint.folder import (
+    inside,
+    main_file,
+    member,
+    read_index,
+    refuse,
+    regular_file,
+    unlisted_shards,
+)
 from llmload.checkpoint.header import TensorInfo, read_header
 from llmload.checkpoint.pickled import read_pickle, refuse_pickle, require_safe_torch
 from llmload.errors import CheckpointError, Problem

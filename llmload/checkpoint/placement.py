@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload.checkpoint.header import TensorInfo
     from llmload.checkpoint.assembled import Assembled
+    from llmload.checkpoint.header import TensorInfo
 
 
 @dataclass(frozen=True, slots=True, eq=False)

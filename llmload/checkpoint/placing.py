@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from llmload.checkpoint.header import TensorInfo
     from llmload.checkpoint.assembled import Assembled
+    from llmload.checkpoint.header import TensorInfo
     from llmload.checkpoint.mapped import MappedCheckpoint
     from llmload.checkpoint.placement import Placement
     from llmload.checkpoint.proof import Proof

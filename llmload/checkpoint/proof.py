@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmload.hf.counted_reads import per_file
 from llmload.errors import LoadFailedError
+from llmload.hf.counted_reads import per_file
 
 if TYPE_CHECKING:
     import torch

@@ -24,10 +24,10 @@ from llmload.errors import LlmloadError, RequestError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from llmload.spec.groupspec import GroupSpec
     from llmload.host.registry import Registry
-    from llmload.spec.loadspec import LoadSpec
     from llmload.spec.files import Source
+    from llmload.spec.groupspec import GroupSpec
+    from llmload.spec.loadspec import LoadSpec
 
 
 class Answer(NamedTuple):
@@ -112,11 +112,11 @@ def _write_text(text: RenderableType) -> None:
 @_command
 def load(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
     """Load the model of a spec, or all of a group, prove that it is right, and report."""
-    from llmload.group import loading
-    from llmload.load import pipeline
     from llmload.cli import show
-    from llmload.spec.groupspec import GroupSpec
     from llmload.cli.progress import is_wanted, progress
+    from llmload.group import loading
+    from llmload.loading import pipeline
+    from llmload.spec.groupspec import GroupSpec
 
     registry = _registry(plugin)
     wanted = _wanted(spec, registry)
@@ -131,11 +131,11 @@ def load(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
 @_command
 def plan(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
     """Say what `load` would do and what stands in its way, reading no weight."""
-    from llmload.group import loading
-    from llmload.load import pipeline
     from llmload.cli import show
-    from llmload.spec.groupspec import GroupSpec
     from llmload.cli.progress import is_wanted, progress
+    from llmload.group import loading
+    from llmload.loading import pipeline
+    from llmload.spec.groupspec import GroupSpec
 
     registry = _registry(plugin)
     wanted = _wanted(spec, registry)
@@ -262,7 +262,7 @@ def _registry(words: list[str] | None) -> Registry:
 
 def _wanted(spec: str, registry: Registry) -> LoadSpec | GroupSpec:
     """Read and check what the argument names: a group if it has the key ``models``."""
-    from llmload.spec import groupspec, files
+    from llmload.spec import files, groupspec
 
     document = files.read(_source(spec))
     if groupspec.is_group(document.data):

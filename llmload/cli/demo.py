@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel
 
-from llmload.load import pipeline
-from llmload.errors import RequestError
-from llmload.load.planning import Plan, require_stack
 from llmload.cli.progress import Track
+from llmload.errors import RequestError
 from llmload.host.registry import Registry
-from llmload.load.report import Report
+from llmload.loading import pipeline
+from llmload.loading.plan import Plan
+from llmload.loading.planning import require_stack
+from llmload.loading.report import Report
 
 if TYPE_CHECKING:
     import torch

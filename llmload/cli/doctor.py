@@ -7,13 +7,12 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, Field
 
+from llmload.errors import Note, PluginError, Problem
 from llmload.host.discovery import PluginInfo
-from llmload.errors import PluginError, Problem
-from llmload.errors import Note
-from llmload.load.planning import missing_requirements, require_stack
-from llmload.host.registry import Registry
-from llmload.spec.suggest import nearest
 from llmload.host.distributions import installed_versions
+from llmload.host.registry import Registry
+from llmload.loading.planning import missing_requirements, require_stack
+from llmload.spec.suggest import nearest
 
 Health: TypeAlias = Literal[
     "works", "works in part", "does not work", "broken", "blocked", "not selected"

@@ -10,11 +10,11 @@ from typing import Final
 
 from pydantic import BaseModel, Field
 
+from llmload.errors import PluginError, Problem
 from llmload.host import ordering
 from llmload.host.discovery import PluginInfo, Status
-from llmload.errors import PluginError, Problem
-from llmload.host.registry import Registry
 from llmload.host.distributions import installed_versions, version_of
+from llmload.host.registry import Registry
 
 _OTHERS: Final = (
     "huggingface_hub",

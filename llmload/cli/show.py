@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from llmload.errors import Problem
     from llmload.group.loading import GroupReport
     from llmload.group.planning import GroupPlan
-    from llmload.load.planning import Plan
-    from llmload.load.report import Report
     from llmload.group.sharing import Sharing
+    from llmload.loading.plan import Plan
+    from llmload.loading.report import Report
 
 _SHARED = {
     "checkpoint pages": "{member} and {of} lie on the checkpoint's own pages",

@@ -222,7 +222,7 @@ class LoadContext:
         return found
 
     def probe(self, model: nn.Module) -> ProbeResult:
-        """Return what :func:`llmload.model.dry_run.probe` finds of the finished model; run once per load.
+        """Return what :func:`llmload.model.dry_run.probe` finds of the finished model; run once.
 
         For ``audit``: the model does not change any more.
         """

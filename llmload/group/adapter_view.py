@@ -19,8 +19,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from llmload.hf import compat
 from llmload.errors import LoadFailedError
+from llmload.hf import compat
 from llmload.model.partitions import is_partitioned
 
 

@@ -8,15 +8,15 @@ from contextlib import ExitStack
 
 from pydantic import BaseModel, Field
 
-from llmload.spec import files
 from llmload.context.context import Scope
 from llmload.group.planning import GroupPlan, PreparedGroup, prepare_group
-from llmload.spec.groupspec import AdapterSpec, GroupSpec, naming
-from llmload.load.pipeline import LoadResult, execute, undone_on_error
-from llmload.host.registry import Registry, create_registry
-from llmload.load.report import Report
 from llmload.group.sharing import Sharing, conversion
 from llmload.host.distributions import installed_versions
+from llmload.host.registry import Registry, create_registry
+from llmload.loading.pipeline import LoadResult, execute, undone_on_error
+from llmload.loading.report import Report
+from llmload.spec import files
+from llmload.spec.groupspec import AdapterSpec, GroupSpec, naming
 
 
 class GroupReport(BaseModel):

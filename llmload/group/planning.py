@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
-from llmload.group import sharing
-from llmload.load.audit import some
 from llmload.errors import PlanError, Problem
-from llmload.spec.groupspec import ADAPTER_OF, AdapterSpec, GroupSpec, in_member, naming
-from llmload.load.planning import Plan, Prepared, prepare
+from llmload.group import sharing
 from llmload.group.sharing import Sharing
+from llmload.loading.audit import some
+from llmload.loading.plan import Plan
+from llmload.loading.planning import Prepared, prepare
+from llmload.spec.groupspec import ADAPTER_OF, AdapterSpec, GroupSpec, in_member, naming
 
 if TYPE_CHECKING:
     from llmload.host.registry import Registry
-    from llmload.load.report import Report
+    from llmload.loading.report import Report
 
 
 class GroupPlan(BaseModel):

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import BaseModel
 
-from llmload.hf import compat
-from llmload.group import memory as memory
 from llmload.checkpoint.dtypes import torch_dtype
+from llmload.group import memory as memory
+from llmload.hf import compat
 
 if TYPE_CHECKING:
     from llmload.context.context import LoadContext
-    from llmload.load.planning import Prepared
-    from llmload.load.rehearsal import Rehearsal
+    from llmload.loading.planning import Prepared
+    from llmload.loading.rehearsal import Rehearsal
 
 How: TypeAlias = Literal["checkpoint pages", "one cast", "adapter off", "frozen copy"]
 

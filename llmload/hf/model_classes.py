@@ -6,8 +6,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmload.hf import compat, locating
 from llmload.errors import CheckpointError, Problem, SpecError, first_line
+from llmload.hf import compat, locating
 
 if TYPE_CHECKING:
     import torch

@@ -15,10 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import Accounting, is_parameter
-from llmload.hf.converting import convert, leave_alone, no_progress_bar, place_by_name
-from llmload.hf.handover import AbortError, Dtypes, Outline, Receiver, Taken, View, as_stored, assembled
 from llmload.checkpoint.placement import Plain
 from llmload.checkpoint.placing import Placer
+from llmload.hf.converting import convert, leave_alone, no_progress_bar, place_by_name
+from llmload.hf.handover import (
+    AbortError,
+    Dtypes,
+    Outline,
+    Receiver,
+    Taken,
+    View,
+    as_stored,
+    assembled,
+)
 from llmload.hf.rules import rules_of
 from llmload.hf.signatures import first_difference
 

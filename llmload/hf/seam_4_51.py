@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from llmload.checkpoint.accounting import Accounting, is_parameter
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.placing import Placer
-from llmload.hf.signatures import first_difference
 from llmload.errors import CheckpointError
+from llmload.hf.signatures import first_difference
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""The plugins: which there are, which are sound, which take part, and in which order they are called.
+"""The plugins: which there are, which are sound, which take part, in which order they are called.
 
 In come plugin objects and the installed distributions; out goes a :class:`Registry`, which picks
 the :class:`Host` of one load. Nothing here loads a model.

@@ -16,12 +16,20 @@ from typing import Any
 import pluggy
 from pydantic import BaseModel
 
-from llmload.spec import groupspec, files
 from llmload import hookspecs
+from llmload.errors import PluginError, Problem, RequestError, SpecError
 from llmload.host import ordering
 from llmload.host.contract import break_faulty
-from llmload.host.discovery import GIVEN, GROUP, PluginInfo, attribute, break_doubles, from_object, installed
-from llmload.errors import PluginError, Problem, RequestError, SpecError
+from llmload.host.discovery import (
+    GIVEN,
+    GROUP,
+    PluginInfo,
+    attribute,
+    break_doubles,
+    from_object,
+    installed,
+)
+from llmload.spec import files, groupspec
 from llmload.spec.groupspec import GroupSpec
 from llmload.spec.loadspec import LoadSpec, validate
 from llmload.spec.suggest import nearest

@@ -5,54 +5,21 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any, Final, TypeAlias
 
 from pydantic import BaseModel
 
-from llmload.spec import yaml_read, yaml_write
 from llmload.errors import Problem, SpecError
+from llmload.spec import yaml_read, yaml_write
+from llmload.spec.document import Document
 from llmload.spec.groupspec import GroupSpec
 from llmload.spec.loadspec import LoadSpec
 from llmload.spec.yaml_read import Path, dotted
 
 MAX_BYTES: Final = 256 * 1024
 """Size of the largest spec file that is read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Document:
-    """A spec as plain data, before any key of it is checked."""
-
-    data: Mapping[str, Any]
-    """dict, list, str, int, float, bool and None, all keys text."""
-    file: str = ""
-    """The file it was read from; empty for a spec from Python."""
-    positions: Mapping[Path, tuple[int, int]] = field(default_factory=dict, repr=False)
-    """Line and column of each key and list entry, counted from 1."""
-
-    def position(self, where: str) -> tuple[int, int] | None:
-        """Return line and column of a dotted path, or of the nearest key that contains it.
-
-        None for a spec that is not from a file.
-        """
-        known = {dotted(path): position for path, position in self.positions.items()}
-        while where not in known and where:
-            where = where[: max(where.rfind("."), where.rfind("["), 0)]
-        return known.get(where, (1, 1) if self.file else None)
-
-    def placed(self, problems: Iterable[Problem]) -> list[Problem]:
-        """Return the problems with file, line and column, in the order of the file."""
-        if not self.file:
-            return list(problems)
-        placed = []
-        for problem in problems:
-            line, column = self.position(problem.where) or (1, 1)
-            update = {"file": self.file, "line": line, "column": column}
-            placed.append(problem.model_copy(update=update))
-        return sorted(placed, key=lambda problem: (problem.line, problem.column))
 
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | LoadSpec | GroupSpec | Document

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from pydantic import ModelWrapValidatorHandler, SkipValidation, ValidationError, model_validator
 
-from llmload.spec import loadspec
 from llmload.errors import LlmloadError, Problem, SpecError
-from llmload.spec.refusals import TOP_LEVEL, explain
+from llmload.spec import loadspec
 from llmload.spec.loadspec import LoadSpec, Section
+from llmload.spec.refusals import TOP_LEVEL, explain
 from llmload.spec.suggest import nearest
 from llmload.spec.yaml_read import dotted
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from llmload.spec.files import Document
+    from llmload.spec.document import Document
 
 MODELS: Final = "models"
 """The top-level key by which a group is told from a single spec."""

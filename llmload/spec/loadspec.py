@@ -28,13 +28,21 @@ from pydantic_core import CoreSchema
 
 from llmload.errors import Problem, SpecError
 from llmload.spec.refusals import InvalidValueError, explain, fields_of, unknown_key
-from llmload.spec.values import AUTO_CLASSES, CLASS_PATH, auto_class_name, device_name, device_or_spread, regex, replacements
+from llmload.spec.values import (
+    AUTO_CLASSES,
+    CLASS_PATH,
+    auto_class_name,
+    device_name,
+    device_or_spread,
+    regex,
+    replacements,
+)
 
 if TYPE_CHECKING:
     from pydantic import GetJsonSchemaHandler
     from pydantic.json_schema import JsonSchemaValue
 
-    from llmload.spec.files import Document
+    from llmload.spec.document import Document
 
 
 def _make_scalars_strict(schema: Any) -> None:

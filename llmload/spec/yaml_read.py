@@ -167,7 +167,7 @@ class _Reader:
             return {key: self._at(k, v, (*path, key)) for key, (k, v) in pairs.items()}
         if isinstance(node, yaml.SequenceNode):
             return [self._at(item, item, (*path, i)) for i, item in enumerate(node.value)]
-        return self._scalar(cast(yaml.ScalarNode, node), path)
+        return self._scalar(cast("yaml.ScalarNode", node), path)
 
     def _at(self, place: yaml.Node, node: yaml.Node, path: Path) -> Any:
         self.positions[path] = (place.start_mark.line + 1, place.start_mark.column + 1)

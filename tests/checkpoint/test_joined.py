@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmload.checkpoint.header import TensorInfo
 from llmload.checkpoint.assembled import Assembled, StandIn, itself, storage_of
+from llmload.checkpoint.header import TensorInfo
 
 Taken = list[tuple[TensorInfo, torch.Tensor]]
 Tensors = list[torch.Tensor]

@@ -110,7 +110,7 @@ def launch_once(
 def main() -> None:
     sys.path.insert(0, str(TESTS))
     jobs = [Job(**job) for job in json.load(sys.stdin)]
-    for name in ("deepspeed", "transformers", "peft", "llmload.load.pipeline"):
+    for name in ("deepspeed", "transformers", "peft", "llmload.loading.pipeline"):
         importlib.import_module(name)
     for job in jobs:
         importlib.import_module(job.call.partition(":")[0])

@@ -12,8 +12,8 @@ from torch import nn
 from zero3.comparing import deepspeed_config, losses
 
 import llmload
-from llmload.model import partitions
 from llmload.host.registry import create_registry
+from llmload.model import partitions
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 

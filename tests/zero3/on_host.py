@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import llmload
-from llmload.model.partitions import held
 from llmload.host.registry import create_registry
+from llmload.model.partitions import held
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 

@@ -14,10 +14,10 @@ import torch
 from zero3.farm import Job, Outcome, launch
 
 import llmload
-from llmload.hf import compat
-from llmload.load import planning
 from llmload.builtin.zero3.shares import Forecast, forecast
+from llmload.hf import compat
 from llmload.host.registry import create_registry
+from llmload.loading import planning
 
 RANKS = {"two": 2, "four": 4, "merged on two": 2, "merged on four": 4}
 if stacks.IS_MODERN:

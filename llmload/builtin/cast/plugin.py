@@ -5,33 +5,17 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from llmload.errors import PlanError, Problem
-from llmload.errors import Conflict, Note
+from llmload.builtin.cast.section import CastSection
+from llmload.errors import Conflict, Note, PlanError, Problem
 from llmload.hookspecs import hookimpl
-from llmload.spec.loadspec import Regex, Section
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from llmload.context.context import LoadContext
-
-Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
-
-
-class CastSection(Section):
-    """Mixed dtypes, such as normalisation layers in float32 in a bfloat16 model.
-
-    A forward through them needs ``torch.autocast``, unless the model's own code casts.
-    """
-
-    modules: Annotated[Mapping[Regex, Dtype], Field(min_length=1)]
-    """Regular expression, found anywhere in a module's name -> dtype of the module and all in it.
-    Where several are found, the first holds."""
 
 
 class CastPlugin:

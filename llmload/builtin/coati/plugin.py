@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
-from llmload.errors import Problem, RequestError
-from llmload.errors import Conflict, Note
+from llmload.builtin.coati.section import STARTS, CoatiSection
+from llmload.errors import Conflict, Note, Problem, RequestError
 from llmload.hookspecs import hookimpl
-from llmload.spec.loadspec import Section
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from llmload.builtin.lora.request import Request
     from llmload.context.context import LoadContext
 
-STARTS: Final = (True, "pissa_niter_4")
 """Values of ``init_lora_weights`` that ColossalChat has; the second is its ``PiSSA``."""
 
 # Fields of the section `lora` that say where an adapter goes and what it is called.
@@ -35,19 +33,6 @@ _ELSEWHERE: Final = frozenset(
     }
 )
 _OF_THE_LAYER: Final = frozenset({"bias", "init_lora_weights", "lora_alpha", "lora_dropout", "r"})
-
-
-class CoatiSection(Section):
-    """LoRA layers as ColossalChat makes them; what they are like is said in the section ``lora``.
-
-    Factors are plain float32 parameters whatever the base's dtype, embeddings have the same two as
-    linear layers, and with ``bias`` other than none an adapted linear layer without a bias gets one
-    of zeros, which is trained.
-    """
-
-    faults: bool = False
-    """Reproduce what is wrong there: linear layers take ``lora_alpha`` 32 and no dropout whatever
-    is asked for, and their pretrained biases are dropped where ``bias`` is none."""
 
 
 class CoatiPlugin:

@@ -14,13 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmload.load import audit
-from llmload.hf import compat
-from llmload.builtin.colossalai.lazy_models import is_lazy, keep_dtype, lazy_init, lazy_tensors, materialise
+from llmload.builtin.colossalai.lazy_models import (
+    is_lazy,
+    keep_dtype,
+    lazy_init,
+    lazy_tensors,
+    materialise,
+)
 from llmload.builtin.colossalai.section import MATERIALISE, ColossalaiSection
 from llmload.builtin.streaming.plugin import account
 from llmload.checkpoint.folder import main_file
 from llmload.errors import Problem, RequestError
+from llmload.hf import compat
+from llmload.loading import audit
 
 if TYPE_CHECKING:
     from torch import nn

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmload.load import audit
-from llmload.hf import compat
 from llmload.checkpoint.placement import Plain
 from llmload.errors import LlmloadError, LoadFailedError, RequestError
+from llmload.hf import compat
+from llmload.loading import audit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llmload.hf import compat
 from llmload.builtin.colossalai.section import MATERIALISE, ColossalaiSection
-from llmload.errors import Problem
-from llmload.errors import Conflict, Decline, Note
+from llmload.errors import Conflict, Decline, Note, Problem
+from llmload.hf import compat
 from llmload.hookspecs import hookimpl
 from llmload.host.distributions import version_of
 

@@ -14,13 +14,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from pydantic import Field
-
 from llmload.builtin.dropout import rates
-from llmload.errors import PlanError, Problem
-from llmload.errors import Note
+from llmload.builtin.dropout.section import DropoutSection
+from llmload.errors import Note, PlanError, Problem
 from llmload.hookspecs import hookimpl
-from llmload.spec.loadspec import Section
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,14 +25,6 @@ if TYPE_CHECKING:
     from llmload.context.context import LoadContext
     from llmload.model.dry_run import ProbeResult
     from llmload.model.randomness import RandomOp
-
-
-class DropoutSection(Section):
-    """Dropout of the base model; an adapter's is its own (``lora.lora_dropout``)."""
-
-    p: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """The rate of every dropout. With 0 the model computes the same in training as in evaluation:
-    LayerDrop, stochastic depth, router jitter and SpecAugment are off too."""
 
 
 class DropoutPlugin:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
-from llmload.model import partitions
-from llmload.builtin.embeddings.resizing import input_embedding, named_tensors, refuse_misfit, refuse_quantised, resize, vocabulary_parameters, vocabulary_tensors
-from llmload.errors import Problem
-from llmload.errors import Note
+from llmload.builtin.embeddings.resizing import (
+    input_embedding,
+    named_tensors,
+    refuse_misfit,
+    refuse_quantised,
+    resize,
+    vocabulary_parameters,
+    vocabulary_tensors,
+)
+from llmload.builtin.embeddings.section import EmbeddingsSection, InitNew
+from llmload.errors import Note, Problem
 from llmload.hookspecs import hookimpl
-from llmload.spec.loadspec import Section
+from llmload.model import partitions
 
 if TYPE_CHECKING:
     import torch
@@ -21,26 +26,8 @@ if TYPE_CHECKING:
 
     from llmload.context.context import LoadContext
 
-InitNew = Literal["mean", "normal", "zero"]
 
 _CHUNK = 8192
-
-
-class EmbeddingsSection(Section):
-    """How large the input and output embeddings become, and what new rows hold.
-
-    DeepSpeed-Chat's rule is ``{pad_to_multiple_of: 8, allow_shrink: true}``.
-    """
-
-    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
-    """Round the number of rows up to a multiple of this; 8, 64 or 128 suit tensor cores."""
-    init_new: InitNew = "mean"
-    """New rows: ``mean`` of the rows of the tokens that the model knows; ``normal``, drawn for each
-    column with their mean and standard deviation; or ``zero``."""
-    allow_shrink: bool = False
-    """Cut rows that no token uses. Many checkpoints have them; without this they are kept."""
-    seed: int = 0
-    """For ``normal``: every process draws the same rows, whatever its own random state."""
 
 
 class EmbeddingsPlugin:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmload.hf import compat
 from llmload.errors import Problem, RequestError
+from llmload.hf import compat
 
 if TYPE_CHECKING:
     import torch

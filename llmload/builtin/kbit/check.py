@@ -7,10 +7,9 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from llmload.hf import compat
 from llmload.builtin.kbit.section import KbitSection
-from llmload.errors import Problem, first_line
-from llmload.errors import Note
+from llmload.errors import Note, Problem, first_line
+from llmload.hf import compat
 from llmload.host.distributions import version_of
 
 if TYPE_CHECKING:

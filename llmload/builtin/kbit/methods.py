@@ -69,6 +69,7 @@ class Compiled(Method):
         self._function.argtypes += [pointer, pointer]
 
     def __call__(self, blocks: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> bool:
+        """Quantise blocks in the compiled kernel."""
         threads = max(1, min(torch.get_num_threads(), blocks.numel() // self._PER_THREAD))
         parts = [len(blocks) * part // threads for part in range(threads + 1)]
 
@@ -115,6 +116,7 @@ class ByFloats(ByTorch):
         super().__init__(quant_type, dtype)
 
     def __call__(self, blocks: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> bool:
+        """Quantise blocks into the two buffers; False where a value is not finite."""
         values, outcome, codes = (b.view(blocks.shape) for b in self._buffers[:, : blocks.numel()])
         torch.amax(torch.abs(blocks, out=outcome), 1, out=absmax)
         if not absmax.isfinite().all():
@@ -146,6 +148,7 @@ class ByIntegers(ByTorch):
         self._known = torch.zeros(self._infinity >> self._mantissa, dtype=torch.bool)
 
     def __call__(self, blocks: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> bool:
+        """Quantise blocks into the two buffers; False where a value is not finite."""
         values, outcome, codes = (b.view(blocks.shape) for b in self._buffers[:, : blocks.numel()])
         bits = blocks.view(torch.int16)
         magnitudes = torch.bitwise_and(bits, 0x7FFF, out=codes).amax(1)

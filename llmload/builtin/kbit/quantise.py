@@ -17,11 +17,11 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from llmload.hf import compat
 from llmload.builtin.kbit import check
 from llmload.builtin.kbit.casting import Casting
 from llmload.checkpoint.placement import Part, Plain
 from llmload.errors import Problem, RequestError
+from llmload.hf import compat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

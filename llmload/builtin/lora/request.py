@@ -13,12 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from llmload.errors import Problem, RequestError
-from llmload.spec.suggest import nearest
-from llmload.host.distributions import version_of
-
 from llmload.builtin.lora import coati, saved
 from llmload.builtin.lora.section import FIELDS_SINCE, INITIALISATIONS, LoraSection
+from llmload.errors import Problem, RequestError
+from llmload.host.distributions import version_of
+from llmload.spec.suggest import nearest
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import ValidationError
 
+from llmload.builtin.lora.section import LEFT_TO_PEFT, OWN_FIELDS, LoraSection
 from llmload.checkpoint import Checkpoint
 from llmload.errors import CheckpointError, Problem
 from llmload.spec.refusals import explain
-
-from llmload.builtin.lora.section import LEFT_TO_PEFT, OWN_FIELDS, LoraSection
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
 
-from llmload.spec.refusals import InvalidValueError
 from llmload.spec.loadspec import Regex, Section
+from llmload.spec.refusals import InvalidValueError
 from llmload.spec.suggest import nearest
 
 OWN_FIELDS: Final = frozenset(

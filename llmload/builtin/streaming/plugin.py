@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llmload.load import audit
-from llmload.hf import compat
+from llmload.builtin.streaming.section import StreamingSection
 from llmload.checkpoint.dtypes import torch_dtype
-from llmload.errors import CheckpointError, Problem
-from llmload.errors import Decline, Note
+from llmload.errors import CheckpointError, Decline, Note, Problem
+from llmload.hf import compat
 from llmload.hookspecs import hookimpl
-from llmload.spec.loadspec import Section
+from llmload.loading import audit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,14 +19,6 @@ if TYPE_CHECKING:
     from llmload.context.context import LoadContext
 
 _HONOURED = {"device_map"}
-
-
-class StreamingSection(Section):
-    """How the streaming loader proves what it did."""
-
-    digests: bool = False
-    """Record SHA-256 of every weight as read and as placed. Reads every byte, also of weights that
-    would stay on the file's pages, and takes a second or so per GB."""
 
 
 class StreamingLoader:

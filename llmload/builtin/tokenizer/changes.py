@@ -15,7 +15,7 @@ from llmload.errors import Problem
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmload.builtin.tokenizer.plugin import TokenizerSection
+    from llmload.builtin.tokenizer.section import TokenizerSection
 
 
 def change(tokenizer: PreTrainedTokenizerBase, section: TokenizerSection) -> Iterator[Problem]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmload.hf import locating
 from llmload.errors import CheckpointError, Problem, RequestError, first_line
+from llmload.hf import locating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmload.builtin.tokenizer.plugin import TokenizerSection
+    from llmload.builtin.tokenizer.section import TokenizerSection
     from llmload.context.context import LoadContext
 
 # Any of these makes a folder one with a tokenizer; the first alone holds no vocabulary.

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from llmload.load import audit
+from llmload.errors import CheckpointError, Note, Problem
 from llmload.hf import compat
-from llmload.errors import CheckpointError, Problem
-from llmload.errors import Note
 from llmload.hookspecs import hookimpl
+from llmload.loading import audit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

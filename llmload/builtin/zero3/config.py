@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from llmload.spec import yaml_read
 from llmload.builtin.zero3.section import Zero3Section
 from llmload.errors import Problem, RequestError
+from llmload.spec import yaml_read
 
 AUTO: Final = "auto"
 

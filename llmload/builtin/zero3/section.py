@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmload.spec.refusals import InvalidValueError
 from llmload.spec.loadspec import Section
+from llmload.spec.refusals import InvalidValueError
 
 
 class OffloadParam(Section):

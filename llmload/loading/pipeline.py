@@ -7,16 +7,16 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llmload.load import audit, hook_calls
+from llmload.errors import CheckpointError, Decline
+from llmload.host.distributions import installed_versions
+from llmload.host.registry import Registry, create_registry
+from llmload.loading import audit, hook_calls
+from llmload.loading.makers import Ledger
+from llmload.loading.plan import Plan
+from llmload.loading.planning import Prepared, no_loader, prepare
+from llmload.loading.report import Report
 from llmload.model import partitions
 from llmload.spec import files
-from llmload.errors import CheckpointError
-from llmload.errors import Decline
-from llmload.load.makers import Ledger
-from llmload.load.planning import Plan, Prepared, no_loader, prepare
-from llmload.host.registry import Registry, create_registry
-from llmload.load.report import Report
-from llmload.host.distributions import installed_versions
 
 if TYPE_CHECKING:
     from torch import nn

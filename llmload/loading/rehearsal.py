@@ -6,18 +6,18 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmload.hf import compat
-from llmload.model import partitions
-from llmload.load import hook_calls
 from llmload.errors import LoadFailedError, Problem, RequestError
-from llmload.load.makers import Ledger
+from llmload.hf import compat
+from llmload.loading import hook_calls
+from llmload.loading.makers import Ledger
+from llmload.model import partitions
 
 if TYPE_CHECKING:
     from torch import nn
 
     from llmload.context.context import LoadContext
-    from llmload.load.planning import Plan
     from llmload.host.registry import Host
+    from llmload.loading.plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)

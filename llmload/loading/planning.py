@@ -7,98 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field
-
-from llmload.load import key_mapping, hook_calls
-from llmload.hf import model_classes, locating
 from llmload.checkpoint import Checkpoint
 from llmload.context.context import LoadContext
-from llmload.errors import PlanError, PluginError, Problem, RequestError
-from llmload.errors import Conflict, Decline, Note
-from llmload.load.garbage import collection_paused
-from llmload.load.rehearsal import Rehearsal, rehearse
+from llmload.errors import Conflict, Decline, Note, PluginError, Problem, RequestError
+from llmload.hf import locating, model_classes
 from llmload.host.distributions import version_of
+from llmload.loading import hook_calls, key_mapping
+from llmload.loading.garbage import collection_paused
+from llmload.loading.plan import Plan, Step
+from llmload.loading.rehearsal import Rehearsal, rehearse
 
 if TYPE_CHECKING:
     from llmload.host.discovery import PluginInfo
     from llmload.host.registry import Host, Registry
     from llmload.spec.loadspec import LoadSpec
-
-
-class Step(BaseModel):
-    """One call of one plugin's hook."""
-
-    hook: str
-    """``init_context``, ``load``, ``post_load`` or ``wrap_adapter``; ``check`` for a plugin that
-    only looks."""
-    plugin: str
-    """The plugin that does it."""
-    notes: list[str] = Field(default_factory=list)
-    """What the plugin says it will do; given with its first step."""
-
-
-class Plan(BaseModel):
-    """What a load of a spec will do, and what stands in the way."""
-
-    model: str
-    """The spec's ``model``."""
-    folder: str
-    """The local folder that will be read."""
-    model_class: str
-    """The concrete class."""
-    dtype: str
-    """The floating-point dtype of the model."""
-    plugins: dict[str, str]
-    """Plugins in plan order -> distribution and version."""
-    steps: list[Step] = Field(default_factory=list)
-    """In the order in which they will run."""
-    loader: str = ""
-    """The first loader that does not decline."""
-    declined: dict[str, str] = Field(default_factory=dict)
-    """Loaders that will not be asked, with the reason each gave."""
-    declined_adapters: dict[str, str] = Field(default_factory=dict)
-    """Adapter plugins that declined, with the reason each gave."""
-    checkpoint_tensors: int = 0
-    """Tensors in the checkpoint."""
-    checkpoint_bytes: int = 0
-    """Bytes of all tensors in the checkpoint."""
-    keys: list[str] = Field(default_factory=list)
-    """How many of the checkpoint's keys each rule renames, a line each."""
-    parameters: int = 0
-    """Elements in all parameters of the finished model, tied ones once."""
-    parameter_bytes: int = 0
-    """Their bytes."""
-    trainable: int = 0
-    """Elements in the parameters that will require gradients."""
-    trainable_parameters: list[str] | None = None
-    """Their names; None where a hook could not be rehearsed, and nothing is promised."""
-    tied: list[str] = Field(default_factory=list)
-    """Parameters of the base model that the config ties to others. transformers leaves them apart
-    where the checkpoint holds both with different values."""
-    frozen: list[str] = Field(default_factory=list)
-    """Parameters of the base model that its class freezes, such as sinusoidal positions. They stay
-    so, though transformers 5 makes whatever it reads from a checkpoint trainable."""
-    new_parameters: dict[str, str] = Field(default_factory=dict)
-    """Parameters that do not come from the checkpoint as they are -> the plugin that makes them."""
-    facts: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """What plugins recorded, by plugin; ``facts["lora"]["targets"]`` names the LoRA targets."""
-    problems: list[Problem] = Field(default_factory=list)
-    """Errors, which stop the load, and warnings."""
-
-    @property
-    def errors(self) -> list[Problem]:
-        """The problems that stop the load."""
-        return [problem for problem in self.problems if problem.severity == "error"]
-
-    @property
-    def warnings(self) -> list[Problem]:
-        """The problems that are only shown."""
-        return [problem for problem in self.problems if problem.severity == "warning"]
-
-    def raise_for_errors(self) -> None:
-        """Raise :class:`PlanError` with all problems of severity ``error``, if there are any."""
-        if self.errors:
-            raise PlanError(self.errors)
 
 
 @dataclass(frozen=True, kw_only=True)

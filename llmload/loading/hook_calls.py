@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from llmload.errors import LlmloadError, LoadFailedError, PluginError, Problem
-from llmload.errors import Decline, Note
+from llmload.errors import Decline, LlmloadError, LoadFailedError, Note, PluginError, Problem
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from llmload.load import hook_calls
 from llmload.checkpoint.renaming import COATI, Renaming
 from llmload.errors import PluginError
+from llmload.loading import hook_calls
 
 if TYPE_CHECKING:
     from llmload.context.context import LoadContext

@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from llmload.model import partitions
-from llmload.load import hook_calls
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.errors import AuditError, CheckpointError, Problem
+from llmload.loading import hook_calls
+from llmload.model import partitions
 
 if TYPE_CHECKING:
     import torch
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from llmload.checkpoint import Checkpoint, TensorInfo
     from llmload.context.context import LoadContext
-    from llmload.load.planning import Plan
     from llmload.host.registry import Host
+    from llmload.loading.plan import Plan
 
 MISSING = "missing from the checkpoint"
 """Why a parameter or buffer is newly initialised that ``strict`` must excuse."""
