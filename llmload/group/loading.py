@@ -13,6 +13,7 @@ from llmload.group.planning import GroupPlan, PreparedGroup, prepare_group
 from llmload.group.sharing import Sharing, conversion
 from llmload.host.distributions import installed_versions
 from llmload.host.registry import Registry, create_registry
+from llmload.loading import turns
 from llmload.loading.pipeline import LoadResult, execute, undone_on_error
 from llmload.loading.report import Report
 from llmload.spec import files
@@ -67,7 +68,8 @@ def plan_group(source: files.Source, *, registry: Registry | None = None) -> Gro
     """
     registry = registry or create_registry()
     spec = registry.validate_group(source)
-    return prepare_group(spec, registry, _reports(spec), weights=False).plan
+    with turns.taken("the plan of a group"):
+        return prepare_group(spec, registry, _reports(spec), weights=False).plan
 
 
 def load_group(
@@ -88,9 +90,15 @@ def load_group(
         Nothing of the whole group is left behind, and the random state is as before.
     """
     registry = registry or create_registry()
-    start = time.perf_counter()
     with registry.telling(source):
         spec = registry.validate_group(source)
+    with turns.taken("the load of a group"):
+        return _load(spec, source, registry, prove=prove)
+
+
+def _load(spec: GroupSpec, source: files.Source, registry: Registry, *, prove: bool) -> Group:
+    start = time.perf_counter()
+    with registry.telling(source):
         report = GroupReport(members=_reports(spec))
         prepared = prepare_group(spec, registry, report.members, weights=True)
         prepared.plan.raise_for_errors()

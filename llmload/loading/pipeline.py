@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmload.errors import CheckpointError, Decline
 from llmload.host.distributions import installed_versions
 from llmload.host.registry import Registry, create_registry
-from llmload.loading import audit, hook_calls
+from llmload.loading import audit, hook_calls, turns
 from llmload.loading.makers import Ledger
 from llmload.loading.plan import Plan
 from llmload.loading.planning import Prepared, no_loader, prepare
@@ -51,7 +51,9 @@ def plan(source: files.Source, *, registry: Registry | None = None) -> Plan:
         the way is in ``plan.problems``.
     """
     registry = registry or create_registry()
-    return prepare(registry.validate(source), registry, weights=False).plan
+    spec = registry.validate(source)
+    with turns.taken(f"the plan of {spec.model!r}"):
+        return prepare(spec, registry, weights=False).plan
 
 
 def load(
@@ -66,14 +68,20 @@ def load(
     :raises LoadFailedError: a plugin or library failed, or the audit found the model not as planned
         (:class:`AuditError`). Nothing of the load is left behind: contexts are closed, and torch's
         default dtype, grad mode and random state are as before.
+
+    Loads of one process take turns, since libraries build models through global state: what other
+    threads of yours do meanwhile with torch's default dtype or random stream is in
+    :mod:`llmload.loading.turns`.
     """
     registry = registry or create_registry()
     report, begun = Report(), set[str]()
     with registry.telling(source, begun):
-        with report.phase("plan"):
-            prepared = prepare(registry.validate(source), registry, weights=True)
-            prepared.plan.raise_for_errors()
-        return execute(prepared, report, begun, prove=prove)
+        spec = registry.validate(source)
+        with turns.taken(f"the load of {spec.model!r}"):
+            with report.phase("plan"):
+                prepared = prepare(spec, registry, weights=True)
+                prepared.plan.raise_for_errors()
+            return execute(prepared, report, begun, prove=prove)
 
 
 def execute(
