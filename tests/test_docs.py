@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "plugins/*/*.md")
+    for path in ROOT.glob(pattern)
+)
 PROMISED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text())
 
 
@@ -18,3 +23,24 @@ def test_security_promises_are_found() -> None:
 @pytest.mark.parametrize(("file", "test"), PROMISED, ids=[test for _, test in PROMISED])
 def test_every_promise_names_a_test_that_exists(file: str, test: str) -> None:
     assert f"\ndef {test}(" in (ROOT / file).read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_to_a_file(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    targets = re.findall(
+        r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+    )
+    place = (ROOT / document).parent
+    missing = [t for t in targets if "://" not in t and not (place / t).exists()]
+    assert missing == []
+
+
+def test_the_architecture_puts_every_room_on_one_floor() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d \| ([^|]+) \|", text, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    rooms = {path.parent.name for path in (ROOT / "llmload").glob("*/__init__.py")}
+    files = {path.stem for path in (ROOT / "llmload").glob("[a-z]*.py")}
+    assert len(named) == len(set(named))
+    assert rooms <= set(named) <= rooms | files | {"llmload"}
