@@ -180,7 +180,7 @@ def simulate(folder: Path, numbers: Sequence[int]) -> list[Simulated]:
     ctx = prepared.ctx.for_loading()
     assert ctx.checkpoint
     simulated = [Simulated([Rank() for _ in range(number)], {}) for number in numbers]
-    model = compat.fillable(ctx)
+    model = ctx.model_to_fill()
     with _Recording(ctx.checkpoint) as files, Proof() as proof:
         compat.seam().fill(
             model,

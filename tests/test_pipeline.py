@@ -475,7 +475,7 @@ def test_an_error_at_any_hook_boundary_leaves_nothing_behind(
         "llmload.hf.model_classes.load_config",
         "llmload.hf.model_classes.resolve_class",
         "llmload.loading.planning.Checkpoint.open",
-        "llmload.hf.model_classes.blank_model",
+        "llmload.hf.compat.Engine.blank",
         "llmload.loading.audit.hold_to_strict",
         "llmload.loading.audit.compare_with_checkpoint",
         "llmload.loading.audit.prove",

@@ -150,6 +150,26 @@ class Checkpoint:
         """Bytes of all tensors, headers not counted."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def reads_per_file(
+        self, nbytes: Mapping[Path, int | None], reads: Mapping[Path, int]
+    ) -> dict[str, dict[str, int | None]]:
+        """Return for the report, by file: the bytes of its tensors, those read, in how many pieces.
+
+        :param nbytes: bytes read by path; None where that is not known.
+        :param reads: pieces read by path.
+        """
+        held = dict.fromkeys(nbytes, 0)
+        for tensor in self.tensors.values():
+            held[tensor.file] += tensor.nbytes
+        return {
+            file.name: {
+                "tensor_bytes": held[file.path],
+                "bytes_read": nbytes[file.path],
+                "reads": reads[file.path],
+            }
+            for file in self.files
+        }
+
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmload.errors import LoadFailedError
-from llmload.hf.counted_reads import per_file
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +87,7 @@ class Proof(AbstractContextManager["Proof"]):
     def facts(self, files: MappedCheckpoint) -> dict[str, Any]:
         """Everything for the report, as JSON values."""
         facts: dict[str, Any] = {
-            "files": per_file(files.checkpoint, files.bytes_read, files.reads),
+            "files": files.checkpoint.reads_per_file(files.bytes_read, files.reads),
             "mapped": self.mapped,
             "copied": self.copied,
             "converted": self.converted,

@@ -235,9 +235,9 @@ def demo(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from llmload import __version__
+        from llmload.host.distributions import version_of
 
-        typer.echo(__version__)
+        typer.echo(version_of("llmload"))
         raise typer.Exit
 
 

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
-from llmload.hf import compat, model_classes
-
 if TYPE_CHECKING:
     import pluggy
     import torch
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
 
     from llmload.checkpoint import Checkpoint, TensorInfo
     from llmload.checkpoint.accounting import Accounting
+    from llmload.context.engine import Engine
     from llmload.model.dry_run import ProbeResult
     from llmload.spec.loadspec import LoadSpec
 
@@ -57,6 +56,7 @@ class LoadContext:
         dtype: torch.dtype,
         checkpoint: Checkpoint | None,
         wraps_adapter: bool,
+        engine: Engine,
     ) -> None:
         self.spec = spec
         """The validated spec."""
@@ -128,6 +128,7 @@ class LoadContext:
         """Of this load alone, or of the group that the model is a member of. What a plugin leaves
         in ``scope.kept`` under its name, the members after this one find there."""
         self.kept_alive: list[object] = []
+        self._engine = engine
         self._stored = checkpoint
         self._read: set[str] = set()
         self._filled: dict[int, nn.Parameter] = {}
@@ -184,7 +185,7 @@ class LoadContext:
 
         with torch.random.fork_rng(devices=[]):
             before = torch.get_rng_state()
-            blank = model_classes.blank_model(self)
+            blank = self._build()
             return blank, not torch.equal(before, torch.get_rng_state())
 
     def take_blank(self) -> PreTrainedModel:
@@ -198,7 +199,27 @@ class LoadContext:
             blank = None
         if self.rehearsing:
             return self._build_aside()[0] if blank is None else blank
-        return model_classes.blank_model(self) if blank is None or self._blank_draws else blank
+        return self._build() if blank is None or self._blank_draws else blank
+
+    def _build(self) -> PreTrainedModel:
+        stored = () if self.checkpoint is None else self.checkpoint.names
+        asked = self.spec.dtype != "auto"
+        return self._engine.blank(
+            self.model_class, self.config, self.dtype, stored=stored, asked=asked
+        )
+
+    def model_to_fill(self) -> PreTrainedModel:
+        """Return the model for a loader to fill, its parameters without memory.
+
+        They are on the meta device, or as the context keeps them that a plugin set in
+        ``without_memory``.
+        """
+        if self.without_memory is None:
+            return self._engine.to_fill(self.take_blank())
+        asked = self.spec.dtype != "auto"
+        return self._engine.built_under(
+            self.without_memory(), self.model_class, self.config, self.dtype, asked=asked
+        )
 
     @property
     def _config_changed(self) -> bool:
@@ -214,9 +235,8 @@ class LoadContext:
         unchanged = not self._config_changed
         if unchanged and self._accounting is not None:
             return self._accounting
-        if model is self._blank:
-            model = compat.tied_blank(model)
-        found: Accounting = compat.seam().rehearse(model, self.checkpoint)
+        assert self.checkpoint is not None
+        found = self._engine.account(model, self.checkpoint, tied=model is not self._blank)
         if unchanged:
             self._accounting = found
         return found

@@ -12,19 +12,20 @@ from contextlib import AbstractContextManager, ExitStack
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from llmload.host.distributions import version_of
+from llmload.errors import CheckpointError, Problem, first_line
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llmload.context.context import LoadContext
+    from llmload.checkpoint.accounting import Accounting
+    from llmload.checkpoint.contents import Checkpoint
 
 
 def major(distribution: str) -> int:
     """Return the major version of an installed distribution."""
-    return int((version_of(distribution) or "0").partition(".")[0])
+    return int(importlib.import_module(distribution).__version__.partition(".")[0])
 
 
 def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -162,25 +163,64 @@ def _for_this_version(name: str) -> ModuleType:
     return importlib.import_module(f"llmload.hf.{name}{suffix}")
 
 
-def fillable(ctx: LoadContext) -> PreTrainedModel:
-    """Return the model for a loader to fill, its parameters on the meta device.
+class Engine:
+    """What a load context asks of transformers: see ``llmload.context.engine.Engine``."""
 
-    Where a plugin set ``ctx.without_memory``, its context keeps them without memory: in
-    transformers 5 with the meta device beneath it, which every model there is made for; in 4.51.3,
-    which moves each parameter by itself, in the place of that. There the model is tied too.
-    """
-    context = ctx.without_memory() if ctx.without_memory is not None else None
-    if major("transformers") < 5:
-        if context is None:
-            return _building().tie(ctx.take_blank())
-        asked = ctx.spec.dtype != "auto"
-        lazy = _building().build(ctx.model_class, ctx.config, ctx.dtype, context, asked=asked)
-        lazy.tie_weights()
-        return lazy
-    if context is None:
-        return ctx.take_blank()
-    with context:
-        return _building().build(ctx.model_class, ctx.config, ctx.dtype)
+    def blank(
+        self,
+        model_class: type[PreTrainedModel],
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        *,
+        stored: Container[str],
+        asked: bool,
+    ) -> PreTrainedModel:
+        """Build the model on the meta device, weights not tied.
+
+        :raises CheckpointError: the class refuses the config, for example an attention
+            implementation it does not have.
+        """
+        try:
+            return build_on_meta(model_class, config, dtype, stored, asked=asked)
+        except Exception as error:
+            raise CheckpointError(
+                Problem(
+                    where="model",
+                    message=f"{model_class.__name__} cannot be built from the config:"
+                    f" {first_line(error).rstrip('.')}",
+                    fix="Check the config, `auto_class` and `attn_implementation`.",
+                )
+            ) from error
+
+    def to_fill(self, blank: PreTrainedModel) -> PreTrainedModel:
+        """Make a blank model ready for its values: 4.51.3 ties before it fills, 5.x after."""
+        return blank if major("transformers") >= 5 else _building().tie(blank)
+
+    def built_under(
+        self,
+        context: AbstractContextManager[Any],
+        model_class: type[PreTrainedModel],
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        *,
+        asked: bool,
+    ) -> PreTrainedModel:
+        """Build the model to fill under a plugin's context, which keeps it without memory.
+
+        In transformers 5 with the meta device beneath it, which every model there is made for; in
+        4.51.3, which moves each parameter by itself, in the place of that.
+        """
+        if major("transformers") < 5:
+            lazy = _building().build(model_class, config, dtype, context, asked=asked)
+            lazy.tie_weights()
+            return lazy
+        with context:
+            return _building().build(model_class, config, dtype)
+
+    def account(self, model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool) -> Accounting:
+        """Say how the checkpoint's keys fit a model; one that is not ``tied`` stays so."""
+        found: Accounting = seam().rehearse(model if tied else tied_blank(model), checkpoint)
+        return found
 
 
 def trains_once_loaded(like: torch.Tensor) -> bool:

@@ -19,23 +19,6 @@ if TYPE_CHECKING:
     from llmload.checkpoint.header import TensorInfo
 
 
-def per_file(
-    checkpoint: Checkpoint, nbytes: Mapping[Path, int | None], reads: Mapping[Path, int]
-) -> dict[str, dict[str, int | None]]:
-    """Return for the report, by file: the bytes of its tensors, those read, in how many pieces."""
-    held = dict.fromkeys(nbytes, 0)
-    for tensor in checkpoint.tensors.values():
-        held[tensor.file] += tensor.nbytes
-    return {
-        file.name: {
-            "tensor_bytes": held[file.path],
-            "bytes_read": nbytes[file.path],
-            "reads": reads[file.path],
-        }
-        for file in checkpoint.files
-    }
-
-
 class CountedReads(AbstractContextManager["CountedReads"]):
     """Counts what transformers reads of a checkpoint's files, for the length of a ``with`` block.
 
@@ -108,7 +91,7 @@ class CountedReads(AbstractContextManager["CountedReads"]):
     def facts(self) -> dict[str, Any]:
         """Return what was read, for the report: a file that was never seen open has None."""
         seen = {path: n if path in self._opened else None for path, n in self._bytes.items()}
-        return {"files": per_file(self._checkpoint, seen, self._reads)}
+        return {"files": self._checkpoint.reads_per_file(seen, self._reads)}
 
 
 class _CountedFile:

@@ -1,4 +1,4 @@
-"""Which class with which config and dtype is to be built, and the same model without storage."""
+"""Which class with which config and dtype is to be built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
     from llmload.checkpoint import Checkpoint
-    from llmload.context.context import LoadContext
     from llmload.spec.loadspec import LoadSpec
 
 AUTO_CLASSES = {
@@ -131,25 +130,3 @@ def resolve_dtype(
     stored = [t.dtype for t in checkpoint.tensors.values()] if checkpoint else []
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     return next((names[dtype] for dtype in stored if dtype in names), torch.float32)
-
-
-def blank_model(ctx: LoadContext) -> PreTrainedModel:
-    """Build the model on the meta device: names, shapes and dtypes, no storage, weights not tied.
-
-    :raises CheckpointError: the class refuses the config, for example an attention implementation
-        it does not have.
-    """
-    stored = () if ctx.checkpoint is None else ctx.checkpoint.names
-    try:
-        return compat.build_on_meta(
-            ctx.model_class, ctx.config, ctx.dtype, stored, asked=ctx.spec.dtype != "auto"
-        )
-    except Exception as error:
-        raise CheckpointError(
-            Problem(
-                where="model",
-                message=f"{ctx.model_class.__name__} cannot be built from the config:"
-                f" {first_line(error).rstrip('.')}",
-                fix="Check the config, `auto_class` and `attn_implementation`.",
-            )
-        ) from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmload.checkpoint import Checkpoint
 from llmload.context.context import LoadContext
 from llmload.errors import Conflict, Decline, Note, PluginError, Problem, RequestError
-from llmload.hf import locating, model_classes
+from llmload.hf import compat, locating, model_classes
 from llmload.host.distributions import version_of
 from llmload.loading import hook_calls, key_mapping
 from llmload.loading.garbage import collection_paused
@@ -61,6 +61,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
         dtype=model_classes.resolve_dtype(spec, config, checkpoint),
         checkpoint=checkpoint,
         wraps_adapter=bool(host.implementing("wrap_adapter")),
+        engine=compat.Engine(),
     )
     plan = Plan(
         model=str(spec.model),

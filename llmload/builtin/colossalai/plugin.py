@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from llmload.builtin.colossalai.section import MATERIALISE, ColossalaiSection
 from llmload.errors import Conflict, Decline, Note, Problem
-from llmload.hf import compat
 from llmload.hookspecs import hookimpl
 from llmload.host.distributions import version_of
 
@@ -134,13 +133,12 @@ class ColossalaiPlugin:
     def load(self, ctx: LoadContext) -> PreTrainedModel:
         """Build the model that a Booster will fill."""
         from llmload.builtin.colossalai import booster
-        from llmload.hf.counted_reads import per_file
 
         assert ctx.checkpoint is not None
         ctx.awaiting = "Booster.boost"
         nothing = dict.fromkeys((file.path for file in ctx.checkpoint.files), 0)
-        ctx.record(self.name, {"files": per_file(ctx.checkpoint, nothing, nothing)})
-        return booster.hand_over(ctx, compat.fillable(ctx))
+        ctx.record(self.name, {"files": ctx.checkpoint.reads_per_file(nothing, nothing)})
+        return booster.hand_over(ctx, ctx.model_to_fill())
 
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:

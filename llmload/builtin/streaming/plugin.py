@@ -74,7 +74,7 @@ class StreamingLoader:
         assert ctx.checkpoint is not None
         seam = compat.seam()
         placement = ctx.placement or Plain()
-        model = compat.fillable(ctx)
+        model = ctx.model_to_fill()
         device_map = seam.resolve_device_map(
             model, ctx.load_options.get("device_map", ctx.spec.device_map)
         )
