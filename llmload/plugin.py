@@ -1,0 +1,145 @@
+"""Everything that a plugin may import beside :mod:`llmload` and :mod:`llmload.hookspecs`.
+
+**The promise.** What ``__all__`` of these three modules names is public, and nothing else of
+llmload is. A public name keeps its meaning; a function may get further arguments that have a
+default, an object further attributes. Nothing is removed or changes its meaning before a release
+has warned of it. The built-in plugins are held to the same three modules, so that what they can do
+any plugin can; what cannot be written with them is a fault of this page.
+
+Nothing here is imported before it is used: ``import llmload.plugin`` imports no torch.
+
+Values of a section:
+
+- ``Regex``: a field that holds a regular expression, refused where it is none.
+- ``explain``: pydantic's error as problems, for a file of the plugin's own.
+- ``nearest``: "Did you mean 'x'?".
+- ``parse_yaml``: a YAML or JSON text, read as strictly as a spec, as plain data.
+
+Files of a checkpoint:
+
+- ``Checkpoint``, ``TensorInfo``: names, dtypes, shapes and places of tensors, known before a weight
+  is read; ``torch_dtype`` is the dtype that a header names.
+- ``MappedCheckpoint``: the same files mapped, and tensors over their pages.
+- ``Proof``: what a loader read, and the digest of what it placed.
+- ``main_file``: the file that another library wants to be pointed to.
+
+Where and how a weight is stored:
+
+- ``Placement``: what ``ctx.placement`` answers; ``Splitting``: one that keeps a part of each value.
+- ``Target``, ``Source``, ``Part``: what it is asked, and one of its answers.
+- ``Plain``: the placement where no plugin sets one.
+
+Models:
+
+- ``partitions``: sizes and values of whole and partitioned parameters alike; ``Span`` is the part
+  of a parameter that one rank holds.
+- ``Accounting``: how a checkpoint's keys fit a model, as ``ctx.accounting`` finds it out.
+- ``probe``, ``ProbeResult``, ``RandomOp``: a forward pass without storage, and what came of it.
+
+Words and versions:
+
+- ``first_line``: of an error's text, for a message.
+- ``version_of``: an installed distribution's version; ``installed_versions``: those of the stack.
+- ``name_and_version``: of a distribution whose metadata is at hand.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmload.checkpoint.accounting import Accounting as Accounting
+    from llmload.checkpoint.contents import Checkpoint as Checkpoint
+    from llmload.checkpoint.dtypes import torch_dtype as torch_dtype
+    from llmload.checkpoint.folder import main_file as main_file
+    from llmload.checkpoint.header import TensorInfo as TensorInfo
+    from llmload.checkpoint.mapped import MappedCheckpoint as MappedCheckpoint
+    from llmload.checkpoint.placement import Part as Part
+    from llmload.checkpoint.placement import Placement as Placement
+    from llmload.checkpoint.placement import Plain as Plain
+    from llmload.checkpoint.placement import Source as Source
+    from llmload.checkpoint.placement import Splitting as Splitting
+    from llmload.checkpoint.placement import Target as Target
+    from llmload.checkpoint.proof import Proof as Proof
+    from llmload.errors import first_line as first_line
+    from llmload.host.distributions import installed_versions as installed_versions
+    from llmload.host.distributions import name_and_version as name_and_version
+    from llmload.host.distributions import version_of as version_of
+    from llmload.model import partitions as partitions
+    from llmload.model.dry_run import ProbeResult as ProbeResult
+    from llmload.model.dry_run import probe as probe
+    from llmload.model.partitions import Span as Span
+    from llmload.model.randomness import RandomOp as RandomOp
+    from llmload.spec.loadspec import Regex as Regex
+    from llmload.spec.refusals import explain as explain
+    from llmload.spec.suggest import nearest as nearest
+    from llmload.spec.yaml_read import parse as parse_yaml
+
+__all__ = [
+    "Accounting",
+    "Checkpoint",
+    "MappedCheckpoint",
+    "Part",
+    "Placement",
+    "Plain",
+    "ProbeResult",
+    "Proof",
+    "RandomOp",
+    "Regex",
+    "Source",
+    "Span",
+    "Splitting",
+    "Target",
+    "TensorInfo",
+    "explain",
+    "first_line",
+    "installed_versions",
+    "main_file",
+    "name_and_version",
+    "nearest",
+    "parse_yaml",
+    "partitions",
+    "probe",
+    "torch_dtype",
+    "version_of",
+]
+
+_HOME = {
+    "Accounting": "checkpoint.accounting",
+    "Checkpoint": "checkpoint.contents",
+    "MappedCheckpoint": "checkpoint.mapped",
+    "Proof": "checkpoint.proof",
+    "TensorInfo": "checkpoint.header",
+    "main_file": "checkpoint.folder",
+    "torch_dtype": "checkpoint.dtypes",
+    **dict.fromkeys(
+        ("Part", "Placement", "Plain", "Source", "Splitting", "Target"), "checkpoint.placement"
+    ),
+    "first_line": "errors",
+    **dict.fromkeys(("installed_versions", "name_and_version", "version_of"), "host.distributions"),
+    "partitions": "model.partitions",
+    "Span": "model.partitions",
+    **dict.fromkeys(("ProbeResult", "probe"), "model.dry_run"),
+    "RandomOp": "model.randomness",
+    "Regex": "spec.loadspec",
+    "explain": "spec.refusals",
+    "nearest": "spec.suggest",
+    "parse_yaml": "spec.yaml_read",
+}
+"""Name -> the module that it is fetched from on first use."""
+_THERE = {"parse_yaml": "parse"}
+"""Name -> what it is called there, where that differs."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = importlib.import_module(f"llmload.{_HOME[name]}")
+    value = home if name == "partitions" else getattr(home, _THERE.get(name, name))
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
