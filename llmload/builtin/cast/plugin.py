@@ -7,15 +7,15 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from llmload import Conflict, Note, PlanError, Problem
 from llmload.builtin.cast.section import CastSection
-from llmload.errors import Conflict, Note, PlanError, Problem
 from llmload.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
 
 
 class CastPlugin:

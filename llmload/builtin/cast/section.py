@@ -7,7 +7,8 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from llmload.spec.loadspec import Regex, Section
+from llmload import Section
+from llmload.plugin import Regex
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import nn
 
-from llmload.model import partitions
+from llmload.plugin import partitions
 
 _FAULTY_ALPHA: Final = 32
 """ColossalChat hands on only rank and initialisation to a linear layer; this is its default."""

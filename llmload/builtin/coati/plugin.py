@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
+from llmload import Conflict, Note, Problem, RequestError
 from llmload.builtin.coati.section import STARTS, CoatiSection
-from llmload.errors import Conflict, Note, Problem, RequestError
 from llmload.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from torch import nn
 
+    from llmload import LoadContext
     from llmload.builtin.lora.request import Request
-    from llmload.context.context import LoadContext
 
 """Values of ``init_lora_weights`` that ColossalChat has; the second is its ``PiSSA``."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from llmload.spec.loadspec import Section
+from llmload import Section
 
 STARTS: Final = (True, "pissa_niter_4")
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmload import Problem, RequestError
 from llmload.builtin.colossalai.lazy_models import (
     is_lazy,
     keep_dtype,
@@ -23,16 +24,15 @@ from llmload.builtin.colossalai.lazy_models import (
 )
 from llmload.builtin.colossalai.section import MATERIALISE, ColossalaiSection
 from llmload.builtin.streaming.plugin import account
-from llmload.checkpoint.folder import main_file
-from llmload.errors import Problem, RequestError
 from llmload.hf import compat
 from llmload.loading import audit
+from llmload.plugin import main_file
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
 
 _NEVER_MATERIALISES = {
     "TorchDDPPlugin": "ends the process on a lazy model, with a segmentation fault",

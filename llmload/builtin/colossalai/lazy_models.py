@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmload.checkpoint.placement import Plain
-from llmload.errors import LlmloadError, LoadFailedError, RequestError
+from llmload import LlmloadError, LoadFailedError, RequestError
 from llmload.hf import compat
 from llmload.loading import audit
+from llmload.plugin import Plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmload.checkpoint.placement import Source, Target
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
+    from llmload.plugin import Source, Target
 
 
 @cache

@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from llmload import Conflict, Decline, Note, Problem
 from llmload.builtin.colossalai.section import MATERIALISE, ColossalaiSection
-from llmload.errors import Conflict, Decline, Note, Problem
 from llmload.hookspecs import hookimpl
-from llmload.host.distributions import version_of
+from llmload.plugin import version_of
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
 
 _LAZY_ONLY = (
     "Install it with `pip install --no-deps colossalai==0.5.0`: what it asks for would replace"

@@ -14,17 +14,16 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
+from llmload import Note, PlanError, Problem
 from llmload.builtin.dropout import rates
 from llmload.builtin.dropout.section import DropoutSection
-from llmload.errors import Note, PlanError, Problem
 from llmload.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmload.context.context import LoadContext
-    from llmload.model.dry_run import ProbeResult
-    from llmload.model.randomness import RandomOp
+    from llmload import LoadContext
+    from llmload.plugin import ProbeResult, RandomOp
 
 
 class DropoutPlugin:
@@ -65,7 +64,7 @@ class DropoutPlugin:
 
         :raises PlanError: in the rehearsal, where randomness is left that nothing reaches.
         """
-        from llmload.model.dry_run import probe  # needs torch
+        from llmload.plugin import probe  # needs torch
 
         _set(rates.of_model(model), ctx.section(DropoutSection).p)
         # What comes later is not the base model: an adapter's dropout is its own.

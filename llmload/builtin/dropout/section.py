@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llmload.spec.loadspec import Section
+from llmload import Section
 
 
 class DropoutSection(Section):

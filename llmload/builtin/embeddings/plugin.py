@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmload import Note, Problem
 from llmload.builtin.embeddings.resizing import (
     input_embedding,
     named_tensors,
@@ -16,15 +17,14 @@ from llmload.builtin.embeddings.resizing import (
     vocabulary_tensors,
 )
 from llmload.builtin.embeddings.section import EmbeddingsSection, InitNew
-from llmload.errors import Note, Problem
 from llmload.hookspecs import hookimpl
-from llmload.model import partitions
+from llmload.plugin import partitions
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
 
 
 _CHUNK = 8192

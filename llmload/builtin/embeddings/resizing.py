@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmload.errors import Problem, RequestError
+from llmload import Problem, RequestError
 from llmload.hf import compat
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
 
 _COUNTS = ("vocab_size", "decoder_vocab_size")
 # What transformers calls on the model to fill new rows. Marian does whatever `mean_resizing` says.

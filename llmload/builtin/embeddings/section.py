@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llmload.spec.loadspec import Section
+from llmload import Section
 
 InitNew = Literal["mean", "normal", "zero"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from llmload import Conflict, Note, Problem, RequestError
 from llmload.builtin.gradient_checkpointing.section import GradientCheckpointingSection
-from llmload.errors import Conflict, Note, Problem, RequestError
 from llmload.hf import compat
 from llmload.hookspecs import hookimpl
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
 
 
 class GradientCheckpointingPlugin:

@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
+from llmload import Note, Problem
 from llmload.builtin.kbit.section import KbitSection
-from llmload.errors import Note, Problem, first_line
 from llmload.hf import compat
-from llmload.host.distributions import version_of
+from llmload.plugin import first_line, version_of
 
 if TYPE_CHECKING:
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
 
 _IN_CONFIG: Final = {
     "quant_type": "bnb_4bit_quant_type",

@@ -12,19 +12,19 @@ from bitsandbytes.nn import Int8Params, Linear4bit
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from llmload import CheckpointError, Problem, RequestError
 from llmload.builtin.kbit import check
 from llmload.builtin.kbit.casting import Casting, is_quantised, parameters
 from llmload.builtin.kbit.quantise import quantised_layers, rehearse
-from llmload.errors import CheckpointError, Problem, RequestError
 from llmload.loading.audit import some
-from llmload.model import partitions
+from llmload.plugin import partitions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from llmload import LoadContext
     from llmload.builtin.kbit.quantise import QuantisedLayer
     from llmload.builtin.kbit.section import KbitSection
-    from llmload.context.context import LoadContext
 
 
 def finish(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> None:

@@ -12,17 +12,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
+from llmload import Conflict, Note
 from llmload.builtin.kbit import check
 from llmload.builtin.kbit.section import KbitSection
-from llmload.errors import Conflict, Note
 from llmload.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload.context.context import LoadContext
-    from llmload.errors import Problem
+    from llmload import LoadContext, Problem
 
 
 @contextmanager

@@ -17,18 +17,18 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from llmload import Problem, RequestError
 from llmload.builtin.kbit import check
 from llmload.builtin.kbit.casting import Casting
-from llmload.checkpoint.placement import Part, Plain
-from llmload.errors import Problem, RequestError
 from llmload.hf import compat
+from llmload.plugin import Part, Plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from llmload import LoadContext
     from llmload.builtin.kbit.section import KbitSection
-    from llmload.checkpoint.placement import Placement, Source, Splitting, Target
-    from llmload.context.context import LoadContext
+    from llmload.plugin import Placement, Source, Splitting, Target
 
 QuantisedLayer: TypeAlias = Linear4bit | Linear8bitLt
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from llmload.spec.loadspec import Section
-from llmload.spec.refusals import InvalidValueError
+from llmload import InvalidValueError, Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

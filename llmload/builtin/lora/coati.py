@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError
 
+from llmload import Problem, Section, SpecError
 from llmload.builtin.lora.section import Alpha, Names, Rank
-from llmload.errors import Problem, SpecError
-from llmload.spec.loadspec import Section
-from llmload.spec.refusals import explain
+from llmload.plugin import explain
 
 if TYPE_CHECKING:
     from torch import nn

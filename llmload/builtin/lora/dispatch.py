@@ -10,12 +10,12 @@ import peft
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from llmload.errors import LlmloadError, LoadFailedError, PluginError, Problem
+from llmload import LlmloadError, LoadFailedError, PluginError, Problem
 
 if TYPE_CHECKING:
     import pluggy
 
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
 
 
 @dataclasses.dataclass

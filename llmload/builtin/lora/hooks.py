@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from torch import nn
 
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
 
 
 class Hooks:

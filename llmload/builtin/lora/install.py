@@ -11,18 +11,18 @@ import peft
 import torch
 from torch import nn
 
+from llmload import Problem, RequestError
 from llmload.builtin.lora import resume, targets, ties
 from llmload.builtin.lora.dispatch import Dispatcher
 from llmload.builtin.lora.layers import adapter_parameters, lora_layers
 from llmload.builtin.lora.names import translate_targets
 from llmload.builtin.lora.request import Request, heard, refused, resolve
-from llmload.errors import Problem, RequestError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
 
 PREFIX: Final = "base_model.model."
 """Goes before the base model's names in a ``PeftModel``."""

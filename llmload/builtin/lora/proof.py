@@ -10,16 +10,16 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from llmload import Problem
 from llmload.builtin.lora import resume
 from llmload.builtin.lora.layers import adapter_parameters, lora_layers
 from llmload.builtin.lora.names import translate_weights
 from llmload.builtin.lora.request import Request, resolve
-from llmload.errors import Problem
 from llmload.loading.audit import some
-from llmload.model import partitions
+from llmload.plugin import partitions
 
 if TYPE_CHECKING:
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
 
 _REPORT = "Report this with the plan and the versions of `llmload env`."
 

@@ -13,16 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from llmload import Problem, RequestError
 from llmload.builtin.lora import coati, saved
 from llmload.builtin.lora.section import FIELDS_SINCE, INITIALISATIONS, LoraSection
-from llmload.errors import Problem, RequestError
-from llmload.host.distributions import version_of
-from llmload.spec.suggest import nearest
+from llmload.plugin import nearest, version_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
 
 TASKS: Final = {
     "causal_lm": "CAUSAL_LM",

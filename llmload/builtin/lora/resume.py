@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+from llmload import CheckpointError, Problem
 from llmload.builtin.lora.names import translate_weights
-from llmload.errors import CheckpointError, Problem
 from llmload.loading.audit import some
-from llmload.model import partitions
+from llmload.plugin import partitions
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from llmload import LoadContext
     from llmload.builtin.lora.saved import SavedAdapter
-    from llmload.context.context import LoadContext
 
 
 def restore(ctx: LoadContext, saved: SavedAdapter, model: PeftModel, adapter: str) -> list[str]:

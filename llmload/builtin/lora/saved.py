@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import ValidationError
 
+from llmload import CheckpointError, Problem
 from llmload.builtin.lora.section import LEFT_TO_PEFT, OWN_FIELDS, LoraSection
-from llmload.checkpoint import Checkpoint
-from llmload.errors import CheckpointError, Problem
-from llmload.spec.refusals import explain
+from llmload.plugin import Checkpoint, explain
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +50,7 @@ class SavedAdapter:
         """Return the weights by name on the meta device: shapes and dtypes, nothing read."""
         import torch
 
-        from llmload.checkpoint.dtypes import torch_dtype
+        from llmload.plugin import torch_dtype
 
         return {
             name: torch.empty(info.shape, dtype=torch_dtype(info.dtype), device="meta")

@@ -13,9 +13,8 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
 
-from llmload.spec.loadspec import Regex, Section
-from llmload.spec.refusals import InvalidValueError
-from llmload.spec.suggest import nearest
+from llmload import InvalidValueError, Section
+from llmload.plugin import Regex, nearest
 
 OWN_FIELDS: Final = frozenset(
     {"adapter", "adapter_dtype", "adapter_name", "lora_config", "merge", "tied_weights"}

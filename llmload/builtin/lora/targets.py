@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from llmload import Problem, RequestError
 from llmload.builtin.lora.request import ALL_LINEAR
-from llmload.errors import Problem, RequestError
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -9,8 +9,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from llmload import Problem, RequestError
 from llmload.builtin.lora.layers import lora_layers
-from llmload.errors import Problem, RequestError
 
 if TYPE_CHECKING:
     from peft import PeftModel

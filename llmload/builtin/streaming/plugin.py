@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from llmload import CheckpointError, Decline, Note, Problem
 from llmload.builtin.streaming.section import StreamingSection
-from llmload.checkpoint.dtypes import torch_dtype
-from llmload.errors import CheckpointError, Decline, Note, Problem
 from llmload.hf import compat
 from llmload.hookspecs import hookimpl
 from llmload.loading import audit
+from llmload.plugin import torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmload.checkpoint.accounting import Accounting
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
+    from llmload.plugin import Accounting
 
 _HONOURED = {"device_map"}
 
@@ -60,9 +60,7 @@ class StreamingLoader:
         """Build on the meta device, account for every key, then read and place."""
         from transformers.integrations import is_deepspeed_zero3_enabled
 
-        from llmload.checkpoint.mapped import MappedCheckpoint
-        from llmload.checkpoint.placement import Plain
-        from llmload.checkpoint.proof import Proof
+        from llmload.plugin import MappedCheckpoint, Plain, Proof
 
         honoured = _HONOURED | getattr(ctx.placement, "honours", frozenset())
         if others := ctx.load_options.keys() - honoured:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmload.spec.loadspec import Section
+from llmload import Section
 
 
 class StreamingSection(Section):

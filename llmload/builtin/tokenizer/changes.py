@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmload.errors import Problem
+from llmload import Problem
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

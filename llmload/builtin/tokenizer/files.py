@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmload.errors import CheckpointError, Problem, RequestError, first_line
+from llmload import CheckpointError, Problem, RequestError
 from llmload.hf import locating
+from llmload.plugin import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from llmload import LoadContext
     from llmload.builtin.tokenizer.section import TokenizerSection
-    from llmload.context.context import LoadContext
 
 # Any of these makes a folder one with a tokenizer; the first alone holds no vocabulary.
 _CONFIG = "tokenizer_config.json"

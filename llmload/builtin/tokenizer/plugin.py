@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from llmload import Note, Problem
 from llmload.builtin.tokenizer import files, ids
 from llmload.builtin.tokenizer.changes import change
 from llmload.builtin.tokenizer.section import TokenizerSection
-from llmload.errors import Note, Problem
 from llmload.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
 
 _SHOWN = 3
 

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llmload.spec.loadspec import Section
-from llmload.spec.refusals import InvalidValueError
+from llmload import InvalidValueError, Section
 
 
 class AddedToken(Section):

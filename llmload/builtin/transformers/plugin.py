@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from llmload.errors import CheckpointError, Note, Problem
+from llmload import CheckpointError, Note, Problem
 from llmload.hf import compat
 from llmload.hookspecs import hookimpl
 from llmload.loading import audit
@@ -13,8 +13,8 @@ from llmload.loading import audit
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmload.checkpoint import Checkpoint
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
+    from llmload.plugin import Checkpoint
 
 
 class TransformersLoader:
@@ -105,7 +105,7 @@ class TransformersLoader:
         It maps keys in a way of its own: 5.x replaces the first match only, 4.51.3 stops at the
         first rule that matches.
         """
-        from llmload.checkpoint.mapped import MappedCheckpoint
+        from llmload.plugin import MappedCheckpoint
 
         with MappedCheckpoint(checkpoint) as files:
             state = {name: files.tensor(info) for name, info in checkpoint.tensors.items()}

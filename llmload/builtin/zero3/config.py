@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from llmload import Problem, RequestError
 from llmload.builtin.zero3.section import Zero3Section
-from llmload.errors import Problem, RequestError
-from llmload.spec import yaml_read
+from llmload.plugin import parse_yaml
 
 AUTO: Final = "auto"
 
@@ -113,7 +113,7 @@ def read(section: Zero3Section) -> dict[str, Any]:
             f"the DeepSpeed config {str(path)!r} cannot be read: {reason}",
             "Check the name; it is relative to the working directory.",
         ) from None
-    content, _ = yaml_read.parse(text, str(path))
+    content, _ = parse_yaml(text, str(path))
     if not isinstance(content, dict):
         raise _refusal(
             "config",

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.rendezvous import rendezvous
 
+from llmload import LoadFailedError, RequestError
 from llmload.builtin.zero3.notices import POLL, Notices
-from llmload.errors import LoadFailedError, RequestError
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

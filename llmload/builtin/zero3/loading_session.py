@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.integrations import deepspeed as integration
 
+from llmload import LoadFailedError, Problem
 from llmload.builtin.zero3.launch import connect
 from llmload.builtin.zero3.leaves import mark_leaf_modules
 from llmload.builtin.zero3.placement import Partitioned
 from llmload.builtin.zero3.ranks import Ranks
 from llmload.builtin.zero3.request import request_of
 from llmload.builtin.zero3.section import Zero3Section
-from llmload.errors import LoadFailedError, Problem
-from llmload.model.partitions import Span, is_partitioned
+from llmload.plugin import Span, is_partitioned
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from llmload import LoadContext
     from llmload.builtin.zero3.config import DeepSpeedConfig
-    from llmload.context.context import LoadContext
 
 
 class Session(AbstractContextManager["Session"]):

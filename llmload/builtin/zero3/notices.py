@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from llmload.errors import LoadFailedError
+from llmload import LoadFailedError
 
 POLL = 0.1
 """Seconds between two looks at the store, or at the other thread."""

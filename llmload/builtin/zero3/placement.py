@@ -21,14 +21,13 @@ from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
 from torch import nn
 
 from llmload.builtin.zero3.shares import dtype_of, share
-from llmload.checkpoint.placement import Part
-from llmload.model.partitions import Span
+from llmload.plugin import Part, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmload.builtin.zero3.ranks import Ranks
-    from llmload.checkpoint.placement import Source, Target
+    from llmload.plugin import Source, Target
 
 _WORTH_MAPPING = 2**16
 """Bytes below which mapping a part takes longer than copying it."""

@@ -13,20 +13,20 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from llmload import Conflict, Decline, Note, Problem
 from llmload.builtin.streaming.plugin import StreamingLoader
 from llmload.builtin.transformers.plugin import TransformersLoader
 from llmload.builtin.zero3 import config
 from llmload.builtin.zero3.section import Zero3Section
-from llmload.errors import Conflict, Decline, Note, Problem
 from llmload.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from llmload import LoadContext
     from llmload.builtin.zero3.config import DeepSpeedConfig
     from llmload.builtin.zero3.loading_session import Session
-    from llmload.context.context import LoadContext
 
 
 _EXAMPLES = (2, 4, 8)

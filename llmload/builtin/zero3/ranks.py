@@ -25,9 +25,9 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from llmload import LoadFailedError, RequestError
 from llmload.builtin.zero3.launch import reason
 from llmload.builtin.zero3.notices import POLL, Notices, store_is_gone
-from llmload.errors import LoadFailedError, RequestError
 
 # Shares of the deadline: until silence counts as failure, and from a failure until the process is
 # ended that has not stopped by itself. What is left over is for the polling in between.

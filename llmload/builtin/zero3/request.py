@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from llmload.host.discovery import GIVEN, GROUP
-from llmload.host.distributions import installed_versions, name_and_version
+from llmload.plugin import installed_versions, name_and_version
 
 if TYPE_CHECKING:
+    from llmload import LoadContext
     from llmload.builtin.zero3.config import DeepSpeedConfig
-    from llmload.context.context import LoadContext
 
 _PER_HOST = {"model", "revision", "cache_dir", "local_files_only", "zero3"}
 """Keys of a spec that may differ: they say where the files are, which are compared themselves."""

@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmload.spec.loadspec import Section
-from llmload.spec.refusals import InvalidValueError
+from llmload import InvalidValueError, Section
 
 
 class OffloadParam(Section):

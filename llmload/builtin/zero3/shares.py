@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmload.hf import compat
-from llmload.model.partitions import Span
+from llmload.plugin import Span
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from llmload.checkpoint.accounting import Accounting
-    from llmload.context.context import LoadContext
+    from llmload import LoadContext
+    from llmload.plugin import Accounting
 
 
 def share(module: nn.Module, attribute: str, elements: int, rank: int, ranks: int) -> Span:
