@@ -64,6 +64,17 @@ class Note:
         return self.text if isinstance(self.text, str) else self.text()
 
 
+class Line(BaseModel):
+    """One line that a plugin adds to what people see of a plan or report."""
+
+    plugin: str
+    """Who says it."""
+    label: str
+    """A word or two, which stand once before lines that follow each other."""
+    text: str
+    """What is so."""
+
+
 @dataclass(frozen=True)
 class Decline:
     """A plugin's "not me, ask the next one", with the reason that the plan shows.

@@ -20,7 +20,7 @@ def context_of(
         spec=llmload.LoadSpec(model="in memory"),
         sections={"section": section},
         active=("section",),
-        hook=None,  # type: ignore[arg-type]
+        hooks=None,  # type: ignore[arg-type]
         folder=Path(),
         config=copy.deepcopy(model.config),
         model_class=type(model),

@@ -75,6 +75,54 @@ def test_the_first_plugin_in_plan_order_wins(folder: Path) -> None:
     assert result.model.peft_config["default"].to_dict()["llmload_plugins"] == ["adapts"]
 
 
+class Watches:
+    """A wrapper of the hook: it sees every answer, and marks each layer that a plugin made."""
+
+    name = "watches"
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    @llmload.hookimpl(wrapper=True)
+    def lora_layer(self, ctx: llmload.LoadContext, target: torch.nn.Module) -> Any:
+        layer = yield
+        if not ctx.rehearsing:
+            self.seen.append(f"{type(target).__name__} -> {type(layer).__name__}")
+            if layer is not None:
+                layer.was_seen = True
+        return layer
+
+
+def test_a_wrapper_of_the_hook_goes_once_around_all_answers(folder: Path) -> None:
+    watches = Watches()
+    declines = Adapts(torch.nn.Embedding, name="a_plugin_that_declines")
+    result = load(folder, MakesOdd, declines, Adapts, watches)
+    assert sorted(watches.seen) == ["Linear -> NoneType"] * 2 + ["OddLinear -> OddLora"] * 2
+    layers = [result.model.get_submodule(name) for name in odd_layers(result.model)]
+    assert [layer.was_seen for layer in layers] == [True, True]
+    # The wrapper made none of them, and need not be there when they are loaded again.
+    assert result.model.peft_config["default"].to_dict()["llmload_plugins"] == ["adapts"]
+
+
+def test_a_wrapper_is_called_where_no_plugin_answers(folder: Path) -> None:
+    watches = Watches()
+    load(folder, watches, target_modules=["q_proj"], rank_pattern={})
+    assert watches.seen == ["Linear -> NoneType"] * 2
+
+
+def test_a_failure_of_a_wrapper_names_it(folder: Path) -> None:
+    class Fails:
+        name = "fails"
+
+        @llmload.hookimpl(wrapper=True)
+        def lora_layer(self) -> Any:
+            yield
+            raise ValueError("no")
+
+    with pytest.raises(LoadFailedError, match="plugin 'fails' failed in lora_layer: ValueError"):
+        load(folder, Fails, target_modules=["q_proj"], rank_pattern={})
+
+
 def test_the_plugin_is_named_in_the_saved_adapter_and_asked_again(
     folder: Path, tmp_path: Path
 ) -> None:

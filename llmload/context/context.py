@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
+from llmload.errors import Line
+
 if TYPE_CHECKING:
-    import pluggy
     import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint import Checkpoint, TensorInfo
     from llmload.checkpoint.accounting import Accounting
     from llmload.context.engine import Engine
+    from llmload.context.peers import Hooks, Peer
     from llmload.model.dry_run import ProbeResult
     from llmload.spec.loadspec import LoadSpec
 
@@ -49,7 +52,7 @@ class LoadContext:
         spec: LoadSpec,
         sections: Mapping[str, BaseModel],
         active: tuple[str, ...],
-        hook: pluggy.HookRelay,
+        hooks: Hooks,
         folder: Path,
         config: PretrainedConfig,
         model_class: type[PreTrainedModel],
@@ -57,6 +60,7 @@ class LoadContext:
         checkpoint: Checkpoint | None,
         wraps_adapter: bool,
         engine: Engine,
+        peers: Mapping[str, Peer] = MappingProxyType({}),
     ) -> None:
         self.spec = spec
         """The validated spec."""
@@ -64,7 +68,9 @@ class LoadContext:
         """The active plugins' sections by name, with the defaults of those not in the spec."""
         self.active = active
         """Names of the plugins that take part, in plan order."""
-        self.hook = hook
+        self.peers = peers
+        """What each active plugin declares of itself, by name, in plan order."""
+        self.hooks = hooks
         """Calls hooks that plugins declared themselves (``Hooks``), among the active plugins."""
         self.folder = folder
         """The model folder, or the snapshot of the hub repository; always local."""
@@ -86,6 +92,11 @@ class LoadContext:
 
         self.tokenizer: PreTrainedTokenizerBase | None = None
         """Set by the ``tokenizer`` plugin's ``check``."""
+        self.declined: dict[str, str] = {}
+        """Loader -> why its ``check``, or another plugin's for it, says that it will not load."""
+        self.cast_later_by = ""
+        """Who casts every parameter of floating point to ``dtype`` when training begins, codes of
+        quantised weights too, as the ``check`` of the plugin says that prepares for it."""
         self.placed_by: str | None = None
         """The plugin that will set ``placement``, as its ``check`` says: a group then knows that it
         does not decide how this model's weights are stored."""
@@ -103,6 +114,9 @@ class LoadContext:
         self.to_initialise: dict[str, str] = {}
         """Parameter of the base model that needs no value in the checkpoint -> why. Set in
         ``check`` by the plugin that answers for its value; ``strict`` then does not ask for it."""
+        self.changed_base: dict[str, str] = {}
+        """Parameter of the finished model that an adapter needs otherwise than the checkpoint has
+        it -> what changed it: with the adapter off it is not the base model."""
         self.unexpected: list[str] = []
         """Checkpoint keys for which the loader found no place in the model."""
         self.left_out: dict[str, str] = {}
@@ -122,6 +136,8 @@ class LoadContext:
         proves in its ``audit`` that they will all be found."""
         self.facts: dict[str, Any] = {}
         """JSON-able facts for the report, by plugin name."""
+        self.lines: list[Line] = []
+        """What plugins show people of their facts: see :meth:`show`."""
         self.handed_on: dict[str, Any] = {}
         """What a plugin's ``check`` found out for its own later hooks, by plugin name."""
         self.scope = Scope()
@@ -290,6 +306,14 @@ class LoadContext:
         """Add JSON-able facts of a plugin to the report."""
         self.facts.setdefault(plugin, {}).update(facts)
 
+    def show(self, plugin: str, label: str, text: str) -> None:
+        """Add a line for people, of the plan while ``rehearsing``, else of the report."""
+        self.lines.append(Line(plugin=plugin, label=label, text=text))
+
+    def providing(self, ability: str) -> list[str]:
+        """Return the active plugins that declare an ability in ``provides``, in plan order."""
+        return [name for name, peer in self.peers.items() if ability in peer.provides]
+
     def for_loading(self) -> LoadContext:
         """Return the context of the load itself: same request, untouched config, nothing recorded.
 
@@ -309,6 +333,8 @@ class LoadContext:
         loading.without_memory = None
         loading.awaiting = None
         loading.facts = {}
+        loading.changed_base = {}
+        loading.lines = []
         loading.scope = Scope()
         loading.kept_alive = []
         loading._probed = None

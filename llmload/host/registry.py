@@ -17,7 +17,15 @@ import pluggy
 from pydantic import BaseModel
 
 from llmload import hookspecs
-from llmload.errors import PluginError, Problem, RequestError, SpecError
+from llmload.context.peers import Peer
+from llmload.errors import (
+    LlmloadError,
+    LoadFailedError,
+    PluginError,
+    Problem,
+    RequestError,
+    SpecError,
+)
 from llmload.host import ordering
 from llmload.host.contract import break_faulty
 from llmload.host.discovery import (
@@ -83,12 +91,12 @@ class Host:
         """The active plugins in plan order."""
         return tuple(info.name for info in self.infos)
 
-    def implementing(self, hook: str) -> list[str]:
-        """Names of the active plugins that implement ``hook``, in plan order."""
+    def implementing(self, hook: str, *, wrappers: bool = False) -> list[str]:
+        """Names of the active plugins that implement ``hook``, or wrap it too, in plan order."""
         found = {
             impl.plugin_name
             for impl in getattr(self.hook, hook).get_hookimpls()
-            if not impl.wrapper
+            if wrappers or not impl.wrapper
         }
         return [name for name in self.names if name in found]
 
@@ -115,6 +123,72 @@ class Host:
                 for problem in error.problems
             )
             raise
+
+    def declared(self, hook: str) -> bool:
+        """Say whether a hook is known here: one of llmload's, or of a plugin that takes part."""
+        caller = getattr(self.hook, hook, None)
+        return caller is not None and caller.has_spec()
+
+    def each(self, hook: str, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        """Ask every plugin that implements ``hook``, one after the other."""
+        for name in self.implementing(hook) if self.declared(hook) else ():
+            with self._blaming(name, hook):
+                result = self.call(name, hook, **kwargs)
+            yield name, result
+
+    def first(self, hook: str, **kwargs: Any) -> tuple[str | None, Any]:
+        """Ask until a plugin does not return None; wrappers go around the whole.
+
+        pluggy does not tell who answered: it gets one implementation beside the wrappers, which
+        asks the others in turn.
+        """
+        if not self.declared(hook):
+            return None, None
+        caller = getattr(self.hook, hook)
+        impls = caller.get_hookimpls()
+        answering = self.implementing(hook)
+        wrapping = [impl.plugin_name for impl in impls if impl.wrapper]
+        answered: str | None = None
+
+        def ask_in_turn() -> Any:
+            nonlocal answered
+            for name in answering:
+                others = [i.plugin for i in impls if i.plugin is not self._by_name[name].plugin]
+                with self._blaming(name, hook):
+                    result = self._manager.subset_hook_caller(hook, others)(**kwargs)
+                if result is not None:
+                    answered = name
+                    return result
+            return None
+
+        if not wrapping:
+            result = ask_in_turn()
+            return answered, result
+        plain = [impl.plugin for impl in impls if not impl.wrapper]
+        around = self._manager.subset_hook_caller(hook, plain)
+        with self._blaming(", ".join(wrapping), hook):
+            result = around.call_extra([ask_in_turn], kwargs)
+        return answered, result
+
+    @contextmanager
+    def _blaming(self, name: str, hook: str) -> Iterator[None]:
+        """Tell what a plugin did not mean to raise as its failure in ``hook``."""
+        try:
+            yield
+        except LlmloadError:
+            raise
+        except Exception as error:
+            raise LoadFailedError(
+                f"plugin {name!r} failed in {hook}: {type(error).__name__}: {error}"
+            ) from error
+
+    @property
+    def peers(self) -> dict[str, Peer]:
+        """What each active plugin declares to the others, in plan order."""
+        return {
+            info.name: Peer(info.distribution, frozenset(getattr(info.plugin, "provides", ())))
+            for info in self.infos
+        }
 
     def describe(self, name: str) -> str:
         """Return ``'name' (distribution version)`` for messages."""

@@ -181,7 +181,7 @@ def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger
     report.newly_initialised = made | ctx.newly_initialised
     report.left_out = dict.fromkeys(ctx.unexpected, "no place in the model") | ctx.left_out
     report.warnings = [str(problem) for problem in [*prepared.plan.warnings, *audit.excused(ctx)]]
-    report.facts = ctx.facts
+    report.facts, report.lines = ctx.facts, ctx.lines
 
 
 @contextmanager

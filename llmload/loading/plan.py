@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from llmload.errors import PlanError, Problem
+from llmload.errors import Line, PlanError, Problem
 
 
 class Step(BaseModel):
@@ -66,6 +66,8 @@ class Plan(BaseModel):
     """Parameters that do not come from the checkpoint as they are -> the plugin that makes them."""
     facts: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """What plugins recorded, by plugin; ``facts["lora"]["targets"]`` names the LoRA targets."""
+    lines: list[Line] = Field(default_factory=list)
+    """What plugins want people to see of their facts."""
     problems: list[Problem] = Field(default_factory=list)
     """Errors, which stop the load, and warnings."""
 

@@ -54,7 +54,8 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
         spec=spec,
         sections=host.sections,
         active=host.names,
-        hook=host.hook,
+        hooks=host,
+        peers=host.peers,
         folder=folder,
         config=config,
         model_class=model_class,
@@ -160,11 +161,12 @@ def _check(host: Host, ctx: LoadContext, plan: Plan) -> None:
                 if isinstance(finding, Note):
                     found.append((plugin, finding))
                 elif isinstance(finding, Decline):
-                    plan.declined[finding.loader or plugin] = finding.reason
+                    ctx.declined[finding.loader or plugin] = finding.reason
                 else:
                     plan.problems.append(finding)
         except RequestError as error:
             plan.problems += error.problems
+    plan.declined = dict(ctx.declined)
     notes: dict[str, list[str]] = {}
     for plugin, note in found:
         notes.setdefault(plugin, []).append(str(note))

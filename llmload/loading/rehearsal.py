@@ -77,7 +77,7 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
         )
         return None
     finally:
-        plan.facts = dict(ctx.facts)
+        plan.facts, plan.lines = dict(ctx.facts), list(ctx.lines)
     kept = {id(base[name]) for name in wider if name in base}
     unique = {name: p for name, p in model.named_parameters() if name not in still_apart}
     plan.parameters = sum(partitions.values(p) for p in unique.values())

@@ -11,6 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from llmload.errors import Line
+
 
 class Phase(BaseModel):
     """One step of a load, in the order in which they ran."""
@@ -61,6 +63,8 @@ class Report(BaseModel):
     """Problems of severity ``warning``."""
     facts: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """What plugins recorded, by plugin."""
+    lines: list[Line] = Field(default_factory=list)
+    """What plugins want people to see of their facts."""
 
     @property
     def seconds(self) -> float:

@@ -10,11 +10,9 @@ import peft
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from llmload import LlmloadError, LoadFailedError, PluginError, Problem
+from llmload import PluginError, Problem
 
 if TYPE_CHECKING:
-    import pluggy
-
     from llmload import LoadContext
 
 
@@ -31,10 +29,8 @@ class Dispatcher:
     def __init__(self, ctx: LoadContext, config: peft.LoraConfig) -> None:
         self._ctx = ctx
         self._config = config
-        # pluggy keeps them in the opposite of the order in which it calls them.
-        self._plugins: list[pluggy.HookImpl] = ctx.hook.lora_layer.get_hookimpls()[::-1]
         self._made: set[str] = set()
-        if self._plugins:
+        if ctx.hooks.implementing("lora_layer", wrappers=True):
             config._register_custom_module({nn.Module: self._layer})
 
     def _layer(self, target: nn.Module, adapter_name: str, **options: Any) -> nn.Module | None:
@@ -44,27 +40,28 @@ class Dispatcher:
         """
         config = copy.copy(self._config)
         config.r, config.lora_alpha = options["r"], options["lora_alpha"]
-        given = {
-            "ctx": self._ctx,
-            "target": target,
-            "adapter_name": adapter_name,
-            "config": config,
-        }
-        for plugin in self._plugins:
-            layer = _call(plugin, given)
-            if layer is None:
-                continue
-            if not (isinstance(layer, LoraLayer) and isinstance(layer, nn.Module)):
-                raise PluginError(
-                    Problem(
-                        plugin=plugin.plugin_name,
-                        message=f"lora_layer returned a {type(layer).__name__}, and must return a"
-                        " module that is a peft LoraLayer, or None",
-                    )
+        maker, layer = self._ctx.hooks.first(
+            "lora_layer", ctx=self._ctx, target=target, adapter_name=adapter_name, config=config
+        )
+        if layer is None:
+            return None
+        if not (isinstance(layer, LoraLayer) and isinstance(layer, nn.Module)):
+            raise PluginError(
+                Problem(
+                    plugin=maker or "",
+                    message=f"lora_layer returned a {type(layer).__name__}, and must return a"
+                    " module that is a peft LoraLayer, or None",
                 )
-            self._made.add(plugin.plugin_name)
-            return layer
-        return None
+            )
+        self._made.update([maker] if maker else self._wrapping())
+        return layer
+
+    def _wrapping(self) -> list[str]:
+        """Return the plugins that wrap the hook: one of them made a layer of nobody's."""
+        hooks = self._ctx.hooks
+        answering = hooks.implementing("lora_layer")
+        both = hooks.implementing("lora_layer", wrappers=True)
+        return [name for name in both if name not in answering]
 
     def finish(self) -> None:
         """Let go of the load, and write the plugins that made layers into the configuration."""
@@ -73,14 +70,3 @@ class Dispatcher:
             # The object is in the model already, which saves it with the fields of its class.
             self._config.__class__ = _RecordingConfig
             self._config.llmload_plugins = sorted(self._made)
-
-
-def _call(plugin: pluggy.HookImpl, given: dict[str, Any]) -> object:
-    try:
-        return plugin.function(*(given[name] for name in plugin.argnames))
-    except LlmloadError:
-        raise
-    except Exception as error:  # the plugin's own code
-        raise LoadFailedError(
-            f"plugin {plugin.plugin_name!r} failed in lora_layer: {type(error).__name__}: {error}"
-        ) from error

@@ -169,7 +169,7 @@ def _resume_problems(request: Request) -> Iterator[Problem]:
 
 def _missing_dispatchers(ctx: LoadContext, request: Request) -> Iterator[Problem]:
     """Refuse to resume layers that no plugin of this load makes."""
-    present = {plugin.plugin_name for plugin in ctx.hook.lora_layer.get_hookimpls()}
+    present = ctx.hooks.implementing("lora_layer", wrappers=True)
     for name in request.saved.layer_plugins if request.saved is not None else ():
         if name not in present:
             yield Problem(
