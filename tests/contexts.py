@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedModel
 
 import llmload
+from llmload.checkpoint.untrusted import UntrustedFolder
 
 
 def context_of(
@@ -22,6 +23,7 @@ def context_of(
         active=("section",),
         hooks=None,  # type: ignore[arg-type]
         folder=Path(),
+        files=UntrustedFolder(Path()),
         config=copy.deepcopy(model.config),
         model_class=type(model),
         dtype=torch.float32,

@@ -13,6 +13,7 @@ import pytest
 from tiny import tiny_checkpoint
 
 from llmload import LoadSpec
+from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.errors import CheckpointError
 from llmload.hf import locating
 
@@ -194,7 +195,7 @@ def test_a_config_that_leads_to_code_is_refused_by_the_key(
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_type": "llama", **content}))
     with pytest.raises(CheckpointError) as caught:
-        locating.read_config(tmp_path, LoadSpec(model=tmp_path))
+        locating.read_config(UntrustedFolder(tmp_path), LoadSpec(model=tmp_path))
     (problem,) = caught.value.problems
     assert (problem.where, problem.file) == (path, str(file))
     assert problem.message.startswith(f"the config sets {path!r} to ")
@@ -202,13 +203,15 @@ def test_a_config_that_leads_to_code_is_refused_by_the_key(
         "Remove the key from the config, or set `trust_remote_code: true` if you trust whoever made"
         " the folder."
     )
-    assert locating.read_config(tmp_path, LoadSpec(model=tmp_path, trust_remote_code=True))
+    assert locating.read_config(
+        UntrustedFolder(tmp_path), LoadSpec(model=tmp_path, trust_remote_code=True)
+    )
 
 
 def test_ordinary_kernels_and_a_refusal_of_remote_code_pass(tmp_path: Path) -> None:
     content = {"model_type": "llama", "attn_implementation": "sdpa", "trust_remote_code": False}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert locating.read_config(tmp_path, LoadSpec(model=tmp_path)) == content
+    assert locating.read_config(UntrustedFolder(tmp_path), LoadSpec(model=tmp_path)) == content
 
 
 @pytest.mark.parametrize(
@@ -221,5 +224,5 @@ def test_ordinary_kernels_and_a_refusal_of_remote_code_pass(tmp_path: Path) -> N
 def test_an_unreadable_config_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError) as caught:
-        locating.read_config(tmp_path, LoadSpec(model=tmp_path))
+        locating.read_config(UntrustedFolder(tmp_path), LoadSpec(model=tmp_path))
     assert message in str(caught.value)

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from llmload.checkpoint import strict_json
+from llmload.checkpoint.strict_json import short
 from llmload.errors import CheckpointError, Problem
 
 MAX_HEADER_BYTES = 25_000_000
@@ -38,6 +39,8 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 """Bits of one element by the format's dtype name."""
 
 _LENGTH_BYTES = 8
+_MAX_DIMENSIONS = 64
+_MAX_NAME = 1000
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _NOT_DOWNLOADED = "Fetch the weights first, for example with git lfs pull."
 _DAMAGED = "Download or save the file again."
@@ -137,11 +140,11 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
         raise _DamagedError(f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise _DamagedError(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    if not _naturals(shape) or math.prod(filter(None, shape)) >= 2**63:
-        raise _DamagedError(f"tensor {name!r} has the impossible shape {shape!r}")
+        raise _DamagedError(f"tensor {name!r} has the unknown dtype {short(dtype)}")
+    if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS or not _countable(shape):
+        raise _DamagedError(f"tensor {name!r} has the impossible shape {short(shape)}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _DamagedError(f"tensor {name!r} has the impossible data_offsets {offsets!r}")
+        raise _DamagedError(f"tensor {name!r} has the impossible data_offsets {short(offsets)}")
     start, stop = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != (stop - start) * 8:
@@ -152,8 +155,20 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     return TensorInfo(name, path, dtype, tuple(shape), data_start + start, data_start + stop)
 
 
+def _countable(shape: list[int]) -> bool:
+    """Say whether 63 bits count the elements that the sizes other than 0 would make."""
+    product = 1
+    for size in shape:
+        product *= size or 1
+        if product >= 2**63:  # not at the end: the whole product may have a million digits
+            return False
+    return True
+
+
 def check_name(name: str) -> None:
     """Refuse tensor names that no module can have or that read as a path out of a folder."""
+    if len(name) > _MAX_NAME:
+        raise _DamagedError(f"the tensor name {short(name)} has {len(name)} characters")
     parts = name.replace("\\", "/").split("/")
     if not name or not name.isprintable() or ".." in parts or (len(parts) > 1 and not parts[0]):
         raise _DamagedError(f"the tensor name {name!r} is not allowed")

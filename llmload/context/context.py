@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from llmload.checkpoint import Checkpoint, TensorInfo
     from llmload.checkpoint.accounting import Accounting
+    from llmload.checkpoint.untrusted import UntrustedFolder
     from llmload.context.engine import Engine
     from llmload.context.peers import Hooks, Peer
     from llmload.model.dry_run import ProbeResult
@@ -54,6 +55,7 @@ class LoadContext:
         active: tuple[str, ...],
         hooks: Hooks,
         folder: Path,
+        files: UntrustedFolder,
         config: PretrainedConfig,
         model_class: type[PreTrainedModel],
         dtype: torch.dtype,
@@ -74,6 +76,9 @@ class LoadContext:
         """Calls hooks that plugins declared themselves (``Hooks``), among the active plugins."""
         self.folder = folder
         """The model folder, or the snapshot of the hub repository; always local."""
+        self.files = files
+        """The folder's small files that were read and checked; the load ends with
+        ``files.check()``, so that what a library read again is what was checked."""
         self.config = config
         """A copy that belongs to this load. Change it in ``init_context``, not later."""
         self.model_class = model_class

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,7 +27,7 @@ class Engine(Protocol):
         config: PretrainedConfig,
         dtype: torch.dtype,
         *,
-        stored: Container[str],
+        stored: Collection[str],
         asked: bool,
     ) -> PreTrainedModel:
         """Build a model from a copy of ``config``, on the meta device, weights not tied.

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Container
+from collections.abc import Collection, Container
 from contextlib import AbstractContextManager, ExitStack
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from llmload.errors import CheckpointError, Problem, first_line
+from llmload.hf import bounds
 
 if TYPE_CHECKING:
     import torch
@@ -172,22 +173,25 @@ class Engine:
         config: PretrainedConfig,
         dtype: torch.dtype,
         *,
-        stored: Container[str],
+        stored: Collection[str],
         asked: bool,
     ) -> PreTrainedModel:
         """Build the model on the meta device, weights not tied.
 
         :raises CheckpointError: the class refuses the config, for example an attention
-            implementation it does not have.
+            implementation it does not have; or the config asks for far more than is stored.
         """
         try:
-            return build_on_meta(model_class, config, dtype, stored, asked=asked)
+            with bounds.while_building(len(stored)):
+                blank = build_on_meta(model_class, config, dtype, stored, asked=asked)
+            bounds.hold_built(blank, len(stored))
+            return blank
         except Exception as error:
             raise CheckpointError(
                 Problem(
                     where="model",
                     message=f"{model_class.__name__} cannot be built from the config:"
-                    f" {first_line(error).rstrip('.')}",
+                    f" {first_line(error)[:500].rstrip('.')}",
                     fix="Check the config, `auto_class` and `attn_implementation`.",
                 )
             ) from error

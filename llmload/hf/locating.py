@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmload.checkpoint.folder import member
+from llmload.checkpoint.strict_json import short
+from llmload.checkpoint.untrusted import UntrustedFolder, local_path
 from llmload.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
@@ -18,12 +21,37 @@ _METADATA_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*"]
 _SAFE_WEIGHTS = ["*.safetensors"]
 _PICKLED_WEIGHTS = ["*.bin"]
 
+GENERATION_CONFIG = "generation_config.json"
+_OTHER_CONFIGS = (
+    GENERATION_CONFIG,
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+"""Configs beside the model's that transformers may read along with it."""
+
 # Keys by which a config.json has made transformers fetch or run code although remote code was not
 # trusted: CVE-2026-4372 (transformers 4.56 to 5.2), CVE-2026-5241 (5.2.0).
 _CODE_KEYS = frozenset(
     {"_attn_implementation_internal", "_experts_implementation_internal", "trust_remote_code"}
 )
-_KERNEL_KEYS = frozenset({"attn_implementation", "_attn_implementation", "experts_implementation"})
+# Keys whose value, or any value below them, may name a repository to fetch from.
+_REPOSITORY_KEYS = frozenset(
+    {
+        "_attn_implementation",
+        "_experts_implementation",
+        "attn_implementation",
+        "backbone",
+        "custom_generate",
+        "experts_implementation",
+        "kernel_config",
+        "vision_backbone",
+    }
+)
+# Keys that make transformers read another file in place of the one that was checked.
+_REDIRECTIONS = frozenset({"configuration_files", "fast_tokenizer_files"})
+WEIGHTS_KEY = "transformers_weights"
+"""The config key that names the file of weights."""
 
 
 def resolve(spec: LoadSpec, *, weights: bool) -> Path:
@@ -34,8 +62,8 @@ def resolve(spec: LoadSpec, *, weights: bool) -> Path:
     """
     folder = locate(spec, weights=weights)
     if spec.subfolder:
-        folder = folder / spec.subfolder
-    if not (folder / CONFIG).is_file():
+        folder = local_path(os.path.join(folder, spec.subfolder), "subfolder")
+    if not os.path.lexists(folder / CONFIG):
         raise CheckpointError(
             Problem(
                 where="model",
@@ -52,7 +80,7 @@ def locate(spec: LoadSpec, *, weights: bool) -> Path:
     :raises CheckpointError: the folder does not exist; the hub does not have the repository or
         cannot be reached.
     """
-    folder = Path(spec.model).expanduser()
+    folder = local_path(spec.model, "model")
     if folder.is_dir():
         if spec.revision is not None:
             raise CheckpointError(
@@ -69,7 +97,7 @@ def locate(spec: LoadSpec, *, weights: bool) -> Path:
     raise CheckpointError(
         Problem(
             where="model",
-            message=f"the folder {str(spec.model)!r} does not exist",
+            message=f"the folder {short(str(spec.model), 1000)} does not exist",
             fix="Give a folder written by save_pretrained, or a hub id such as `org/name`.",
         )
     )
@@ -132,63 +160,115 @@ def _snapshot(spec: LoadSpec, *, weights: bool) -> Path:
 
 def cache_dir(spec: LoadSpec) -> Path | None:
     """Return the hub cache: the first candidate that exists, else the last, else the default."""
-    candidates = [Path(candidate).expanduser() for candidate in spec.cache_candidates]
+    candidates = [local_path(candidate, "cache_dir") for candidate in spec.cache_candidates]
     existing = [candidate for candidate in candidates if candidate.is_dir()]
     if existing:
         return existing[0]
     return candidates[-1] if candidates else None
 
 
-def read_config(folder: Path, spec: LoadSpec) -> dict[str, Any]:
+def read_config(files: UntrustedFolder, spec: LoadSpec) -> dict[str, Any]:
     """Read ``config.json``, and refuse what could make a library fetch or run code.
 
-    :raises CheckpointError: not JSON, not an object, or a key that leads to code.
+    The configs beside it that transformers reads with the model are held to the same. A library
+    that is given the folder reads them again: see :meth:`UntrustedFolder.check`.
+
+    :raises CheckpointError: a file is not a plain one of the folder, too large, not JSON, not an
+        object, or has a key that leads to code or to another file.
     """
-    file = folder / CONFIG
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(
-            Problem(
-                file=str(file),
-                message=f"the config is not valid JSON: {error}",
-                fix="Save or download the folder again.",
-            )
-        ) from None
-    if not isinstance(content, dict):
-        raise CheckpointError(
-            Problem(
-                file=str(file),
-                message=f"the config is a JSON {type(content).__name__}, not an object",
-                fix="Save or download the folder again.",
-            )
-        )
+    content = vetted_config(files, CONFIG, spec)
+    for name in _OTHER_CONFIGS:
+        if files.holds(name):
+            vetted_config(files, name, spec)
+    return content
+
+
+def vetted_config(files: UntrustedFolder, name: str, spec: LoadSpec) -> dict[str, Any]:
+    """Read one JSON file of a model folder, and refuse what could lead to code or another file.
+
+    :raises CheckpointError: as :func:`read_config`.
+    """
+    content = files.config(name, "the config" if name == CONFIG else "the file")
+    problems = [*_redirections(content, str(files.root / name))]
     if not spec.trust_remote_code:
-        problems = [
+        problems += [
             Problem(
-                file=str(file),
+                file=str(files.root / name),
                 where=path,
-                message=f"the config sets {path!r} to {value!r}, by which a model folder can make"
-                " code run that nobody here chose",
+                message=f"the config sets {path!r} to {short(value)}, by which a model folder can"
+                " make code run that nobody here chose",
                 fix="Remove the key from the config, or set `trust_remote_code: true` if you trust"
                 " whoever made the folder.",
             )
             for path, value in _code_paths(content)
         ]
-        if problems:
-            raise CheckpointError(problems)
+    if problems:
+        raise CheckpointError(problems)
     return content
 
 
-def _code_paths(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def weights_place(files: UntrustedFolder, content: dict[str, Any], spec: LoadSpec) -> Path:
+    """Return the folder or file that the weights are to be read from.
+
+    :param content: of ``config.json``, which may name the file itself, as transformers allows.
+    :raises CheckpointError: it names something that is not a file of weights in the folder.
+    """
+    if spec.weights_from is not None:
+        return local_path(spec.weights_from, "weights_from")
+    name = content.get(WEIGHTS_KEY)
+    if name is None:
+        return files.root
+    if not isinstance(name, str):
+        raise files.refusal(
+            CONFIG, f"{WEIGHTS_KEY!r} is {short(name)}, not the name of a file", "Remove the key."
+        )
+    is_index = name.endswith(".index.json")
+    suffix = Path(name.removesuffix(".index.json")).suffix
+    # Held to the rules for what an index names; what is no safetensors there is a pickle.
+    member(files.root, name, ".json" if is_index else suffix or ".safetensors")
+    return files.root / name
+
+
+def _redirections(content: dict[str, Any], file: str) -> Iterator[Problem]:
+    for key in sorted(_REDIRECTIONS & content.keys()):
+        yield Problem(
+            file=file,
+            where=key,
+            message=f"{key!r} names other files to read in place of this one, which nobody would"
+            " have checked",
+            fix="Remove the key, and keep the file that fits your transformers under the plain"
+            " name.",
+        )
+    auto_map = content.get("auto_map")
+    if auto_map is not None and not isinstance(auto_map, dict | list):
+        yield Problem(
+            file=file,
+            where="auto_map",
+            message=f"'auto_map' is {short(auto_map)}, and maps classes of transformers to code",
+            fix="Remove the key.",
+        )
+
+
+def _code_paths(
+    node: Any, path: str = "", names_repositories: bool = False
+) -> Iterator[tuple[str, Any]]:
     """Yield dotted path and value of the keys that lead to code, at any depth."""
-    children = node if isinstance(node, dict) else {}
-    if isinstance(node, list):
+    if isinstance(node, dict):
+        children = node
+    elif isinstance(node, list):
         children = {str(position): child for position, child in enumerate(node)}
+    else:
+        if names_repositories and isinstance(node, str) and ("/" in node or ":" in node):
+            yield path, node
+        return
     for key, value in children.items():
         here = f"{path}.{key}" if path else key
-        names_repository = key in _KERNEL_KEYS and isinstance(value, str) and "/" in value
-        if (key in _CODE_KEYS and value) or names_repository:
+        if (key in _CODE_KEYS and value) or _is_hidden(key):
             yield here, value
         else:
-            yield from _code_paths(value, here)
+            yield from _code_paths(value, here, names_repositories or key in _REPOSITORY_KEYS)
+
+
+def _is_hidden(key: str) -> bool:
+    """Say whether a key would become an attribute that Python itself calls."""
+    return key.startswith("__") and key.endswith("__") and key != "__float__"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmload.checkpoint.strict_json import short
 from llmload.errors import CheckpointError, Problem, SpecError, first_line
-from llmload.hf import compat, locating
+from llmload.hf import bounds, compat, locating
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
     from llmload.checkpoint import Checkpoint
+    from llmload.checkpoint.untrusted import UntrustedFolder
     from llmload.spec.loadspec import LoadSpec
 
 AUTO_CLASSES = {
@@ -25,20 +26,32 @@ AUTO_CLASSES = {
 }
 
 
-def load_config(folder: Path, spec: LoadSpec) -> PretrainedConfig:
-    """Read the model's config with transformers, after :func:`source.read_config` let it pass.
+def load_config(
+    files: UntrustedFolder, content: dict[str, Any], spec: LoadSpec, checkpoint: Checkpoint | None
+) -> PretrainedConfig:
+    """Read the model's config with transformers, after :func:`locating.read_config` let it pass.
 
-    :raises CheckpointError: transformers does not know the model type, or refuses a value.
+    :param content: of ``config.json``, read through ``files``; transformers reads it again.
+    :param checkpoint: whose headers say how much of a model there can be.
+    :raises CheckpointError: transformers does not know the model type, or refuses a value; the
+        config asks for more than the checkpoint can hold, or has a key that would hide a method.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
-    content = locating.read_config(folder, spec)
+    bounds.hold_counts(files, content, checkpoint)
     options: dict[str, Any] = {}
     if spec.attn_implementation is not None:
         options["attn_implementation"] = spec.attn_implementation
+    for key in content:
+        if callable(getattr(PretrainedConfig, key, None)):
+            raise files.refusal(
+                locating.CONFIG,
+                f"the config's key {short(key)} would hide what transformers calls by that name",
+                "Remove the key.",
+            )
     try:
-        return AutoConfig.from_pretrained(
-            folder, trust_remote_code=spec.trust_remote_code, local_files_only=True, **options
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            files.root, trust_remote_code=spec.trust_remote_code, local_files_only=True, **options
         )
     except Exception as error:  # transformers raises many kinds for a bad config
         fix = "Check the folder, or install the transformers version it was saved with."
@@ -49,12 +62,14 @@ def load_config(folder: Path, spec: LoadSpec) -> PretrainedConfig:
             )
         raise CheckpointError(
             Problem(
-                file=str(folder / locating.CONFIG),
+                file=str(files.root / locating.CONFIG),
                 message=f"transformers cannot read the config of model type"
-                f" {content.get('model_type')!r}: {first_line(error).rstrip('.')}",
+                f" {short(content.get('model_type'))}: {first_line(error)[:500].rstrip('.')}",
                 fix=fix,
             )
         ) from error
+    files.check()
+    return config
 
 
 def resolve_class(
@@ -68,7 +83,16 @@ def resolve_class(
     """
     if ":" in spec.auto_class:
         return _imported_class(spec.auto_class), config
-    found = compat.concrete_class(AUTO_CLASSES[spec.auto_class], config, spec.trust_remote_code)
+    try:
+        found = compat.concrete_class(AUTO_CLASSES[spec.auto_class], config, spec.trust_remote_code)
+    except (AttributeError, TypeError, ValueError) as error:  # of `architectures`, say
+        raise CheckpointError(
+            Problem(
+                where="model",
+                message=f"no class can be chosen by this config: {first_line(error)}",
+                fix="Check `architectures` and `auto_map` in the config.",
+            )
+        ) from error
     if found is None:
         raise SpecError(
             Problem(
@@ -125,8 +149,16 @@ def resolve_dtype(
     if spec.dtype != "auto":
         return getattr(torch, spec.dtype)  # type: ignore[no-any-return]
     declared = compat.config_dtype(config)
-    if declared is not None:
+    if isinstance(declared, torch.dtype) and declared.is_floating_point:
         return declared
+    if declared is not None:
+        raise CheckpointError(
+            Problem(
+                where="dtype",
+                message=f"the config's dtype is {short(declared)}, in which no model is computed",
+                fix="Say in the spec which it is to be, such as `dtype: bfloat16`.",
+            )
+        )
     stored = [t.dtype for t in checkpoint.tensors.values()] if checkpoint else []
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     return next((names[dtype] for dtype in stored if dtype in names), torch.float32)

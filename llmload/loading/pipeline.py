@@ -116,6 +116,7 @@ def execute(
 
             begun.update(host.names)
             model = _base_model(prepared, ctx, report)
+            ctx.files.check()
             _freeze(model, plan.frozen)
             ledger.take_stock(report.loader, model)
             audit.hold_to_strict(ctx)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint import Checkpoint
+from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.context.context import LoadContext
 from llmload.errors import Conflict, Decline, Note, PluginError, Problem, RequestError
 from llmload.hf import compat, locating, model_classes
@@ -44,12 +44,14 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
     require_stack()
     host = registry.activate(spec)
     folder = locating.resolve(spec, weights=weights and spec.weights_from is None)
-    config = model_classes.load_config(folder, spec)
-    model_class, config = model_classes.resolve_class(spec, config)
+    files = UntrustedFolder(folder)
+    content = locating.read_config(files, spec)
     checkpoint = None
     if spec.weights == "pretrained":
-        place = folder if spec.weights_from is None else Path(spec.weights_from).expanduser()
+        place = locating.weights_place(files, content, spec)
         checkpoint = Checkpoint.open(place, allow_pickle=spec.allow_pickle)
+    config = model_classes.load_config(files, content, spec, checkpoint)
+    model_class, config = model_classes.resolve_class(spec, config)
     ctx = LoadContext(
         spec=spec,
         sections=host.sections,
@@ -57,6 +59,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
         hooks=host,
         peers=host.peers,
         folder=folder,
+        files=files,
         config=config,
         model_class=model_class,
         dtype=model_classes.resolve_dtype(spec, config, checkpoint),

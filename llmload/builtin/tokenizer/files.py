@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmload import CheckpointError, Problem, RequestError
+from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.hf import locating
 from llmload.plugin import first_line
 
@@ -40,7 +41,7 @@ def locate(ctx: LoadContext, section: TokenizerSection) -> Path:
         folder = locating.locate(ctx.spec.model_copy(update=place), weights=False)
         if (folder / locating.CONFIG).is_file():
             # transformers reads it to choose the tokenizer's class.
-            locating.read_config(folder, ctx.spec)
+            locating.read_config(UntrustedFolder(folder), ctx.spec)
     except CheckpointError as error:
         keys = {"model": "tokenizer.name_or_path", "revision": "tokenizer.revision"}
         raise RequestError(
