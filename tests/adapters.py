@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from tiny import losses
 
 import llmload
+from llmload.testing import losses
 
 
 def needs_peft(version: str) -> pytest.MarkDecorator:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 from stacks import IS_MODERN
-from tiny import edit_config
+
+from llmload.testing import edit_config
 
 Damage = Callable[[Path], object]
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import FakeDistributions, fake_distributions
+
+from llmload.testing import FakeDistributions, fake_distributions
 
 # No test may reach for a hub, and progress bars have no place in captured output.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,9 +23,9 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture
-def distributions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDistributions]:
+def distributions(tmp_path: Path) -> Iterator[FakeDistributions]:
     """A place for fake distributions, on ``sys.path`` for the length of one test."""
     root = tmp_path / "site"
     root.mkdir()
-    with fake_distributions(root, monkeypatch) as fakes:
+    with fake_distributions(root) as fakes:
         yield fakes

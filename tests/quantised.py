@@ -10,10 +10,10 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from sameness import differences
-from tiny import losses
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import llmload
+from llmload.testing import losses
 
 NAMES = {
     "quant_type": "bnb_4bit_quant_type",

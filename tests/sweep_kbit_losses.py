@@ -17,9 +17,9 @@ import torch
 from quantised import load, plain
 from test_architectures import NO_LORA
 from test_kbit_architectures import EXCLUDED
-from tiny import save_checkpoint
 
 from llmload.errors import LlmloadError
+from llmload.testing import save_checkpoint
 
 STEPS = 5
 LORA: dict[str, Any] = {"r": 2, "lora_alpha": 8, "target_modules": "all-linear"}

@@ -10,11 +10,11 @@ import stacks
 import torch
 from sameness import from_pretrained
 from test_groups import LORA, bytes_of, logits_of
-from tiny import IDS, losses, tiny_llama
 from transformers import AutoModelForCausalLM
 
 import llmload
 from llmload import create_registry, hookimpl
+from llmload.testing import IDS, losses, tiny_llama
 
 OFF = {"adapter_of": "policy"}
 FROZEN = {"adapter_of": "policy", "frozen_copy": True}

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from sameness import differences, from_pretrained
 from stacks import needs_bitsandbytes, needs_safe_pickles, needs_transformers_5
-from tiny import edit_config, tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 import llmload
 from llmload.hf import compat
 from llmload.hf.counted_reads import CountedReads
+from llmload.testing import edit_config, tiny_llama, tiny_model
 
 NORM = "model.norm.weight"
 

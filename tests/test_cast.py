@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import losses, tiny_llama
 from torch import nn
 
 import llmload
 from llmload import hookimpl
+from llmload.testing import losses, tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import FakeDistributions
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import llmload
 from llmload.cli import commands, environment
 from llmload.host.registry import create_registry
+from llmload.testing import FakeDistributions
 
 HEAVY = ("accelerate", "bitsandbytes", "colossalai", "deepspeed", "numpy", "peft", "torch")
 HEAVY += ("huggingface_hub", "safetensors", "tokenizers", "transformers")

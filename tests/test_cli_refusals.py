@@ -12,12 +12,11 @@ import pytest
 from bad_groups import BAD_GROUPS
 from bad_loads import BAD_LOADS, BadLoad
 from bad_specs import BAD_SPECS, BadSpec
-from leftovers import snapshot
-from tiny import tiny_llama
 from typer.testing import CliRunner
 
 import llmload
 from llmload.cli import commands
+from llmload.testing import snapshot, tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ import torch
 from adapters import refusal, save, three_losses
 from safetensors.torch import load_file
 from stacks import IS_MODERN
-from tiny import IDS, tiny_checkpoint, tiny_llama
 from torch import nn
 from torch.nn import functional
 
 import llmload
 from llmload.builtin.coati.layers import CoatiEmbedding, CoatiLayer, CoatiLinear
+from llmload.testing import IDS, tiny_checkpoint, tiny_llama
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "down_proj"]}
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from leftovers import snapshot
 from sameness import differences, from_pretrained
-from tiny import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -20,6 +18,7 @@ import llmload
 from llmload.builtin.colossalai import booster, lazy_models
 from llmload.builtin.colossalai import plugin as plugin
 from llmload.errors import LoadFailedError, RequestError
+from llmload.testing import snapshot, tiny_llama
 
 pytest.importorskip("colossalai")
 

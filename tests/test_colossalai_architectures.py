@@ -9,10 +9,10 @@ import architectures
 import pytest
 from sameness import differences, from_pretrained
 from stacks import IS_MODERN
-from tiny import save_checkpoint
 
 import llmload
 from llmload.errors import RequestError
+from llmload.testing import save_checkpoint
 
 pytest.importorskip("colossalai")
 

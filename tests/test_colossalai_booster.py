@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from once import once
-from tiny import save_checkpoint, tiny_llama, tiny_model
 from torch import nn
 
 import llmload
 from llmload import hookimpl
 from llmload.errors import AuditError
 from llmload.hf import compat
+from llmload.testing import save_checkpoint, tiny_llama, tiny_model
 
 pytest.importorskip("colossalai")
 

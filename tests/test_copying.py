@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from leftovers import snapshot
 from safetensors.torch import load_file
 from sameness import differences, from_pretrained
-from tiny import save_checkpoint, tiny_model
 from transformers import AutoModelForCausalLM
 
 import llmload
@@ -20,6 +18,7 @@ from llmload.checkpoint.copying import Copies
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Plain, Source, Target
 from llmload.checkpoint.proof import sha256
+from llmload.testing import save_checkpoint, snapshot, tiny_model
 
 LARGE = 2**20
 """Bytes that are worth a thread."""

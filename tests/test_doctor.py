@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from fakes import FakeDistributions
 from typer.testing import CliRunner
 
 import llmload
@@ -15,6 +14,7 @@ from llmload.cli import commands, doctor
 from llmload.errors import PluginError
 from llmload.host.distributions import version_of
 from llmload.loading import planning
+from llmload.testing import FakeDistributions
 
 
 def run(*arguments: str) -> Any:

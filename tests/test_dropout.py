@@ -7,7 +7,6 @@ from typing import Any
 
 import architectures
 import pytest
-from tiny import edit_config, tiny_checkpoint, tiny_llama
 from torch import nn
 from transformers import LlamaForCausalLM, PretrainedConfig
 
@@ -18,6 +17,7 @@ from llmload.errors import AuditError, PlanError, SpecError
 from llmload.hf import compat
 from llmload.host.registry import create_registry
 from llmload.model import dry_run
+from llmload.testing import edit_config, tiny_checkpoint, tiny_llama
 
 
 class Stubborn(LlamaForCausalLM):

@@ -12,9 +12,7 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from contexts import context_of
 from stacks import IS_MODERN, needs_transformers_5
-from tiny import save_checkpoint, tiny_llama, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -22,6 +20,7 @@ import llmload
 from llmload.builtin.embeddings.plugin import EmbeddingsPlugin, initialise_rows
 from llmload.builtin.embeddings.resizing import named_tensors
 from llmload.builtin.embeddings.section import EmbeddingsSection
+from llmload.testing import context_of, save_checkpoint, tiny_llama, tiny_model, tiny_tokenizer
 
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 INPUT, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -6,10 +6,10 @@ import gc
 from pathlib import Path
 
 import pytest
-from tiny import tiny_llama
 
 import llmload
 from llmload.loading.garbage import collection_paused
+from llmload.testing import tiny_llama
 
 
 def test_collection_goes_on_after_a_plan_and_after_an_error(tmp_path: Path) -> None:

@@ -9,10 +9,8 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from contexts import context_of
 from peft import LoraConfig, get_peft_model
 from stacks import IS_MODERN, needs_transformers_5
-from tiny import save_checkpoint, tiny_checkpoint, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -20,6 +18,7 @@ import llmload
 from llmload.builtin.gradient_checkpointing.plugin import GradientCheckpointingPlugin
 from llmload.builtin.gradient_checkpointing.section import GradientCheckpointingSection
 from llmload.hf import compat
+from llmload.testing import context_of, save_checkpoint, tiny_checkpoint, tiny_llama
 
 REENTRANT = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not"])
 LORA = {"r": 2, "target_modules": ["q_proj", "down_proj"]}

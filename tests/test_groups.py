@@ -11,11 +11,9 @@ from typing import Any
 import architectures
 import pytest
 import torch
-from leftovers import snapshot
 from safetensors.torch import load_file, save_file
 from sameness import differences, from_pretrained
 from stacks import needs_bitsandbytes
-from tiny import IDS, losses, tiny_llama
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -23,6 +21,7 @@ import llmload
 from llmload import create_registry, hookimpl
 from llmload.cli import commands
 from llmload.errors import CheckpointError, LoadFailedError, PlanError
+from llmload.testing import IDS, losses, snapshot, tiny_llama
 
 LORA = {"r": 4, "target_modules": "all-linear"}
 

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_checkpoint
 
 import llmload
 from llmload import hookspecs
 from llmload.cli import doctor
 from llmload.errors import PlanError, SpecError
+from llmload.testing import tiny_checkpoint
 
 HOOKS = (*hookspecs.HELPERS, *hookspecs.SPINE)
 

@@ -18,7 +18,6 @@ from quantised import five_losses, load, plain, unlike
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from stacks import needs_bitsandbytes
-from tiny import edit_config, save_checkpoint, tiny_checkpoint, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -32,6 +31,7 @@ from llmload.checkpoint.placement import Plain
 from llmload.cli import show
 from llmload.errors import AuditError, CheckpointError, RequestError, SpecError
 from llmload.host.registry import create_registry
+from llmload.testing import edit_config, save_checkpoint, tiny_checkpoint, tiny_model
 
 pytestmark = needs_bitsandbytes
 

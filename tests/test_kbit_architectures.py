@@ -8,9 +8,9 @@ import architectures
 import pytest
 from quantised import load, plain, unlike
 from stacks import NO_BITSANDBYTES
-from tiny import save_checkpoint
 
 import llmload
+from llmload.testing import save_checkpoint
 
 if NO_BITSANDBYTES:  # the module, not each type: some are of that transformers alone
     pytest.skip(NO_BITSANDBYTES, allow_module_level=True)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear8bitLt
 from quantised import load, plain, unlike
-from tiny import IDS, tiny_checkpoint
+
+from llmload.testing import IDS, tiny_checkpoint
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 from stacks import IS_MODERN
-from tiny import tiny_checkpoint
 
 import llmload
+from llmload.testing import tiny_checkpoint
 
 pytestmark = pytest.mark.skipif(
     IS_MODERN or torch.cuda.is_available(), reason="bitsandbytes is taken here"

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from stacks import needs_bitsandbytes
-from tiny import tiny_checkpoint
 from zero3.farm import Job, Outcome, launch
+
+from llmload.testing import tiny_checkpoint
 
 pytestmark = [pytest.mark.slow, needs_bitsandbytes]
 

@@ -9,7 +9,8 @@ import peft
 import pytest
 import torch
 from quantised import load, plain
-from tiny import SENTENCES, tiny_checkpoint
+
+from llmload.testing import SENTENCES, tiny_checkpoint
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sameness import differences, from_pretrained
-from tiny import tiny_checkpoint, tiny_llama, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, LlamaModel
 
 import llmload
 from llmload import hookimpl
 from llmload.checkpoint.renaming import COATI, RULES, Renaming, undo_coati
+from llmload.testing import tiny_checkpoint, tiny_llama, tiny_model
 
 LOADERS = ["streaming", "transformers"]
 NORM = "model.norm.weight"

@@ -12,10 +12,10 @@ import peft
 import pytest
 import torch
 from adapters import load, needs_peft, plain, refusal, same_state, save, three_losses
-from tiny import IDS, tiny_checkpoint, tiny_llama
 
 import llmload
 from llmload.builtin.lora.plugin import LoraPlugin
+from llmload.testing import IDS, tiny_checkpoint, tiny_llama
 
 ALL = {"r": 4, "target_modules": "all-linear"}
 QV = {"r": 4, "target_modules": ["q_proj", "v_proj"]}

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from adapters import load, needs_peft, refusal
-from tiny import tiny_checkpoint, tiny_llama
 from torch import nn
 
 import llmload
+from llmload.testing import tiny_checkpoint, tiny_llama
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,11 @@ import peft
 import pytest
 import torch
 from adapters import save, three_losses
-from fakes import FakeDistributions
 from odd_layers import Adapts, MakesOdd, OddLinear, OddLora
-from tiny import IDS, tiny_llama
 
 import llmload
 from llmload.errors import LoadFailedError, PlanError, RequestError
+from llmload.testing import IDS, FakeDistributions, tiny_llama
 
 LORA: dict[str, Any] = {
     "r": 2,

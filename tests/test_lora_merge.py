@@ -12,11 +12,11 @@ import torch
 from adapters import load, refusal, save, three_losses
 from safetensors.torch import load_file, save_file
 from stacks import needs_bitsandbytes
-from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
 
 import llmload
 from llmload.errors import AuditError, SpecError
+from llmload.testing import tiny_llama
 
 pytest.importorskip("bitsandbytes")
 pytestmark = needs_bitsandbytes

@@ -12,11 +12,11 @@ import pytest
 import torch
 from adapters import load, needs_peft, refusal, same_state, save, three_losses
 from safetensors.torch import load_file, save_file
-from tiny import IDS, tiny_llama
 from transformers import AutoModelForCausalLM
 
 import llmload
 from llmload.builtin.lora.saved import SavedAdapter
+from llmload.testing import IDS, tiny_llama
 
 ALL = {"r": 4, "target_modules": "all-linear", "lora_alpha": 16}
 QV = {"r": 4, "target_modules": ["q_proj", "v_proj"]}

@@ -11,7 +11,6 @@ from typing import Any
 import peft
 import pytest
 from adapters import needs_peft, refusal
-from tiny import tiny_llama
 
 import llmload
 from llmload.builtin.lora.plugin import LoraPlugin
@@ -24,6 +23,7 @@ from llmload.builtin.lora.section import (
 )
 from llmload.host.distributions import version_of
 from llmload.loading import planning
+from llmload.testing import tiny_llama
 
 LORA_FIELDS = {field.name: field for field in dataclasses.fields(peft.LoraConfig)}
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from adapters import load, needs_peft, refusal, save, three_losses
-from tiny import IDS, tiny_checkpoint, tiny_llama
 from transformers import AutoModelForCausalLM
+
+from llmload.testing import IDS, tiny_checkpoint, tiny_llama
 
 EMBEDDING = {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}
 BOTH = {"r": 4, "target_modules": ["embed_tokens", "lm_head"]}

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 from recipes import EXAMPLES, ROOT
-from tiny import tiny_llama
 
 from llmload import create_registry
 from llmload.spec.loadspec import LoadSpec
+from llmload.testing import tiny_llama
 
 PAGE = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)

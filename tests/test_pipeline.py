@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from leftovers import snapshot
-from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 import llmload
@@ -18,6 +16,7 @@ from llmload import Decline, hookimpl
 from llmload.errors import AuditError, CheckpointError, LoadFailedError, PluginError
 from llmload.hf import compat
 from llmload.host.registry import create_registry
+from llmload.testing import snapshot, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")

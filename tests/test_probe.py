@@ -14,7 +14,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from stacks import needs_bitsandbytes
-from tiny import tiny_model
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
@@ -22,6 +21,7 @@ from llmload.hf import compat
 from llmload.model import dry_run as probe_module
 from llmload.model.dry_run import ProbeResult, probe
 from llmload.model.randomness import RandomOp
+from llmload.testing import tiny_model
 
 
 def with_lora(model: PreTrainedModel, **config: Any) -> nn.Module:

@@ -10,11 +10,11 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
-from tiny import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from llmload.cli.progress import is_wanted, progress
+from llmload.testing import tiny_checkpoint
 
 
 class Terminal(io.StringIO):

@@ -14,12 +14,12 @@ import torch
 from recipes import parameters, recipe, same, stored, trainable
 from sameness import differences
 from stacks import needs_safe_pickles
-from tiny import SENTENCES, tiny_checkpoint
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import llmload
 from llmload.hf import compat
+from llmload.testing import SENTENCES, tiny_checkpoint
 
 MODEL = "openai-community/gpt2"
 

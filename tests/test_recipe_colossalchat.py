@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from recipes import EXAMPLES, ROOT, parameters, recipe, same, stored, trainable
-from tiny import IDS, SENTENCES, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmload
 from llmload.hf import compat
+from llmload.testing import IDS, SENTENCES, tiny_llama
 
 FILE = json.loads((EXAMPLES / "lora_config.json").read_text())
 MODEL = "meta-llama/Meta-Llama-3-8B"

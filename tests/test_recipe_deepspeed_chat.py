@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from recipes import parameters, recipe, same, stored, trainable
-from tiny import SENTENCES, tiny_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmload
 from llmload.hf import compat
+from llmload.testing import SENTENCES, tiny_checkpoint
 
 MODEL = "facebook/opt-1.3b"
 

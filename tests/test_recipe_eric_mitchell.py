@@ -14,12 +14,12 @@ import pytest
 import torch
 from recipes import EXAMPLES, hold_frozen, parameters, recipe, same, trainable
 from stacks import needs_safe_pickles
-from tiny import IDS, SENTENCES, save_checkpoint, tiny_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llmload
 from llmload.hf import compat
+from llmload.testing import IDS, SENTENCES, save_checkpoint, tiny_tokenizer
 
 MODEL = "EleutherAI/pythia-2.8b"
 COMMIT = "0" * 40

@@ -16,11 +16,11 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from quantised import plain
 from recipes import parameters, recipe, same, stored, trainable
 from stacks import needs_bitsandbytes
-from tiny import losses, tiny_checkpoint
 from torch import nn
 from transformers import AutoTokenizer
 
 import llmload
+from llmload.testing import losses, tiny_checkpoint
 
 MODEL = "meta-llama/Llama-3.1-8B"
 INSTRUCT = "meta-llama/Llama-3.1-8B-Instruct"

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fakes import FakeDistributions
 
 import llmload
 from llmload import Section, create_registry, hookimpl
@@ -18,6 +17,7 @@ from llmload.errors import PluginError
 from llmload.host.contract import break_faulty
 from llmload.host.registry import PluginInfo, Registry
 from llmload.spec.loadspec import LoadSpec
+from llmload.testing import FakeDistributions, fake_distributions
 
 GOOD = """
 import llmload
@@ -74,15 +74,13 @@ def test_two_registries_share_no_plugin_object(distributions: FakeDistributions)
 
 
 def test_the_plan_order_is_the_same_whatever_the_order_of_installation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    from fakes import fake_distributions
-
     orders = []
     for turn, names in enumerate((("one", "two", "three"), ("three", "one", "two"))):
         root = tmp_path / str(turn)
         root.mkdir()
-        with monkeypatch.context() as patch, fake_distributions(root, patch) as fakes:
+        with fake_distributions(root) as fakes:
             for name in names:
                 add_good(fakes, name)
             registry = create_registry(environ={})

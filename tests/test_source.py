@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_checkpoint
 
 from llmload import LoadSpec
 from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.errors import CheckpointError
 from llmload.hf import locating
+from llmload.testing import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ import torch
 from raw_files import write
 from safetensors.torch import load_file, save_file
 from sameness import differences, from_pretrained
-from tiny import edit_config, save_checkpoint, tiny_checkpoint, tiny_llama, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -30,6 +29,7 @@ from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Plain, Source, Target
 from llmload.checkpoint.proof import sha256
 from llmload.hf import compat
+from llmload.testing import edit_config, save_checkpoint, tiny_checkpoint, tiny_llama, tiny_model
 
 EMBEDDING = "model.embed_tokens.weight"
 

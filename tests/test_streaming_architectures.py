@@ -8,10 +8,10 @@ import architectures
 import pytest
 import torch
 from sameness import differences, from_pretrained
-from tiny import save_checkpoint
 
 import llmload
 from llmload.hf import compat
+from llmload.testing import save_checkpoint
 
 CAUSAL = architectures.causal_lm_types()
 CONVERTED = ("mixtral", "qwen2_moe", "qwen3_next", "jamba", "hrm_text")

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from stacks import IS_MODERN
-from tiny import edit_config, tiny_checkpoint, tiny_llama, tiny_tokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer, ByT5Tokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 import llmload
+from llmload.testing import edit_config, tiny_checkpoint, tiny_llama, tiny_tokenizer
 
 BACKEND = "TokenizersBackend" if IS_MODERN else "PreTrainedTokenizerFast"
 """The class of a tokenizer that has none of its own; it was renamed with transformers 5."""

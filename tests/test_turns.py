@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from leftovers import snapshot
-from tiny import tiny_checkpoint
 
 import llmload
 from llmload import SpecError, create_registry, hookimpl
 from llmload.loading import turns
+from llmload.testing import snapshot, tiny_checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from stacks import IS_MODERN
 
 import llmload
+from llmload import testing
 from llmload.builtin.zero3 import config
 from llmload.builtin.zero3.section import Zero3Section
 from llmload.errors import RequestError, SpecError
@@ -197,7 +197,7 @@ def notes(plan: Any) -> list[str]:
 def test_plan_says_what_each_rank_will_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = {"model": str(tiny.tiny_llama(tmp_path)), "zero3": {}}
+    spec = {"model": str(testing.tiny_llama(tmp_path)), "zero3": {}}
     plan = llmload.plan(spec)
     assert plan.loader == "streaming"
     # Each rank keeps whole what is no parameter: rotary frequencies, in transformers 5 twice.
@@ -222,7 +222,7 @@ def test_plan_says_what_each_rank_will_read(
 
 def test_plan_names_the_loader_where_deepspeed_itself_partitions(tmp_path: Path) -> None:
     config = with_zero(zero_hpz_partition_size=8) | {"fp16": {"enabled": False}}
-    spec = {"model": str(tiny.tiny_llama(tmp_path)), "zero3": {"config": config}}
+    spec = {"model": str(testing.tiny_llama(tmp_path)), "zero3": {"config": config}}
     reason = "`zero_optimization.zero_hpz_partition_size` partitions a second time within each host"
     plan = llmload.plan(spec)
     assert plan.loader == "zero3"
@@ -233,7 +233,7 @@ def test_plan_names_the_loader_where_deepspeed_itself_partitions(tmp_path: Path)
 
 
 def test_lower_stages_leave_the_model_whole(tmp_path: Path) -> None:
-    spec = {"model": str(tiny.tiny_llama(tmp_path)), "zero3": {"stage": 2}}
+    spec = {"model": str(testing.tiny_llama(tmp_path)), "zero3": {"stage": 2}}
     result = llmload.load(spec)
     assert notes(result.plan) == ["ZeRO stage 2: the model stays whole"]
     assert result.report.loader == "streaming"
@@ -245,7 +245,7 @@ def test_disk_is_refused_where_deepspeed_could_not_write_to_it(
 ) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    folder = str(tiny.tiny_llama(tmp_path))
+    folder = str(testing.tiny_llama(tmp_path))
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
     disk = {"device": "nvme", "nvme_path": str(tmp_path)}
     found = llmload.plan({"model": folder, "zero3": {"offload_param": disk}}).errors
@@ -287,7 +287,7 @@ def test_transformers_must_see_the_config_before_it_partitions(
 
 
 def test_device_map_is_refused(tmp_path: Path) -> None:
-    folder = str(tiny.tiny_llama(tmp_path))
+    folder = str(testing.tiny_llama(tmp_path))
     with pytest.raises(llmload.PlanError) as caught:
         llmload.load({"model": folder, "device_map": "auto", "zero3": {}})
     assert (
@@ -303,7 +303,7 @@ def test_process_without_a_launcher_is_refused(
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(RequestError) as caught:
-        llmload.load({"model": str(tiny.tiny_llama(tmp_path)), "zero3": {}})
+        llmload.load({"model": str(testing.tiny_llama(tmp_path)), "zero3": {}})
     assert str(caught.value).endswith(
         "ZeRO-3 partitions over the ranks of a launcher, and RANK, WORLD_SIZE, LOCAL_RANK,"
         " MASTER_ADDR, MASTER_PORT are not set."
@@ -312,7 +312,7 @@ def test_process_without_a_launcher_is_refused(
 
 
 def test_adapter_and_copies_of_two_dtypes_are_refused(tmp_path: Path) -> None:
-    folder = str(tiny.tiny_llama(tmp_path))
+    folder = str(testing.tiny_llama(tmp_path))
     lora: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     spec = {"model": folder, "dtype": "bfloat16", "zero3": {}}
     assert [str(problem) for problem in llmload.plan(spec | {"lora": lora}).errors] == [

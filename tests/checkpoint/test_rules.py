@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from llmload.hf import compat
+from llmload.testing import tiny_model
 
 if compat.major("transformers") < 5:
     pytest.skip("this transformers only renames keys", allow_module_level=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 from zero3.farm import Job, launch
+
+from llmload import testing
 
 LARGE = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1, "vocab_size": 4096}
 """DeepSpeed leaves partitions of less than 1 MiB in memory."""
@@ -22,7 +23,7 @@ def test_partitions_on_a_disk_are_those_of_the_file_and_train(tmp_path: Path, dt
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     AsyncIOBuilder().load(verbose=False)
-    folder = str(tiny.tiny_llama(tmp_path, **LARGE))
+    folder = str(testing.tiny_llama(tmp_path, **LARGE))
     args = {"folder": folder, "path": str(tmp_path / "disk"), "dtype": dtype}
     (ranks,) = launch([Job("zero3.finishing:disk", args, timeout=200)], timeout=240)
     for rank in ranks:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from stacks import IS_MODERN
 from zero3.farm import Job, Outcome, launch
 
+from llmload import testing
 from llmload.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.slow
@@ -37,7 +37,7 @@ weights, which both read."""
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("counts")
     sizes = {"hidden_size": 64, "intermediate_size": 160}
-    return tiny.tiny_llama(made, dtype=torch.bfloat16, shards=2, **sizes)
+    return testing.tiny_llama(made, dtype=torch.bfloat16, shards=2, **sizes)
 
 
 @pytest.fixture(scope="module")

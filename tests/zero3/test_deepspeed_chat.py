@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from zero3.farm import Job, Outcome, launch_once
+
+from llmload import testing
 
 pytestmark = pytest.mark.slow
 
@@ -36,13 +37,13 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Outcome
 
 def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Job]:
     tmp = tmp_path_factory.mktemp("chat")
-    tokens = len(tiny.tiny_tokenizer())
+    tokens = len(testing.tiny_tokenizer())
     jobs = {}
     for change, training, dropout in CASES:
         rows = tokens + VOCABULARIES[change]
-        folder = tiny.tiny_checkpoint(tmp / f"{change}-{training}", "opt", vocab_size=rows)
+        folder = testing.tiny_checkpoint(tmp / f"{change}-{training}", "opt", vocab_size=rows)
         saved = tmp / f"{change}-{training}.bin"
-        trained = tiny.tiny_model("opt", vocab_size=-(-tokens // 8) * 8, seed=3)
+        trained = testing.tiny_model("opt", vocab_size=-(-tokens // 8) * 8, seed=3)
         torch.save(trained.state_dict(), saved)
         args = {"folder": str(folder), "saved": str(saved)}
         jobs[change, training, dropout] = Job(

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from zero3.farm import Job, Outcome, launch_once
+
+from llmload import testing
 
 DEADLINE = 6.0
 LIMIT = 30.0
@@ -49,7 +50,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Outcome
 
 
 def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Job]:
-    folder = str(tiny.tiny_llama(tmp_path_factory.mktemp("model")))
+    folder = str(testing.tiny_llama(tmp_path_factory.mktemp("model")))
     jobs: dict[Any, Job] = {
         (phase, kind, culprit, ranks): Job(
             "zero3.faults:load",
@@ -71,7 +72,7 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Job]:
     jobs["early"] = Job("zero3.faults:early", common)
     for culprit in (0, 1):
         name = f"shard {culprit}"
-        shards = Path(tiny.tiny_llama(tmp_path_factory.mktemp("missing"), shards=2))
+        shards = Path(testing.tiny_llama(tmp_path_factory.mktemp("missing"), shards=2))
         next(shards.glob("*-00001-of-*.safetensors")).unlink()
         other = {"other": {"model": str(shards)}, "culprit": culprit}
         jobs[name] = Job("zero3.faults:different", common | other)

@@ -6,9 +6,10 @@ from itertools import product
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from zero3.farm import Job, Outcome, launch
+
+from llmload import testing
 
 CASES = {
     f"{partitioned}-{dtype}-{'lora' if lora else 'full'}": {
@@ -31,7 +32,7 @@ PREFIX = {"policy": "", "reference": "models.policy: "}
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    folder = str(tiny.tiny_llama(tmp_path_factory.mktemp("members"), dtype=torch.bfloat16))
+    folder = str(testing.tiny_llama(tmp_path_factory.mktemp("members"), dtype=torch.bfloat16))
     jobs = {
         name: Job("zero3.grouping:train_policy", {"folder": folder, **case})
         for name, case in CASES.items()

@@ -9,12 +9,12 @@ from typing import Any
 import architectures
 import pytest
 import stacks
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from zero3.farm import Job, Outcome, launch_once
 
 import llmload
+from llmload import testing
 
 ARCHITECTURES = {
     "llama": "causal_lm",
@@ -59,9 +59,9 @@ def _variants(tmp: Path) -> dict[str, dict[str, Any]]:
     odd = {"hidden_size": 15, "head_dim": 4, "intermediate_size": 21}  # parts with padding
     odd |= {"num_attention_heads": 3, "num_key_value_heads": 3}
     folders = {
-        "float32": tiny.tiny_llama(tmp, name="float32", **odd),
-        "bfloat16": tiny.tiny_llama(tmp, name="bfloat16", dtype=torch.bfloat16, **odd),
-        "renamed": tiny.tiny_llama(tmp, name="renamed", **odd),
+        "float32": testing.tiny_llama(tmp, name="float32", **odd),
+        "bfloat16": testing.tiny_llama(tmp, name="bfloat16", dtype=torch.bfloat16, **odd),
+        "renamed": testing.tiny_llama(tmp, name="renamed", **odd),
     }
     file = folders["renamed"] / "model.safetensors"
     state = {re.sub("^model", "transformer", k): v for k, v in load_file(file).items()}
@@ -110,7 +110,7 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     tmp = tmp_path_factory.mktemp("models")
     variants = _variants(tmp_path_factory.mktemp("variants"))
     tied, untied = (
-        str(tiny.tiny_llama(tmp, name=str(tied), tied=tied, pad=True)) for tied in (True, False)
+        str(testing.tiny_llama(tmp, name=str(tied), tied=tied, pad=True)) for tied in (True, False)
     )
     resize = {"dtype": "bfloat16"}
     adapter = {"folder": untied, "dtype": "bfloat16"}
@@ -119,7 +119,7 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         folder = tmp_path_factory.mktemp(model_type)
         architectures.build(kind, model_type).save_pretrained(folder)
         beyond.append({"kind": kind, "folder": str(folder), "dtype": "bfloat16"})
-    other = str(tiny.tiny_llama(tmp, name="other", seed=5, pad=True))
+    other = str(testing.tiny_llama(tmp, name="other", seed=5, pad=True))
     return {
         "variants": Job("zero3.comparing:many", {"cases": list(variants.values())}, timeout=200),
         "head": Job("zero3.finishing:value_head", adapter),

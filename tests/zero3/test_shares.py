@@ -9,11 +9,11 @@ from typing import Any
 import architectures
 import pytest
 import stacks
-import tiny
 import torch
 from zero3.farm import Job, Outcome, launch
 
 import llmload
+from llmload import testing
 from llmload.builtin.zero3.shares import Forecast, forecast
 from llmload.hf import compat
 from llmload.host.registry import create_registry
@@ -28,13 +28,13 @@ rows of some."""
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    llama = tiny.tiny_llama(tmp_path_factory.mktemp("llama"), shards=2)
+    llama = testing.tiny_llama(tmp_path_factory.mktemp("llama"), shards=2)
     mixtral, inkling = tmp_path_factory.mktemp("mixtral"), tmp_path_factory.mktemp("inkling")
     architectures.build("causal_lm", "mixtral").save_pretrained(mixtral, max_shard_size="20KB")
     if "computed" in RANKS:
         architectures.build("causal_lm", "inkling2_text").save_pretrained(inkling)
     # Parts large enough to stay on the file's pages; those that are padded are copied.
-    wide = tiny.tiny_llama(
+    wide = testing.tiny_llama(
         tmp_path_factory.mktemp("wide"),
         dtype=torch.bfloat16,
         hidden_size=256,

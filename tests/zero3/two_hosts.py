@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from zero3.farm import ENVIRONMENT
+
+from llmload import testing
 
 DEADLINE = 6.0
 SLACK = 6.0
@@ -64,7 +65,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[list[Host]]:
-    original = Path(tiny.tiny_llama(tmp_path / "original", shards=2))
+    original = Path(testing.tiny_llama(tmp_path / "original", shards=2))
     folders = [tmp_path / "first" / "model", tmp_path / "second" / "elsewhere" / "llama"]
     for folder in folders:
         shutil.copytree(original, folder)

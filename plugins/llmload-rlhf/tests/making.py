@@ -9,10 +9,10 @@ import systems
 import torch
 from safetensors.torch import load_file, save_file
 from stacks import OPENS_PICKLES
-from tiny import tiny_checkpoint, tiny_model
 from torch import nn
 
 import llmload
+from llmload.testing import tiny_checkpoint, tiny_model
 
 IDS = torch.tensor(
     [

@@ -11,8 +11,9 @@ import torch
 from making import CASES, load, read, refusal, saved, write
 from safetensors.torch import save_file
 from stacks import needs_safe_pickles
-from tiny import tiny_checkpoint
 from transformers import AutoModelForSequenceClassification
+
+from llmload.testing import tiny_checkpoint
 
 MODEL_TYPES = ["llama", "gpt2", "opt"]
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from making import CASES, IDS, MASK, PAD, load, saved
-from tiny import edit_config, tiny_checkpoint
 from transformers import AutoModelForSequenceClassification
+
+from llmload.testing import edit_config, tiny_checkpoint
 
 CHAT = ("reward_head", "deepspeed_chat")
 # Pair by pair: every token the same; the difference at the last token; pads at the beginning.

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from making import CASES, IDS, load, read, refusal, saved, write
-from tiny import tiny_checkpoint, tiny_model
 
 import llmload
+from llmload.testing import tiny_checkpoint, tiny_model
 
 ALL = [*CASES, ("reward_head", "sequence_classification")]
 HEAD = {"deepspeed_chat": "v_head", "coati": "value_head", "trl": "v_head"}

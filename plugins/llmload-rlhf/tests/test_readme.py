@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from llmload_rlhf.plugins import CriticHeadPlugin, RewardHeadPlugin, ValueHeadPlugin
 from stacks import needs_safe_pickles
-from tiny import tiny_checkpoint
+
+from llmload.testing import tiny_checkpoint
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)

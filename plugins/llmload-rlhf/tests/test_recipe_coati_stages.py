@@ -13,12 +13,12 @@ import pytest
 import torch
 from making import alike, read, write
 from recipes import hold_frozen, parameters, recipe, same, trainable
-from tiny import IDS, tiny_checkpoint
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2Model
 
 import llmload
 from llmload.hf.compat import dtype_option
+from llmload.testing import IDS, tiny_checkpoint
 
 GPT2 = "openai-community/gpt2"
 

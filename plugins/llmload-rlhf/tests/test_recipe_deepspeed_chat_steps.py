@@ -14,12 +14,12 @@ import pytest
 import torch
 from making import alike, write
 from recipes import hold_frozen, parameters, recipe, same, trainable
-from tiny import IDS, tiny_checkpoint
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import llmload
 from llmload.hf.compat import dtype_option
+from llmload.testing import IDS, tiny_checkpoint
 
 RATES = ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout")
 TOKENIZER = "facebook/opt-1.3b"

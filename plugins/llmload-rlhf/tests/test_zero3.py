@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from making import CASES, saved
-from tiny import tiny_checkpoint
 from zero3.farm import Job, launch
+
+from llmload.testing import tiny_checkpoint
 
 HERE = Path(__file__).parent
 
