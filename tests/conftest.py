@@ -6,10 +6,15 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmload.testing import FakeDistributions, fake_distributions
+
+from llmload.errors import PluginError, RequestError
+from llmload.group import loading
+from llmload.loading import pipeline
 
 # No test may reach for a hub, and progress bars have no place in captured output.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,3 +34,30 @@ def distributions(tmp_path: Path) -> Iterator[FakeDistributions]:
     root.mkdir()
     with fake_distributions(root) as fakes:
         yield fakes
+
+
+@pytest.fixture(autouse=True)
+def _the_plan_says_what_the_load_refuses(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Hold the plan to every refusal of every test: a load whose plan has no error is not refused.
+
+    A test that is about one of the few refusals that only a load can make is marked
+    ``refused_late``. What a plugin does against the contract is seen only when it does it.
+    """
+    late: list[RequestError] = []
+    execute = pipeline.execute
+
+    def watched(*args: Any, **options: Any) -> pipeline.LoadResult:
+        try:
+            return execute(*args, **options)
+        except RequestError as error:
+            if not isinstance(error, PluginError):
+                late.append(error)
+            raise
+
+    monkeypatch.setattr(pipeline, "execute", watched)
+    monkeypatch.setattr(loading, "execute", watched)
+    yield
+    if request.node.get_closest_marker("refused_late") is None:
+        assert not late, f"the plan had no error, and the load was refused: {late[0]}"

@@ -77,6 +77,16 @@ def test_a_bad_load_is_refused(load: BadLoad, origin: Path, here: Path) -> None:
     assert_refused(["load", "spec.yaml"], message, here)
 
 
+@pytest.mark.parametrize("load", BAD_LOADS, ids=lambda load: load.name)
+def test_the_plan_of_a_bad_load_says_the_same(load: BadLoad, origin: Path, here: Path) -> None:
+    message = prepare(load, origin, here)
+    try:
+        said = "\n".join(map(str, llmload.plan("spec.yaml").errors))
+    except llmload.RequestError as error:
+        said = str(error)
+    assert said == message
+
+
 @pytest.mark.parametrize("spec", [*BAD_SPECS, *BAD_GROUPS], ids=lambda spec: spec.name)
 @pytest.mark.parametrize("command", ["load", "validate"])
 def test_a_bad_spec_is_refused(spec: BadSpec, command: str, here: Path) -> None:

@@ -318,8 +318,9 @@ def test_an_archive_is_held_to_the_model_as_strictly_as_upstream_does(
     state = tiny_model("llama").state_dict()
     state["extra"] = state.pop(NORM)
     path = archive(tmp_path, state)
-    error = llmload.CheckpointError
-    assert refusal(folder, loader, error=error, weights_from=path, allow_pickle=True) == (
+    assert refusal(
+        folder, loader, error=llmload.PlanError, weights_from=path, allow_pickle=True
+    ) == (
         f"strict: the checkpoint has no values for {NORM!r}. Map the keys with `key_map`, or list"
         " what may be newly initialised in `strict: {allow_missing: [...]}`.\n"
         "strict: the model has no place for 'extra' of the checkpoint. Map the keys with"

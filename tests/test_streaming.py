@@ -53,7 +53,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
 
 
 def refusal(folder: Path, registry: Any = None, /, **keys: Any) -> str:
-    with pytest.raises(llmload.CheckpointError) as caught:
+    with pytest.raises(llmload.RequestError) as caught:
         load(folder, registry, **keys)
     return str(caught.value)
 
@@ -189,6 +189,7 @@ def test_what_a_placement_raises_comes_out_as_the_cause(tmp_path: Path) -> None:
     assert isinstance(caught.value.__cause__, MemoryError)
 
 
+@pytest.mark.refused_late
 def test_a_placement_is_not_passed_over_where_the_streaming_loader_declines(tmp_path: Path) -> None:
     registry = llmload.create_registry(plugins=[PlacesByOptions])
     folder = tiny_llama(tmp_path)
@@ -503,6 +504,7 @@ class ChangesTheFile(Plain):
         return torch.zeros(source.shape)
 
 
+@pytest.mark.refused_late
 def test_a_file_cut_off_while_it_is_read_is_an_error_not_a_crash(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path)
     path = folder / "model.safetensors"
@@ -586,6 +588,7 @@ def test_a_model_type_with_weights_in_further_files_is_left_to_from_pretrained(
     assert why_not(tiny_llama(tmp_path)) == "this model type keeps weights in further files"
 
 
+@pytest.mark.refused_late
 def test_weights_kept_on_disk_are_left_to_from_pretrained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -597,19 +600,19 @@ def test_weights_kept_on_disk_are_left_to_from_pretrained(
 
 
 @pytest.mark.skipif(compat.major("transformers") < 5, reason="4.51.3 converts nothing")
-def test_experts_that_cannot_be_merged_are_left_to_from_pretrained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("loader", ["streaming", "transformers"])
+def test_experts_that_cannot_be_merged_are_refused_by_the_plan(loader: str, tmp_path: Path) -> None:
     folder = save_checkpoint(architectures.build("causal_lm", "mixtral"), tmp_path / "mixtral")
     name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
     edit_weights(folder, lambda w: w.update({name: torch.ones(3)}))
-    monkeypatch.setattr(
-        TransformersLoader, "load", hookimpl(lambda self, ctx: llmload.Decline("not now"))
+    block = [] if loader == "streaming" else ["streaming"]
+    plan = llmload.plan({"model": str(folder)}, registry=llmload.create_registry(block=block))
+    assert [problem.where for problem in plan.errors] == ["model.layers.0.mlp.experts.down_proj"]
+    assert str(plan.errors[0]).startswith(
+        "model.layers.0.mlp.experts.down_proj: transformers cannot make it of the checkpoint's"
+        " tensors: MergeModulelist on tensors destined for "
     )
-    assert (
-        "(streaming: transformers failed to convert 'model.layers.0.mlp.experts.down_proj': "
-        "MergeModulelist on tensors destined for "
-    ) in refusal(folder)
+    assert str(plan.errors[0]).endswith("Check that config.json and weights belong together.")
 
 
 def test_options_for_from_pretrained_are_left_to_it(tmp_path: Path) -> None:

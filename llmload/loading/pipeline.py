@@ -181,7 +181,8 @@ def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger
     made = ledger.new(model, report.loader, ctx)
     report.newly_initialised = made | ctx.newly_initialised
     report.left_out = dict.fromkeys(ctx.unexpected, "no place in the model") | ctx.left_out
-    report.warnings = [str(problem) for problem in [*prepared.plan.warnings, *audit.excused(ctx)]]
+    warnings = [*prepared.plan.warnings, *audit.excused(ctx)]  # which the plan may have had
+    report.warnings = list(dict.fromkeys(map(str, warnings)))
     report.facts, report.lines = ctx.facts, ctx.lines
 
 

@@ -12,7 +12,7 @@ from llmload.context.context import LoadContext
 from llmload.errors import Conflict, Decline, Note, PluginError, Problem, RequestError
 from llmload.hf import compat, locating, model_classes
 from llmload.host.distributions import version_of
-from llmload.loading import hook_calls, key_mapping
+from llmload.loading import fit, hook_calls, key_mapping
 from llmload.loading.garbage import collection_paused
 from llmload.loading.plan import Plan, Step
 from llmload.loading.rehearsal import Rehearsal, rehearse
@@ -86,6 +86,10 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
             plan.problems += error.problems
     if not plan.errors:
         _check(host, ctx, plan)
+        try:
+            plan.problems += fit.problems(ctx)
+        except RequestError as error:
+            plan.problems += error.problems
         rehearsal = rehearse(host, ctx, plan)
     return Prepared(plan=plan, host=host, ctx=ctx, rehearsal=rehearsal)
 

@@ -79,10 +79,6 @@ class StreamingLoader:
         if device_map and "disk" in device_map.values():
             return Decline("the device map keeps weights on disk, which accelerate does")
         accounting = ctx.accounting(model)
-        if accounting.failed:
-            name, trace = next(iter(accounting.failed.items()))
-            reason = trace.splitlines()[-1].removeprefix("Error: ")
-            return Decline(f"transformers failed to convert {name!r}: {reason}")
         account(ctx, accounting)
         placement.prepare(model)
         proof = Proof(digests=ctx.section(StreamingSection).digests)
@@ -133,14 +129,7 @@ def _unfit(ctx: LoadContext) -> str | None:
 def account(ctx: LoadContext, accounting: Accounting) -> None:
     """Refuse what does not fit, before a weight is read; list what is missing and unexpected."""
     if accounting.mismatched:
-        raise CheckpointError(
-            Problem(
-                where=name,
-                message=f"the checkpoint has {found}, the model takes {expected}",
-                fix="Check that config.json and weights belong together.",
-            )
-            for name, found, expected in accounting.mismatched
-        )
+        raise CheckpointError(accounting.misfits())
     ctx.newly_initialised |= {
         name: ctx.to_initialise.get(name, audit.MISSING) for name in accounting.missing
     }
