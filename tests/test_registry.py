@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 import llmload
 from llmload import Section, create_registry, hookimpl
+from llmload.builtin.dropout.plugin import DropoutPlugin
 from llmload.errors import PluginError
 from llmload.host.contract import break_faulty
 from llmload.host.registry import PluginInfo, Registry
@@ -251,6 +253,36 @@ BROKEN = {
         GOOD.format(name="broken").replace("size: int = 1", "model_config = {'extra': 'allow'}"),
         'its `Section` does not forbid unknown keys: set `extra="forbid"`',
     ),
+    "text for a tuple": (
+        GOOD.format(name="broken") + "    after = 'lora'\n",
+        "its `after` is the text 'lora': write `after = ('lora',)`",
+    ),
+    "order of no names": (
+        GOOD.format(name="broken") + "    before = 3\n",
+        "its `before` is 3, and must be a tuple of texts",
+    ),
+    "requirement of nothing": (
+        GOOD.format(name="broken") + "    requires = ('peft >= newest',)\n",
+        "its `requires` has 'peft >= newest', which names no distribution",
+    ),
+    "conflict of no kind": (
+        GOOD.format(name="broken") + "    conflicts = ('lora',)\n",
+        "its `conflicts` is ('lora',), and must be a tuple of llmload.Conflict",
+    ),
+    "hooks of no specs": (
+        GOOD.format(name="broken") + "    class Hooks:\n        pass\n",
+        "its `Hooks` declares no hook: mark each with @llmload.hookspec",
+    ),
+    "always active and incomplete": (
+        GOOD.format(name="broken").replace("size: int = 1", "size: int")
+        + "    always_active = True\n",
+        "it is `always_active`, and its `Section` cannot be made without 'size': give each a",
+    ),
+    "raises when looked at": (
+        GOOD.format(name="broken")
+        + "    @property\n    def after(self):\n        raise OSError('no disk')\n",
+        "looking at it raised OSError: no disk",
+    ),
     "section of no type": (
         GOOD.format(name="broken").replace("size: int = 1", "size: memoryview"),
         "its `Section` cannot be built: Unable to generate pydantic-core schema for"
@@ -365,6 +397,65 @@ def test_an_object_cannot_take_the_name_of_an_installed_plugin() -> None:
     assert "the name 'dropout' is provided by given as an object and" in reason_of(
         SimpleNamespace(name="dropout")
     )
+
+
+def test_an_installed_plugin_can_be_given_as_an_object_too(
+    llmload_distributions: FakeDistributions,
+) -> None:
+    add_good(llmload_distributions, "extra")
+    module = importlib.import_module("module_extra")
+    for given in (module.Plugin, module.Plugin()):
+        found = [i for i in create_registry([given], environ={}).plugins if i.name == "extra"]
+        assert [(i.status, i.distribution) for i in found] == [("active", "dist-extra 1.0")]
+        assert found[0].plugin is given or type(found[0].plugin) is given
+    selected = create_registry(select=["module_extra:Plugin"], autoload=False, environ={})
+    assert info(selected, "extra").status == "active"
+
+
+def test_a_built_in_plugin_can_be_given_as_an_object_too() -> None:
+    registry = create_registry([DropoutPlugin()], environ={})
+    assert [(i.status, i.builtin) for i in registry.plugins if i.name == "dropout"] == [
+        ("active", True)
+    ]
+
+
+def test_a_class_that_wants_arguments_is_refused() -> None:
+    class Plugin:
+        name = "mine"
+
+        def __init__(self, size: int) -> None: ...
+
+    reason = reason_of(Plugin)
+    assert "Plugin' cannot be made: TypeError: " in reason
+    assert reason.endswith("A plugin class takes no arguments; give an object instead.")
+
+
+FAILING_MODULES = {
+    "raises": ("1 / 0", "ZeroDivisionError: division by zero"),
+    "exits": ("raise SystemExit(3)", "SystemExit: 3"),
+    "wants an argument": (
+        "class Plugin:\n    def __init__(self, a): ...",
+        "cannot be made: TypeError",
+    ),
+    "has no name": ("class Plugin: ...", "is not a plugin: it has no `name`"),
+    "lacks the attribute": ("Other = 1", "module 'failing' has no attribute 'Plugin'"),
+}
+
+
+@pytest.mark.parametrize("fault", FAILING_MODULES)
+def test_a_selected_module_that_fails_is_refused_and_nothing_else_happens(
+    llmload_distributions: FakeDistributions, fault: str
+) -> None:
+    source, reason = FAILING_MODULES[fault]
+    (llmload_distributions.root / "failing.py").write_text(source)
+    with pytest.raises(PluginError) as caught:
+        create_registry(environ={"LLMLOAD_PLUGINS": "failing:Plugin"})
+    assert reason in str(caught.value)
+
+
+def test_a_selected_path_without_a_module_is_refused() -> None:
+    with pytest.raises(PluginError, match="plugin ':Plugin' was selected, but cannot be imported"):
+        create_registry(select=[":Plugin"], environ={})
 
 
 # --- calling ------------------------------------------------------------------------------------

@@ -7,13 +7,15 @@ pluggy alone lets a misspelt hook pass in silence, never fills in an argument th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pluggy
 from pydantic import BaseModel, PydanticUserError
 
 from llmload import hookspecs
+from llmload.errors import Conflict
 from llmload.host.discovery import GROUP, PluginInfo
 from llmload.spec.loadspec import LoadSpec
 from llmload.spec.suggest import nearest
@@ -28,36 +30,105 @@ def break_faulty(infos: Iterable[PluginInfo]) -> None:
     others = [info for info in active if not info.builtin]
     if not others:
         return
+    manager = manager_of(info.plugin for info in active)
+    for info in others:
+        try:
+            found = list(faults(info, manager))
+        except Exception as error:  # a property that raises, a metaclass: whatever a stranger made
+            found = [f"looking at it raised {type(error).__name__}: {error}"]
+        if found:
+            info.status, info.reason = "broken", "; ".join(found)
+
+
+def manager_of(plugins: Iterable[object]) -> pluggy.PluginManager:
+    """Return a manager that knows all hooks: llmload's, and those that ``plugins`` declare."""
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
-    for info in active:
-        if hasattr(info.plugin, "Hooks"):
-            manager.add_hookspecs(info.plugin.Hooks)
-    for info in others:
-        faults = list(_faults(info, manager))
-        if faults:
-            info.status, info.reason = "broken", "; ".join(faults)
+    for plugin in plugins:
+        # One that declares them wrongly is found among the faults.
+        with suppress(Exception):
+            manager.add_hookspecs(plugin.Hooks)  # type: ignore[attr-defined]
+    return manager
 
 
-def _faults(info: PluginInfo, manager: pluggy.PluginManager) -> Iterable[str]:
+def faults(info: PluginInfo, manager: pluggy.PluginManager) -> Iterator[str]:
     """Say what is wrong with a plugin before pluggy has seen any of it."""
-    plugin = info.plugin
-    name = getattr(plugin, "name", None)
+    yield from name_faults(info)
+    yield from section_faults(info.plugin)
+    yield from declaration_faults(info.plugin)
+    yield from hook_faults(info.plugin, manager)
+
+
+def name_faults(info: PluginInfo) -> Iterator[str]:
+    """Find a name that is not that of the entry point, or not free."""
+    name = getattr(info.plugin, "name", None)
     if name != info.name:
         yield f"its entry point is called {info.name!r}, but its `name` is {name!r}"
     if info.name in LoadSpec.model_fields:
         yield f"the name {info.name!r} is a core key of the spec"
+
+
+def section_faults(plugin: object) -> Iterator[str]:
+    """Find a ``Section`` that no spec could be checked with."""
     section: object = getattr(plugin, "Section", None)
-    if section is not None:
-        if not (inspect.isclass(section) and issubclass(section, BaseModel)):
-            yield "its `Section` is not a pydantic model"
-        elif section.model_config.get("extra") != "forbid":
-            yield 'its `Section` does not forbid unknown keys: set `extra="forbid"`'
-        else:
-            try:
-                section.model_rebuild()  # a subclass of llmload.Section is not built until now
-            except PydanticUserError as error:
-                yield f"its `Section` cannot be built: {error.message.splitlines()[0]}"
+    if section is None:
+        return
+    if not (inspect.isclass(section) and issubclass(section, BaseModel)):
+        yield "its `Section` is not a pydantic model"
+    elif section.model_config.get("extra") != "forbid":
+        yield 'its `Section` does not forbid unknown keys: set `extra="forbid"`'
+    else:
+        try:
+            section.model_rebuild()  # a subclass of llmload.Section is not built until now
+        except PydanticUserError as error:
+            yield f"its `Section` cannot be built: {error.message.splitlines()[0]}"
+            return
+        needed = [name for name, field in section.model_fields.items() if field.is_required()]
+        if needed and getattr(plugin, "always_active", False):
+            yield (
+                "it is `always_active`, and its `Section` cannot be made without"
+                f" {', '.join(map(repr, needed))}: give each a default"
+            )
+
+
+def declaration_faults(plugin: object) -> Iterator[str]:
+    """Find class attributes that are not of the kind that the host takes them for."""
+    for attribute in ("after", "before", "provides", "requires"):
+        value = getattr(plugin, attribute, ())
+        if isinstance(value, str):
+            yield f"its `{attribute}` is the text {value!r}: write `{attribute} = ({value!r},)`"
+        elif not _all(value, str):
+            yield f"its `{attribute}` is {value!r}, and must be a tuple of texts"
+        elif attribute == "requires":
+            yield from _requirement_faults(value)
+    conflicts = getattr(plugin, "conflicts", ())
+    if not _all(conflicts, Conflict):
+        yield f"its `conflicts` is {conflicts!r}, and must be a tuple of llmload.Conflict"
+
+
+def _all(value: object, kind: type) -> bool:
+    """Whether a value is a collection of instances of ``kind``, which can be gone through again."""
+    return isinstance(value, Collection) and all(isinstance(item, kind) for item in value)
+
+
+def _requirement_faults(texts: Iterable[str]) -> Iterator[str]:
+    from packaging.requirements import InvalidRequirement, Requirement  # few plugins need it
+
+    for text in texts:
+        try:
+            Requirement(text)
+        except InvalidRequirement as error:
+            reason = str(error).splitlines()[0]
+            yield f"its `requires` has {text!r}, which names no distribution: {reason}"
+
+
+def hook_faults(plugin: object, manager: pluggy.PluginManager) -> Iterator[str]:
+    """Find hooks that pluggy would take in silence and call never, or otherwise than is meant."""
+    declared: Any = getattr(plugin, "Hooks", None)
+    if declared is not None and not any(
+        manager.parse_hookspec_opts(declared, name) is not None for name in dir(declared)
+    ):
+        yield "its `Hooks` declares no hook: mark each with @llmload.hookspec"
     specs = {n: vars(manager.hook)[n] for n in vars(manager.hook) if not n.startswith("_")}
     for attribute in dir(plugin):
         if attribute.startswith("__"):  # no hook is, and looking at each takes a while

@@ -56,9 +56,17 @@ class PluginInfo:
 def from_object(plugin: object) -> PluginInfo:
     """Take a plugin object or class as it is.
 
-    :raises PluginError: it has no name.
+    :raises PluginError: it has no name, or cannot be made without arguments.
     """
-    plugin = plugin() if inspect.isclass(plugin) else plugin
+    if inspect.isclass(plugin):
+        made_by: type = plugin
+        try:
+            plugin = made_by()
+        except Exception as error:
+            raise PluginError(
+                f"plugin {made_by.__qualname__!r} cannot be made: {type(error).__name__}: {error}",
+                fix="A plugin class takes no arguments; give an object instead.",
+            ) from error
     name = getattr(plugin, "name", None)
     if not isinstance(name, str) or not name:
         raise PluginError(
@@ -71,15 +79,21 @@ def from_object(plugin: object) -> PluginInfo:
 def attribute(path: str) -> object:
     """Import what ``module:attribute`` names.
 
-    :raises PluginError: there is no such thing.
+    :raises PluginError: there is no such thing, or the module fails or exits when it is imported.
     """
     module, _, attribute = path.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:  # no module name: ValueError
         raise PluginError(
             f"plugin {path!r} was selected, but cannot be imported: {error}",
             fix="Write it as `module:attribute`, and check that the module is on the path.",
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise PluginError(
+            f"plugin {path!r} was selected, and its module fails when it is imported:"
+            f" {type(error).__name__}: {error}",
+            fix="Mend the module, or leave the plugin out.",
         ) from error
 
 
@@ -111,6 +125,24 @@ def _import(info: PluginInfo, load: Callable[[], Any]) -> None:
     # SystemExit too: a module that exits at import must not end everybody's process.
     except (Exception, SystemExit) as error:
         info.status, info.reason = "broken", f"{type(error).__name__}: {error}"
+
+
+def take_place_of_installed(infos: Iterable[PluginInfo]) -> list[PluginInfo]:
+    """Leave out an installed plugin that was given as an object too, or that is not in use.
+
+    An object of the installed plugin's class is that plugin, and counts as its distribution's.
+    """
+    given = {info.name: info for info in infos if info.distribution == GIVEN}
+    kept = []
+    for info in infos:
+        twin = given.get(info.name)
+        if twin is None or info.distribution == GIVEN:
+            kept.append(info)
+        elif type(info.plugin) is type(twin.plugin):
+            twin.distribution, twin.builtin = info.distribution, info.builtin
+        elif info.status != "not selected":
+            kept.append(info)
+    return kept
 
 
 def break_doubles(infos: Iterable[PluginInfo]) -> None:

@@ -29,13 +29,13 @@ from llmload.errors import (
 from llmload.host import ordering
 from llmload.host.contract import break_faulty
 from llmload.host.discovery import (
-    GIVEN,
     GROUP,
     PluginInfo,
     attribute,
     break_doubles,
     from_object,
     installed,
+    take_place_of_installed,
 )
 from llmload.spec import files, groupspec
 from llmload.spec.groupspec import GroupSpec
@@ -362,7 +362,9 @@ def create_registry(
 
     infos = [from_object(plugin) for plugin in plugins]
     infos += [from_object(attribute(word)) for word in named if ":" in word]
+    given = list(infos)
     infos += installed(set(named), autoload=autoload, blocked=blocked)
+    infos = take_place_of_installed(infos)
     for info in infos:
         if info.name in blocked:
             info.status = "blocked"
@@ -378,8 +380,8 @@ def create_registry(
         )
     break_doubles(infos)
     break_faulty(infos)
-    for info in infos:
+    for info in given:
         # Given as an object, a broken plugin is the caller's own mistake: say so at once.
-        if info.status == "broken" and info.distribution == GIVEN:
+        if info.status == "broken":
             raise PluginError(f"plugin {info.name!r} breaks the hook contract: {info.reason}")
     return Registry(infos)
