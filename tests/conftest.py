@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-from llmload.testing import FakeDistributions, fake_distributions
-
 from llmload.errors import PluginError, RequestError
 from llmload.group import loading
 from llmload.loading import pipeline
+from llmload.testing import FakeDistributions, fake_distributions
 
 # No test may reach for a hub, and progress bars have no place in captured output.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
