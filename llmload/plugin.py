@@ -21,6 +21,7 @@ Files of a checkpoint:
   is read; ``torch_dtype`` is the dtype that a header names.
 - ``MappedCheckpoint``: the same files mapped, and tensors over their pages.
 - ``Proof``: what a loader read, and the digest of what it placed.
+- ``UntrustedFolder``: the small files beside them, read as strictly as their headers.
 - ``main_file``: the file that another library wants to be pointed to.
 
 Where and how a weight is stored:
@@ -36,10 +37,22 @@ Models:
 - ``Accounting``: how a checkpoint's keys fit a model, as ``ctx.accounting`` finds it out.
 - ``probe``, ``ProbeResult``, ``RandomOp``: a forward pass without storage, and what came of it.
 
+Loaders:
+
+- ``from_pretrained``: load as transformers does, and account for every key.
+- ``account``: refuse a checkpoint that does not fit, and list what is missing and unexpected;
+  ``MISSING`` is the reason that ``strict`` must excuse.
+- ``loading_code``: transformers' own loading code behind one interface for all versions.
+- ``tied_names``: the parameters that the config ties to others.
+- ``default_dtype``, ``no_init_weights``: contexts to build modules in.
+- ``locate_files``, ``read_config``: of another model than the one that is loaded.
+
 Words and versions:
 
+- ``some``: the first few names, and how many more there are.
 - ``first_line``: of an error's text, for a message.
-- ``version_of``: an installed distribution's version; ``installed_versions``: those of the stack.
+- ``version_of``, ``release_of``: an installed distribution's version, as text and as numbers;
+  ``installed_versions``: those of the stack.
 - ``name_and_version``: of a distribution whose metadata is at hand.
 """
 
@@ -62,10 +75,22 @@ if TYPE_CHECKING:
     from llmload.checkpoint.placement import Splitting as Splitting
     from llmload.checkpoint.placement import Target as Target
     from llmload.checkpoint.proof import Proof as Proof
+    from llmload.checkpoint.untrusted import UntrustedFolder as UntrustedFolder
     from llmload.errors import first_line as first_line
+    from llmload.hf.compat import default_dtype as default_dtype
+    from llmload.hf.compat import no_init_weights as no_init_weights
+    from llmload.hf.compat import seam as loading_code
+    from llmload.hf.compat import tied_names as tied_names
+    from llmload.hf.locating import locate as locate_files
+    from llmload.hf.locating import read_config as read_config
     from llmload.host.distributions import installed_versions as installed_versions
     from llmload.host.distributions import name_and_version as name_and_version
+    from llmload.host.distributions import release_of as release_of
     from llmload.host.distributions import version_of as version_of
+    from llmload.loading.audit import MISSING as MISSING
+    from llmload.loading.audit import some as some
+    from llmload.loading.loaders import account as account
+    from llmload.loading.loaders import from_pretrained as from_pretrained
     from llmload.model import partitions as partitions
     from llmload.model.dry_run import ProbeResult as ProbeResult
     from llmload.model.dry_run import probe as probe
@@ -77,6 +102,7 @@ if TYPE_CHECKING:
     from llmload.spec.yaml_read import parse as parse_yaml
 
 __all__ = [
+    "MISSING",
     "Accounting",
     "Checkpoint",
     "MappedCheckpoint",
@@ -92,15 +118,26 @@ __all__ = [
     "Splitting",
     "Target",
     "TensorInfo",
+    "UntrustedFolder",
+    "account",
+    "default_dtype",
     "explain",
     "first_line",
+    "from_pretrained",
     "installed_versions",
+    "loading_code",
+    "locate_files",
     "main_file",
     "name_and_version",
     "nearest",
+    "no_init_weights",
     "parse_yaml",
     "partitions",
     "probe",
+    "read_config",
+    "release_of",
+    "some",
+    "tied_names",
     "torch_dtype",
     "version_of",
 ]
@@ -111,13 +148,22 @@ _HOME = {
     "MappedCheckpoint": "checkpoint.mapped",
     "Proof": "checkpoint.proof",
     "TensorInfo": "checkpoint.header",
+    "UntrustedFolder": "checkpoint.untrusted",
     "main_file": "checkpoint.folder",
     "torch_dtype": "checkpoint.dtypes",
     **dict.fromkeys(
         ("Part", "Placement", "Plain", "Source", "Splitting", "Target"), "checkpoint.placement"
     ),
     "first_line": "errors",
-    **dict.fromkeys(("installed_versions", "name_and_version", "version_of"), "host.distributions"),
+    **dict.fromkeys(
+        ("installed_versions", "name_and_version", "release_of", "version_of"), "host.distributions"
+    ),
+    **dict.fromkeys(
+        ("default_dtype", "loading_code", "no_init_weights", "tied_names"), "hf.compat"
+    ),
+    **dict.fromkeys(("locate_files", "read_config"), "hf.locating"),
+    **dict.fromkeys(("MISSING", "some"), "loading.audit"),
+    **dict.fromkeys(("account", "from_pretrained"), "loading.loaders"),
     "partitions": "model.partitions",
     "Span": "model.partitions",
     **dict.fromkeys(("ProbeResult", "probe"), "model.dry_run"),
@@ -128,7 +174,7 @@ _HOME = {
     "parse_yaml": "spec.yaml_read",
 }
 """Name -> the module that it is fetched from on first use."""
-_THERE = {"parse_yaml": "parse"}
+_THERE = {"loading_code": "seam", "locate_files": "locate", "parse_yaml": "parse"}
 """Name -> what it is called there, where that differs."""
 
 

@@ -16,7 +16,7 @@ from stacks import needs_bitsandbytes, needs_safe_pickles, needs_transformers_5
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 import llmload
-from llmload.hf import compat
+from llmload.builtin.transformers.plugin import quantised_by_bitsandbytes
 from llmload.hf.counted_reads import CountedReads
 from llmload.testing import edit_config, tiny_llama, tiny_model
 
@@ -222,4 +222,4 @@ def test_a_folder_that_is_quantised_already_is_read_once(tmp_path: Path) -> None
     load(folder, "streaming", kbit={"bits": 4}).model.save_pretrained(tmp_path / "quantised")
     result = load(tmp_path / "quantised", "transformers", kbit={})
     assert_once(result)
-    assert compat.quantised_by_bitsandbytes(result.model.config)
+    assert quantised_by_bitsandbytes(result.model.config)

@@ -208,7 +208,7 @@ def test_an_error_while_entering_or_leaving_the_context_leaves_nothing_behind(
 @pytest.mark.parametrize(
     "step",
     [
-        "llmload.hf.compat.no_init_weights",
+        "llmload.builtin.colossalai.lazy_models.no_init_weights",
         "transformers.LlamaForCausalLM.__init__",
         "transformers.models.llama.modeling_llama.LlamaMLP.__init__",
         "llmload.builtin.colossalai.lazy_models.LazyPlacement.prepare",

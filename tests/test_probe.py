@@ -17,7 +17,7 @@ from stacks import needs_bitsandbytes
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from llmload.hf import compat
+from llmload.builtin.gradient_checkpointing import versions
 from llmload.model import dry_run as probe_module
 from llmload.model.dry_run import ProbeResult, probe
 from llmload.model.randomness import RandomOp
@@ -145,7 +145,9 @@ def test_reentrant_checkpointing_of_a_frozen_base_needs_input_gradients(
 ) -> None:
     model = with_lora(tiny_model("llama"))
     base = model.get_base_model()
-    compat.enable_checkpointing(base, {"use_reentrant": reentrant}, every_n_layers=1, offload=False)
+    versions.enable_checkpointing(
+        base, {"use_reentrant": reentrant}, every_n_layers=1, offload=False
+    )
     if hasattr(base, "_require_grads_hooks"):
         base.disable_input_require_grads()  # transformers 5 has turned them on by itself
     if input_gradients:

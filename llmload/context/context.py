@@ -242,6 +242,13 @@ class LoadContext:
             self.without_memory(), self.model_class, self.config, self.dtype, asked=asked
         )
 
+    def blank_of(self, config: PretrainedConfig) -> PreTrainedModel:
+        """Return the model's class built of another config on the meta device, weights not tied.
+
+        :raises CheckpointError: the class refuses the config.
+        """
+        return self._engine.blank(self.model_class, config, self.dtype, stored=(), asked=True)
+
     @property
     def _config_changed(self) -> bool:
         """Whether a plugin has changed the config since the plan began."""

@@ -17,7 +17,6 @@ from llmload.hf import bounds
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
     from llmload.checkpoint.accounting import Accounting
@@ -227,14 +226,6 @@ class Engine:
         return found
 
 
-def trains_once_loaded(like: torch.Tensor) -> bool:
-    """Say whether a parameter requires gradients when it is loaded in place of ``like``.
-
-    4.51.3 leaves it as the constructor made it; since 5.0 every one of floating point does.
-    """
-    return like.is_floating_point() if major("transformers") >= 5 else like.requires_grad
-
-
 def no_init_weights() -> AbstractContextManager[Any]:
     """Return a context in which new modules keep uninitialised memory; it moved with 5.0."""
     if major("transformers") >= 5:
@@ -242,121 +233,6 @@ def no_init_weights() -> AbstractContextManager[Any]:
     else:
         from transformers.modeling_utils import no_init_weights
     return no_init_weights()  # type: ignore[no-any-return]
-
-
-def enable_checkpointing(
-    model: PreTrainedModel, options: dict[str, Any], *, every_n_layers: int, offload: bool
-) -> None:
-    """Turn on gradient checkpointing, which was renamed with 5.23 and takes more since.
-
-    Under the old name ``every_n_layers`` and ``offload`` are unknown and must not be asked for: see
-    :func:`checkpoints_selectively`.
-    """
-    if checkpoints_selectively():
-        model.activation_checkpointing_enable(options, every_n_layers, offload)
-    else:
-        model.gradient_checkpointing_enable(options)
-
-
-def checkpoints_gradients(model_class: type[PreTrainedModel]) -> bool:
-    """Say whether a class can checkpoint gradients. In 4.51.3 Starcoder2 says so and never does."""
-    if major("transformers") < 5 and model_class.__name__.startswith("Starcoder2"):
-        return False
-    return bool(model_class.supports_gradient_checkpointing)
-
-
-def require_input_gradients(model: PreTrainedModel) -> None:
-    """Make the embedded tokens require gradients though nothing in the embedding does.
-
-    4.51.3 forgets where encoder and decoder have embeddings beside the model's, tied to it or not
-    (BART, LongT5). ``disable_input_require_grads`` undoes it all.
-    """
-    model.enable_input_require_grads()
-    if major("transformers") >= 5 or not hasattr(model, "get_encoder"):
-        return
-    halves = (model.get_encoder(), model.get_decoder())
-    found = {id(m): m for half in halves if (m := getattr(half, "embed_tokens", None)) is not None}
-    found.pop(id(model.get_input_embeddings()), None)
-
-    def require(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
-        output.requires_grad_(True)
-
-    hooks = [module.register_forward_hook(require) for module in found.values()]
-    model._require_grads_hook = _Hooks([model._require_grads_hook, *hooks])
-
-
-class _Hooks:
-    """Several hooks, removed as one."""
-
-    def __init__(self, hooks: list[Any]) -> None:
-        self._hooks = hooks
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-
-def saves_biases_of_adapted_layers() -> bool:
-    """Say whether PEFT saves what `bias: lora_only` trains.
-
-    0.13.2 looks for the biases beside the adapter's factors; they are in the base layer.
-    """
-    from peft.tuners.tuners_utils import BaseTuner
-
-    return hasattr(BaseTuner, "_get_adapter_state_dict")
-
-
-def has_accelerator() -> bool:
-    """Say whether torch has an accelerator here. ``torch.accelerator`` came with torch 2.6."""
-    import torch
-
-    return (
-        torch.accelerator.is_available()
-        if hasattr(torch, "accelerator")
-        else torch.cuda.is_available()
-    )
-
-
-def checkpoints_selectively() -> bool:
-    """Say whether transformers can checkpoint every n-th layer and keep activations on the host."""
-    from transformers import PreTrainedModel
-
-    return hasattr(PreTrainedModel, "activation_checkpointing_enable")
-
-
-def quantised_by_bitsandbytes(config: PretrainedConfig) -> bool:
-    """Say whether a config declares 8 or 4 bits by bitsandbytes; it is a mapping as read."""
-    found = getattr(config, "quantization_config", None) or {}
-    declared = found if isinstance(found, dict) else found.to_dict()
-    return bool(declared.get("load_in_4bit") or declared.get("load_in_8bit"))
-
-
-def quantises_weight_by_weight() -> bool:
-    """Say whether transformers has bitsandbytes make one weight after the other, on a CPU too.
-
-    Both came with 5.0; before, its quantiser fills layers in ways of its own, on accelerators only.
-    """
-    return major("transformers") >= 5
-
-
-def modules_left_unquantised(model: PreTrainedModel) -> list[str]:
-    """Return the modules that transformers does not quantise if it is not told which: the output
-    head, what is tied, the last one. The function moved with 5.0."""
-    if major("transformers") >= 5:
-        from transformers.quantizers.base import get_keys_to_not_convert
-    else:
-        from transformers.integrations import get_keys_to_not_convert
-    return get_keys_to_not_convert(model)  # type: ignore[no-any-return]
-
-
-def leaves_unquantised(pattern: str, module: str) -> bool:
-    """Say whether ``pattern`` among ``llm_int8_skip_modules`` keeps the linear layer ``module`` out
-    of quantisation. 4.51.3 knows whole names and parts between dots only."""
-    if major("transformers") >= 5:
-        from transformers.quantizers.quantizers_utils import should_convert_module
-
-        return not should_convert_module(module, [pattern])
-    return f"{pattern}." in module or pattern in (module, module.rpartition(".")[2])
 
 
 def auxiliary_wrapper() -> type[Any]:

@@ -23,10 +23,7 @@ from llmload.builtin.colossalai.lazy_models import (
     materialise,
 )
 from llmload.builtin.colossalai.section import MATERIALISE, ColossalaiSection
-from llmload.builtin.streaming.plugin import account
-from llmload.hf import compat
-from llmload.loading import audit
-from llmload.plugin import main_file
+from llmload.plugin import account, default_dtype, loading_code, main_file, some
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +67,7 @@ def check(ctx: LoadContext, section: ColossalaiSection) -> Iterator[Problem]:
     if kept and ctx.dtype == torch.float16:
         yield Problem(
             where="colossalai.materialize",
-            message=f"{audit.some(sorted(kept))} of {ctx.model_class.__name__} stay float32 beside"
+            message=f"{some(sorted(kept))} of {ctx.model_class.__name__} stay float32 beside"
             " float16, which a lazy model cannot tell the Booster",
             fix="Use `materialize: true`, or another `dtype`.",
         )
@@ -148,10 +145,10 @@ def hand_over(ctx: LoadContext, model: PreTrainedModel) -> PreTrainedModel:
     from colossalai.interface.pretrained import set_pretrained_path
 
     assert ctx.checkpoint is not None
-    seam = compat.seam()
+    seam = loading_code()
     account(ctx, seam.rehearse(model, ctx.checkpoint))
     loaded = [name for name in model.state_dict() if name not in ctx.newly_initialised]
-    with compat.default_dtype(ctx.dtype):
+    with default_dtype(ctx.dtype):
         for name, lazy in list(lazy_tensors(model)):
             if name in ctx.newly_initialised:
                 materialise(lazy)
@@ -175,14 +172,14 @@ def audit_lazy(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
     lost = [name for name, lazy in weights.items() if found.get(name) != tuple(lazy.shape)]
     if lost:
         yield Problem(
-            message=f"Booster.boost would load nothing into {audit.some(lost)}: it finds weights"
+            message=f"Booster.boost would load nothing into {some(lost)}: it finds weights"
             " by their names in the checkpoint",
             fix=MATERIALISE,
         )
     used = [name for name, lazy in weights.items() if _computed_with(lazy)]
     if used:
         yield Problem(
-            message=f"{audit.some(used)} were changed or computed with before Booster.boost loads"
+            message=f"{some(used)} were changed or computed with before Booster.boost loads"
             " their values",
             fix=MATERIALISE,
         )

@@ -16,9 +16,7 @@ import torch
 from torch import nn
 
 from llmload import LlmloadError, LoadFailedError, RequestError
-from llmload.hf import compat
-from llmload.loading import audit
-from llmload.plugin import Plain
+from llmload.plugin import Plain, default_dtype, no_init_weights, release_of, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +96,7 @@ def lazily(what: str) -> Iterator[None]:
         # Its own torch.FloatTensor and the like look here, where it never puts anything.
         context.overrides = module.ConstructorManager.overwrites
         try:
-            with context, compat.no_init_weights():
+            with context, no_init_weights():
                 yield
         except LlmloadError:
             raise
@@ -180,7 +178,7 @@ def keep_dtype(lazy: Any, dtype: torch.dtype) -> None:
 
     def replay() -> torch.Tensor:
         del lazy._materialize_data
-        with compat.default_dtype(dtype):
+        with default_dtype(dtype):
             return lazy._materialize_data()  # type: ignore[no-any-return]
 
     lazy._materialize_data = replay
@@ -198,7 +196,7 @@ class LazyPlacement(Plain):
     def prepare(self, model: PreTrainedModel) -> None:
         """Materialise what will not be placed: missing weights, and buffers of no file."""
         placed = model.state_dict().keys() - self._missing.keys()
-        with compat.default_dtype(self._dtype):
+        with default_dtype(self._dtype):
             for name, lazy in list(lazy_tensors(model)):
                 if name not in placed:
                     self._replay(name, lazy)
@@ -220,7 +218,7 @@ class LazyPlacement(Plain):
         if not is_lazy(lazy):
             return value
         like = stand_in(lazy)
-        trains = compat.trains_once_loaded(like) if isinstance(lazy, nn.Parameter) else None
+        trains = _trains_once_loaded(like) if isinstance(lazy, nn.Parameter) else None
         return materialise(lazy, value, requires_grad=trains)
 
     def finish(self, model: PreTrainedModel) -> None:
@@ -236,6 +234,14 @@ class LazyPlacement(Plain):
                 materialise(lazy)
         if left:
             raise LoadFailedError(
-                f"{audit.some(left)} got no value",
+                f"{some(left)} got no value",
                 fix="Remove the section `colossalai`, and report this.",
             )
+
+
+def _trains_once_loaded(like: torch.Tensor) -> bool:
+    """Say whether a parameter requires gradients when it is loaded in place of ``like``.
+
+    4.51.3 leaves it as the constructor made it; since 5.0 every one of floating point does.
+    """
+    return like.is_floating_point() if release_of("transformers") >= (5,) else like.requires_grad

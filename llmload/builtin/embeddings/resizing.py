@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llmload import Problem, RequestError
-from llmload.hf import compat
+from llmload.plugin import no_init_weights
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def _uninitialised(model: PreTrainedModel) -> Iterator[None]:
     for name in _INITIALISERS:
         setattr(model, name, lambda *args: None)
     try:
-        with compat.no_init_weights():
+        with no_init_weights():
             yield
     finally:
         for name in _INITIALISERS:
@@ -188,5 +188,5 @@ def _built_shapes(ctx: LoadContext, config: Any) -> dict[str, torch.Size]:
     config = copy.deepcopy(config)
     # The id of a new pad token lies beyond the table as it was; no shape needs it.
     config.get_text_config().pad_token_id = 0
-    built = named_tensors(compat.build_on_meta(ctx.model_class, config, ctx.dtype))
+    built = named_tensors(ctx.blank_of(config))
     return {name: tensor.shape for name, tensor in built.items()}

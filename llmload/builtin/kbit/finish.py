@@ -16,8 +16,7 @@ from llmload import CheckpointError, Problem, RequestError
 from llmload.builtin.kbit import check
 from llmload.builtin.kbit.casting import Casting, is_quantised, parameters
 from llmload.builtin.kbit.quantise import quantised_layers, rehearse
-from llmload.loading.audit import some
-from llmload.plugin import partitions
+from llmload.plugin import partitions, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

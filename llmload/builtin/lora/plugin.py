@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final
 from llmload import Conflict, Note, Problem
 from llmload.builtin.lora.hooks import Hooks
 from llmload.builtin.lora.section import LoraSection
-from llmload.hf import compat
 from llmload.hookspecs import hookimpl
 from llmload.plugin import version_of
 
@@ -196,7 +195,7 @@ def _merge_problems(ctx: LoadContext, request: Request) -> Iterator[Problem]:
 
 def _bias_problems(request: Request) -> Iterator[Problem]:
     """Warn where what is trained would be lost when the adapter is saved."""
-    if request.fields.get("bias") == "lora_only" and not compat.saves_biases_of_adapted_layers():
+    if request.fields.get("bias") == "lora_only" and not _saves_biases_of_adapted_layers():
         yield Problem(
             where="lora.bias",
             severity="warning",
@@ -228,3 +227,13 @@ def _notes(request: Request) -> Iterator[str]:
         yield "tied adapters share one storage: moving or casting the model parts them"
     if request.coati is not None:
         yield from request.coati.notes(str(section.lora_config))
+
+
+def _saves_biases_of_adapted_layers() -> bool:
+    """Say whether PEFT saves what `bias: lora_only` trains.
+
+    0.13.2 looks for the biases beside the adapter's factors; they are in the base layer.
+    """
+    from peft.tuners.tuners_utils import BaseTuner
+
+    return hasattr(BaseTuner, "_get_adapter_state_dict")

@@ -15,8 +15,7 @@ from llmload.builtin.lora import resume
 from llmload.builtin.lora.layers import adapter_parameters, lora_layers, own_name
 from llmload.builtin.lora.names import translate_weights
 from llmload.builtin.lora.request import Request, resolve
-from llmload.loading.audit import some
-from llmload.plugin import partitions
+from llmload.plugin import partitions, some
 
 if TYPE_CHECKING:
     from llmload import LoadContext

@@ -10,8 +10,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from llmload import CheckpointError, Problem
 from llmload.builtin.lora.names import translate_weights
-from llmload.loading.audit import some
-from llmload.plugin import partitions
+from llmload.plugin import partitions, some
 
 if TYPE_CHECKING:
     from peft import PeftModel

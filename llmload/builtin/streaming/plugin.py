@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llmload import CheckpointError, Decline, Note, Problem
+from llmload import Decline, Note, Problem
 from llmload.builtin.streaming.section import StreamingSection
-from llmload.hf import compat
 from llmload.hookspecs import hookimpl
-from llmload.loading import audit
-from llmload.plugin import torch_dtype
+from llmload.plugin import MISSING, account, loading_code, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmload import LoadContext
-    from llmload.plugin import Accounting
 
 _HONOURED = {"device_map"}
 
@@ -31,7 +28,7 @@ class StreamingLoader:
     @hookimpl
     def diagnose(self) -> Iterator[Problem | Note]:
         """Hold transformers' private functions to what is needed of them."""
-        reason = compat.seam().unsuited()
+        reason = loading_code().unsuited()
         if reason is None:
             yield Note(text="reads each tensor once, through transformers' own mapping")
         else:
@@ -70,7 +67,7 @@ class StreamingLoader:
                 "a DeepSpeed ZeRO-3 config is active, for from_pretrained to partition by"
             )
         assert ctx.checkpoint is not None
-        seam = compat.seam()
+        seam = loading_code()
         placement = ctx.placement or Plain()
         model = ctx.model_to_fill()
         device_map = seam.resolve_device_map(
@@ -95,7 +92,7 @@ class StreamingLoader:
             )
             ctx.record(self.name, proof.facts(files))
         for name in missing:
-            ctx.newly_initialised.setdefault(name, audit.MISSING)
+            ctx.newly_initialised.setdefault(name, MISSING)
         return seam.finish(
             model, ctx.folder, device_map, trust_remote_code=ctx.spec.trust_remote_code
         )
@@ -106,7 +103,7 @@ def _unfit(ctx: LoadContext) -> str | None:
     config, checkpoint = ctx.config, ctx.checkpoint
     if checkpoint is None:
         return "weights: random reads no checkpoint"
-    unsuited: str | None = compat.seam().unsuited()
+    unsuited: str | None = loading_code().unsuited()
     if unsuited is not None:
         return unsuited
     if getattr(config, "quantization_config", None) is not None:
@@ -124,15 +121,3 @@ def _unfit(ctx: LoadContext) -> str | None:
         if tensor.name.endswith("_extra_state"):
             return f"{tensor.name!r} is a module's extra state, not a tensor of the model"
     return None
-
-
-def account(ctx: LoadContext, accounting: Accounting) -> None:
-    """Refuse what does not fit, before a weight is read; list what is missing and unexpected."""
-    if accounting.mismatched:
-        raise CheckpointError(accounting.misfits())
-    ctx.newly_initialised |= {
-        name: ctx.to_initialise.get(name, audit.MISSING) for name in accounting.missing
-    }
-    ctx.newly_initialised |= dict.fromkeys(accounting.excused, audit.EXCUSED)
-    ctx.unexpected += accounting.unexpected
-    audit.hold_to_strict(ctx)

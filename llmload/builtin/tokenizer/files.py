@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmload import CheckpointError, Problem, RequestError
-from llmload.checkpoint.untrusted import UntrustedFolder
-from llmload.hf import locating
-from llmload.plugin import first_line
+from llmload.plugin import UntrustedFolder, first_line, locate_files, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,10 +36,10 @@ def locate(ctx: LoadContext, section: TokenizerSection) -> Path:
         return ctx.folder
     place = {"model": section.name_or_path, "revision": section.revision}
     try:
-        folder = locating.locate(ctx.spec.model_copy(update=place), weights=False)
-        if (folder / locating.CONFIG).is_file():
+        folder = locate_files(ctx.spec.model_copy(update=place), weights=False)
+        if (folder / "config.json").is_file():
             # transformers reads it to choose the tokenizer's class.
-            locating.read_config(UntrustedFolder(folder), ctx.spec)
+            read_config(UntrustedFolder(folder), ctx.spec)
     except CheckpointError as error:
         keys = {"model": "tokenizer.name_or_path", "revision": "tokenizer.revision"}
         raise RequestError(

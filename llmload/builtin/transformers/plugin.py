@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from llmload import CheckpointError, Note, Problem
-from llmload.hf import compat
+from llmload import Note, Problem
 from llmload.hookspecs import hookimpl
-from llmload.loading import audit
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from llmload import LoadContext
-    from llmload.plugin import Checkpoint
 
 
 class TransformersLoader:
@@ -28,7 +25,7 @@ class TransformersLoader:
         """Say whether weights will be read or drawn."""
         if ctx.checkpoint is None:
             yield Note(text="build from the config with the model's own random initialisation")
-        elif compat.quantised_by_bitsandbytes(ctx.config) and "kbit" not in ctx.active:
+        elif quantised_by_bitsandbytes(ctx.config) and "kbit" not in ctx.active:
             yield Problem(
                 where="kbit",
                 message="the checkpoint is quantised by bitsandbytes, and the spec has no section"
@@ -38,80 +35,14 @@ class TransformersLoader:
 
     @hookimpl
     def load(self, ctx: LoadContext) -> PreTrainedModel:
-        """Load as transformers does, and account for every key.
+        """Load as transformers does, and account for every key."""
+        from llmload.plugin import from_pretrained
 
-        :raises CheckpointError: a plugin places the weights, which only the streaming loader asks.
-        """
-        if ctx.placement is not None and not getattr(ctx.placement, "replaceable", False):
-            raise CheckpointError(
-                f"{type(ctx.placement).__name__} places the weights of this load, and only the"
-                " streaming loader asks it, which declined",
-                fix="See in the plan why it declined, or leave out the plugin that sets the"
-                " placement.",
-            )
-        return self._random(ctx) if ctx.checkpoint is None else self._pretrained(ctx)
+        return from_pretrained(ctx)
 
-    def _random(self, ctx: LoadContext) -> PreTrainedModel:
-        model = ctx.model_class._from_config(ctx.config, **compat.dtype_option(ctx.dtype))
-        for name, _ in model.named_parameters():
-            ctx.newly_initialised[name] = "weights: random"
-        return model.eval()
 
-    def _pretrained(self, ctx: LoadContext) -> PreTrainedModel:
-        from llmload.hf.counted_reads import CountedReads
-
-        checkpoint = ctx.checkpoint
-        options: dict[str, Any] = {
-            "config": ctx.config,
-            "device_map": ctx.spec.device_map,
-            "trust_remote_code": ctx.spec.trust_remote_code,
-            "local_files_only": True,
-            "output_loading_info": True,
-            **compat.dtype_option(ctx.dtype),
-            **ctx.load_options,
-        }
-        assert checkpoint is not None
-        counts = CountedReads(checkpoint)
-        try:
-            if checkpoint.as_stored and ctx.spec.weights_from is None:
-                options["use_safetensors"] = checkpoint.format == "safetensors"
-                with counts:
-                    model, info = ctx.model_class.from_pretrained(ctx.folder, **options)
-            else:
-                model, info = self._from_tensors(ctx, checkpoint, options)
-                left = {*info["unexpected_keys"]}
-                counts.count_tensors(t for n, t in checkpoint.tensors.items() if n not in left)
-        except RuntimeError as error:
-            if "size" not in str(error) and "shape" not in str(error):
-                raise
-            raise CheckpointError(
-                Problem(
-                    where="model",
-                    message=f"the checkpoint does not fit {ctx.model_class.__name__}: {error}",
-                    fix="Check that config.json and weights belong together.",
-                )
-            ) from error
-        ctx.record(self.name, counts.facts())
-        for name in info["missing_keys"]:
-            ctx.newly_initialised[name] = ctx.to_initialise.get(name, audit.MISSING)
-        ctx.unexpected += sorted(info["unexpected_keys"])
-        return model
-
-    def _from_tensors(
-        self, ctx: LoadContext, checkpoint: Checkpoint, options: dict[str, Any]
-    ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """Give ``from_pretrained`` the tensors under their new names, which it cannot find itself.
-
-        It maps keys in a way of its own: 5.x replaces the first match only, 4.51.3 stops at the
-        first rule that matches.
-        """
-        from llmload.plugin import MappedCheckpoint
-
-        with MappedCheckpoint(checkpoint) as files:
-            state = {name: files.tensor(info) for name, info in checkpoint.tensors.items()}
-            model, info = ctx.model_class.from_pretrained(None, state_dict=state, **options)
-            files.check()
-        # Without a path it does not look for the folder's generation config.
-        model.config.name_or_path = model.name_or_path = str(ctx.folder)
-        compat.seam().finish(model, ctx.folder, None, trust_remote_code=ctx.spec.trust_remote_code)
-        return model, info
+def quantised_by_bitsandbytes(config: PretrainedConfig) -> bool:
+    """Say whether a config declares 8 or 4 bits by bitsandbytes; it is a mapping as read."""
+    found = getattr(config, "quantization_config", None) or {}
+    declared = found if isinstance(found, dict) else found.to_dict()
+    return bool(declared.get("load_in_4bit") or declared.get("load_in_8bit"))

@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary
 
 from llmload import Conflict, Decline, Note, Problem
 from llmload.builtin.streaming.plugin import StreamingLoader
-from llmload.builtin.transformers.plugin import TransformersLoader
 from llmload.builtin.zero3 import config
 from llmload.builtin.zero3.section import Zero3Section
 from llmload.hookspecs import hookimpl
@@ -108,9 +107,11 @@ class Zero3Plugin:
     @hookimpl
     def load(self, ctx: LoadContext) -> PreTrainedModel:
         """Let ``from_pretrained`` partition, where the streaming loader does not."""
+        from llmload.plugin import from_pretrained
+
         session = self._sessions[ctx]
         session.activate()
-        model = TransformersLoader().load(ctx)
+        model = from_pretrained(ctx)
         session.loaded(model)
         return model
 

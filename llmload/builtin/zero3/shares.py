@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmload.hf import compat
-from llmload.plugin import Span
+from llmload.plugin import Span, loading_code, tied_names
 
 if TYPE_CHECKING:
     import torch
@@ -57,8 +56,8 @@ def forecast(ctx: LoadContext, accounting: Accounting, rank: int, ranks: int) ->
         elements = getattr(module, attribute).numel()
         span = share(module, attribute, elements, rank, ranks)
         read += span.length * nbytes // max(elements, 1)
-    tied = compat.tied_names(model)
-    dtypes = compat.seam().final_dtypes(model, accounting, ctx.dtype)
+    tied = tied_names(model)
+    dtypes = loading_code().final_dtypes(model, accounting, ctx.dtype)
     kept = sum(
         buffer.numel() * dtypes.get(name, buffer.dtype).itemsize
         for name, buffer in model.named_buffers()

@@ -1,0 +1,112 @@
+"""What loaders have in common, for plugins that load: transformers' own way, and the accounts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from llmload.errors import CheckpointError, Problem
+from llmload.hf import compat
+from llmload.hf.counted_reads import CountedReads
+from llmload.loading import audit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llmload.checkpoint import Checkpoint
+    from llmload.checkpoint.accounting import Accounting
+    from llmload.context.context import LoadContext
+
+
+def account(ctx: LoadContext, accounting: Accounting) -> None:
+    """Refuse what does not fit, before a weight is read; list what is missing and unexpected."""
+    if accounting.mismatched:
+        raise CheckpointError(accounting.misfits())
+    ctx.newly_initialised |= {
+        name: ctx.to_initialise.get(name, audit.MISSING) for name in accounting.missing
+    }
+    ctx.newly_initialised |= dict.fromkeys(accounting.excused, audit.EXCUSED)
+    ctx.unexpected += accounting.unexpected
+    audit.hold_to_strict(ctx)
+
+
+def from_pretrained(ctx: LoadContext) -> PreTrainedModel:
+    """Load with transformers' ``from_pretrained`` or ``from_config``, and account for every key.
+
+    ``ctx.load_options`` go with it. What was read of each file is recorded as ``transformers``.
+
+    :raises CheckpointError: the checkpoint does not fit, or a plugin places the weights, for which
+        only a loader that asks ``ctx.placement`` will do.
+    """
+    if ctx.placement is not None and not getattr(ctx.placement, "replaceable", False):
+        raise CheckpointError(
+            f"{type(ctx.placement).__name__} places the weights of this load, and only the"
+            " streaming loader asks it, which declined",
+            fix="See in the plan why it declined, or leave out the plugin that sets the placement.",
+        )
+    return _random(ctx) if ctx.checkpoint is None else _pretrained(ctx)
+
+
+def _random(ctx: LoadContext) -> PreTrainedModel:
+    model = ctx.model_class._from_config(ctx.config, **compat.dtype_option(ctx.dtype))
+    for name, _ in model.named_parameters():
+        ctx.newly_initialised[name] = "weights: random"
+    return model.eval()
+
+
+def _pretrained(ctx: LoadContext) -> PreTrainedModel:
+    checkpoint = ctx.checkpoint
+    options: dict[str, Any] = {
+        "config": ctx.config,
+        "device_map": ctx.spec.device_map,
+        "trust_remote_code": ctx.spec.trust_remote_code,
+        "local_files_only": True,
+        "output_loading_info": True,
+        **compat.dtype_option(ctx.dtype),
+        **ctx.load_options,
+    }
+    assert checkpoint is not None
+    counts = CountedReads(checkpoint)
+    try:
+        if checkpoint.as_stored and ctx.spec.weights_from is None:
+            options["use_safetensors"] = checkpoint.format == "safetensors"
+            with counts:
+                model, info = ctx.model_class.from_pretrained(ctx.folder, **options)
+        else:
+            model, info = _from_tensors(ctx, checkpoint, options)
+            left = {*info["unexpected_keys"]}
+            counts.count_tensors(t for n, t in checkpoint.tensors.items() if n not in left)
+    except RuntimeError as error:
+        if "size" not in str(error) and "shape" not in str(error):
+            raise
+        raise CheckpointError(
+            Problem(
+                where="model",
+                message=f"the checkpoint does not fit {ctx.model_class.__name__}: {error}",
+                fix="Check that config.json and weights belong together.",
+            )
+        ) from error
+    ctx.record("transformers", counts.facts())
+    for name in info["missing_keys"]:
+        ctx.newly_initialised[name] = ctx.to_initialise.get(name, audit.MISSING)
+    ctx.unexpected += sorted(info["unexpected_keys"])
+    return model
+
+
+def _from_tensors(
+    ctx: LoadContext, checkpoint: Checkpoint, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Give ``from_pretrained`` the tensors under their new names, which it cannot find itself.
+
+    It maps keys in a way of its own: 5.x replaces the first match only, 4.51.3 stops at the
+    first rule that matches.
+    """
+    from llmload.checkpoint.mapped import MappedCheckpoint  # needs torch
+
+    with MappedCheckpoint(checkpoint) as files:
+        state = {name: files.tensor(info) for name, info in checkpoint.tensors.items()}
+        model, info = ctx.model_class.from_pretrained(None, state_dict=state, **options)
+        files.check()
+    # Without a path it does not look for the folder's generation config.
+    model.config.name_or_path = model.name_or_path = str(ctx.folder)
+    compat.seam().finish(model, ctx.folder, None, trust_remote_code=ctx.spec.trust_remote_code)
+    return model, info
