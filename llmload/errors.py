@@ -12,7 +12,7 @@ with 2. ``LoadFailedError`` means that a right request could not be carried out:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -45,6 +45,10 @@ class Problem(BaseModel):
     column: int | None = None
     """Column in ``file``, counted from 1."""
 
+    def of(self, plugin: str) -> Problem:
+        """Return it as this plugin's, unless it is another one's already."""
+        return self if self.plugin else self.model_copy(update={"plugin": plugin})
+
     def __str__(self) -> str:
         position = f"{self.file}:{self.line}:{self.column}" if self.line is not None else self.file
         origin = self.where or (f"plugin {self.plugin!r}" if self.plugin else "")
@@ -59,6 +63,12 @@ class Note:
     text: str | Callable[[], str]
     """What the plan shows; a function is called when every plugin has been asked, for what others
     decide on."""
+    plugin: str = ""
+    """Who says it; filled in where it is empty."""
+
+    def of(self, plugin: str) -> Note:
+        """Return it as this plugin's, unless it is another one's already."""
+        return self if self.plugin else replace(self, plugin=plugin)
 
     def __str__(self) -> str:
         return self.text if isinstance(self.text, str) else self.text()

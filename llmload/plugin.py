@@ -178,13 +178,15 @@ _THERE = {"loading_code": "seam", "locate_files": "locate", "parse_yaml": "parse
 """Name -> what it is called there, where that differs."""
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"llmload.{_HOME[name]}")
-    value = home if name == "partitions" else getattr(home, _THERE.get(name, name))
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a name that is not there is for mypy to find
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        home = importlib.import_module(f"llmload.{_HOME[name]}")
+        value = home if name == "partitions" else getattr(home, _THERE.get(name, name))
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

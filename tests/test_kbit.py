@@ -637,7 +637,7 @@ def test_a_quantised_folder_whose_codes_deepspeed_would_cast_is_refused(
     ]
     load(folder, {"bits": 8}).model.save_pretrained(tmp_path / "8")
     assert (
-        "kbit.bits: ZeRO-3 cannot partition 8-bit weights"
+        "kbit.bits: `zero3` cannot split 8-bit weights"
         in (problems(tmp_path / "8", {}, zero3={"stage": 3})[0])
     )
 

@@ -90,9 +90,9 @@ def test_what_zero3_cannot_have_is_refused_with_the_reason(outcomes: dict[str, l
     way_out = "Leave `prepare` and `cast` out, or use a ZeRO stage below 3."
     assert refused == [
         [
-            "kbit.bits: ZeRO-3 cannot partition 8-bit weights: bitsandbytes keeps the whole codes"
-            " in the layer, beside the parameter. Use `bits: 4`, or a ZeRO stage below 3, where"
-            " each rank keeps the whole model."
+            "kbit.bits: `zero3` cannot split 8-bit weights: bitsandbytes keeps the whole codes"
+            " in the layer, beside the parameter. Use `bits: 4`, or keep the whole model in each"
+            " process, as ZeRO does below stage 3."
         ],
         [
             "kbit.quant_storage: DeepSpeed casts every floating-point parameter to bfloat16, codes"

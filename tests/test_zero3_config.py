@@ -215,7 +215,8 @@ def test_plan_says_what_each_rank_will_read(
         f"each of 8 ranks reads 4,392 of 35,136 bytes and keeps {4392 + whole:,}"
     )
     assert (
-        "rank 0 reads and from_pretrained partitions: the plugin `streaming` is not selected"
+        "rank 0 reads and from_pretrained partitions: no plugin is selected that asks where each"
+        " weight is stored, as `streaming` does"
         in (notes(llmload.plan(spec, registry=llmload.create_registry(block={"streaming"}))))
     )
 

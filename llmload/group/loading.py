@@ -115,7 +115,7 @@ def _load(spec: GroupSpec, source: files.Source, registry: Registry, *, prove: b
         # The traceback holds this frame, which would hold the models.
         loaded.clear()
         raise
-    report.shared = [*_as_planned(prepared.plan, report), *found]
+    report.shared = [*_as_planned(prepared, report), *found]
     report.seconds = time.perf_counter() - start
     return Group({name: loaded[name] for name in spec.models}, prepared.plan, report)
 
@@ -188,11 +188,15 @@ def _view(
     )
 
 
-def _as_planned(plan: GroupPlan, report: GroupReport) -> Iterator[Sharing]:
+def _as_planned(prepared: PreparedGroup, report: GroupReport) -> Iterator[Sharing]:
     """Yield what is shared without being counted while loading."""
-    for sharing in plan.shared:
-        loaders = {report.members[name].loader for name in (sharing.member, sharing.of)}
-        if sharing.how == "checkpoint pages" and loaders != {"streaming"}:
+    for sharing in prepared.plan.shared:
+        mapped = all(
+            report.members[name].loader in prepared.members[name].ctx.providing("mapped_pages")
+            for name in (sharing.member, sharing.of)
+            if name in prepared.members
+        )
+        if sharing.how == "checkpoint pages" and not mapped:
             continue  # it declined when it came to loading
         if sharing.how != "one cast":
             yield sharing

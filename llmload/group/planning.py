@@ -151,7 +151,7 @@ def _adapter_problem(name: str, member: AdapterSpec, of: Prepared) -> Problem | 
             " first step would change this member too",
             fix=f"Freeze them, {own}.",
         )
-    changed = of.plan.facts.get("lora", {}).get("changed_base")
+    changed = list(of.ctx.changed_base)
     if changed and not member.frozen_copy:
         return Problem(
             where=ADAPTER_OF,

@@ -87,7 +87,7 @@ class Weights:
         alone, entries = _why_alone(prepared), {}
         if not alone and prepared.ctx.checkpoint is not None:
             assert prepared.rehearsal is not None  # else it is alone
-            entries = _entries(prepared.ctx, prepared.rehearsal)
+            entries = _entries(prepared.ctx, prepared.plan.loader, prepared.rehearsal)
         return cls(
             dtype=str(prepared.ctx.dtype).removeprefix("torch."),
             source=_files(prepared.ctx),
@@ -109,7 +109,7 @@ def _files(ctx: LoadContext) -> Hashable:
 
 def _why_alone(prepared: Prepared) -> str:
     ctx = prepared.ctx
-    if prepared.plan.loader != "streaming":
+    if prepared.plan.loader not in ctx.providing("placement"):
         return f"`{prepared.plan.loader}` loads it, and stores its weights as it likes"
     if ctx.placed_by is not None:
         return f"`{ctx.placed_by}` stores its weights in its own way, anew for each model"
@@ -129,7 +129,7 @@ def conversion(ctx: LoadContext) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _entries(ctx: LoadContext, rehearsal: Rehearsal) -> dict[str, Entry]:
+def _entries(ctx: LoadContext, loader: str, rehearsal: Rehearsal) -> dict[str, Entry]:
     assert ctx.checkpoint is not None
     accounting = ctx.accounting(ctx.blank)
     dtypes = compat.seam().final_dtypes(ctx.blank, accounting, ctx.dtype)
@@ -138,6 +138,7 @@ def _entries(ctx: LoadContext, rehearsal: Rehearsal) -> dict[str, Entry]:
     for name, parameter in rehearsal.base.items():
         aliases.setdefault(id(parameter), []).append(name)
     kept = rehearsal.kept()
+    on_pages = loader in ctx.providing("mapped_pages")
     prefix = f"{ctx.model_class.base_model_prefix}."
     naming = conversion(ctx)
     entries = {}
@@ -155,7 +156,8 @@ def _entries(ctx: LoadContext, rehearsal: Rehearsal) -> dict[str, Entry]:
             size=parameter.numel() * dtype.itemsize,
             origin=frozenset((str(stored[name].file), stored[name].start) for name in found)
             or naming,
-            mapped=any(torch_dtype(stored[name].dtype) == dtypes[name] for name in found),
+            mapped=on_pages
+            and any(torch_dtype(stored[name].dtype) == dtypes[name] for name in found),
             dtype=str(dtype).removeprefix("torch."),
             kept=names[0] in kept,
         )

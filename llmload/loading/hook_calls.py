@@ -45,9 +45,7 @@ def findings(host: Host, plugin: str, hook: str, **kwargs: Any) -> Iterator[Any]
                 f"plugin {host.describe(plugin)} yielded a {type(finding).__name__} from {hook},"
                 f" which may yield {names}"
             )
-        if isinstance(finding, Problem) and not finding.plugin:
-            finding = finding.model_copy(update={"plugin": plugin})
-        yield finding
+        yield finding.of(plugin) if isinstance(finding, Problem) else finding
 
 
 def call_for_model(host: Host, plugin: str, hook: str, **kwargs: Any) -> nn.Module | Decline:

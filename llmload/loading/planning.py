@@ -166,7 +166,7 @@ def _check(host: Host, ctx: LoadContext, plan: Plan) -> None:
         try:
             for finding in hook_calls.findings(host, plugin, "check", ctx=ctx):
                 if isinstance(finding, Note):
-                    found.append((plugin, finding))
+                    found.append((finding.plugin or plugin, finding))
                 elif isinstance(finding, Decline):
                     ctx.declined[finding.loader or plugin] = finding.reason
                 else:

@@ -7,10 +7,10 @@ ColossalAI 4f9953be3, ``coati/models/lora.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
-from llmload import Conflict, Note, Problem, RequestError
+from llmload import Conflict, Note, Problem
 from llmload.builtin.coati.section import STARTS, CoatiSection
 from llmload.hookspecs import hookimpl
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llmload import LoadContext
-    from llmload.builtin.lora.request import Request
-
-"""Values of ``init_lora_weights`` that ColossalChat has; the second is its ``PiSSA``."""
 
 # Fields of the section `lora` that say where an adapter goes and what it is called.
 _ELSEWHERE: Final = frozenset(
@@ -53,24 +50,25 @@ class CoatiPlugin:
 
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note]:
-        """Say what the layers will be like, and refuse what they do not have."""
-        if "lora" not in ctx.active:
+        """Say what the layers will be like."""
+        if not ctx.hooks.declared("lora_layer"):
             yield Problem(
                 where="coati",
                 message="the spec has no section `lora`, which says what adapter to make",
                 fix="Add it, or remove `coati`.",
             )
             return
-        from llmload.builtin.lora.request import resolve
-
-        try:
-            request = resolve(ctx)
-        except RequestError:  # the plugin `lora` says it
-            return
-        yield from _beyond(request)
         yield Note(text="ColossalChat's layers: float32 factors lora_A and lora_B in every layer")
+
+    @hookimpl
+    def check_lora(
+        self, ctx: LoadContext, section: Any, fields: Mapping[str, Any]
+    ) -> Iterator[Problem | Note]:
+        """Refuse what the layers do not have."""
+        # A saved adapter's file has every field of PEFT's, most of them at their defaults.
+        yield from _beyond(fields, type(section)().model_dump(mode="json"))
         if ctx.section(CoatiSection).faults:
-            unbiased = request.fields.get("bias", "none") == "none"
+            unbiased = fields.get("bias", "none") == "none"
             dropped = ", and pretrained biases are dropped" if unbiased else ""
             yield Note(
                 text=f"with ColossalChat's faults: linear layers have alpha 32 and dropout 0.0"
@@ -88,23 +86,20 @@ class CoatiPlugin:
         return layer_for(target, adapter_name, config, faults=faults)
 
 
-def _beyond(request: Request) -> Iterator[Problem]:
-    """Yield the fields of the section ``lora`` that ask for what these layers do not have."""
-    from llmload.builtin.lora.section import LoraSection
-
-    # A saved adapter's file has every field of PEFT's, most of them at their defaults.
-    defaults = LoraSection().model_dump(mode="json")
-    for name, value in request.fields.items():
+def _beyond(fields: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[Problem]:
+    """Yield the fields of an adapter that ask for what these layers do not have."""
+    for name, value in fields.items():
         if name not in _ELSEWHERE | _OF_THE_LAYER and value != defaults[name]:
             yield Problem(
                 where=f"lora.{name}",
                 message="ColossalChat's layers have nothing of the kind",
                 fix=f"Remove `{name}`, or the section `coati`.",
             )
-    if request.initialisation not in STARTS:
+    start = fields.get("init_lora_weights", True)
+    if start not in STARTS:
         yield Problem(
             where="lora.init_lora_weights",
-            message=f"ColossalChat's layers start by kaiming_uniform or PiSSA, and"
-            f" {request.initialisation!r} was asked for",
+            message=f"ColossalChat's layers start by kaiming_uniform or PiSSA, and {start!r} was"
+            " asked for",
             fix="Write true or pissa_niter_4, or remove the section `coati`.",
         )

@@ -7,6 +7,7 @@ from typing import Final
 from llmload import Section
 
 STARTS: Final = (True, "pissa_niter_4")
+"""Values of ``init_lora_weights`` that ColossalChat has; the second is its ``PiSSA``."""
 
 
 class CoatiSection(Section):

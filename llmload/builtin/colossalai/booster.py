@@ -9,12 +9,12 @@ Imported by functions only: this module needs torch, transformers and colossalai
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmload import Problem, RequestError
+from llmload import Problem
 from llmload.builtin.colossalai.lazy_models import (
     is_lazy,
     keep_dtype,
@@ -71,20 +71,17 @@ def check(ctx: LoadContext, section: ColossalaiSection) -> Iterator[Problem]:
             " float16, which a lazy model cannot tell the Booster",
             fix="Use `materialize: true`, or another `dtype`.",
         )
-    if "lora" in ctx.active:
-        yield from _adapter_problems(ctx)
 
 
-def _adapter_problems(ctx: LoadContext) -> Iterator[Problem]:
-    from llmload.builtin.lora.request import resolve
+def adapter_problems(name: str, given: Mapping[str, Any], changes_base: str) -> Iterator[Problem]:
+    """Find what of an adapter would be lost where the weights of its base come later.
 
-    try:
-        request = resolve(ctx)
-    except RequestError:  # the plugin `lora` says it
-        return
+    :param name: of the adapter in the model.
+    :param given: the fields of PEFT's configuration that are set.
+    """
     fields = ("use_dora", "modules_to_save", "trainable_token_indices")
-    what = [name for name in fields if request.fields.get(name)]
-    what += [request.changes_base] if request.changes_base else []
+    what = [field for field in fields if given.get(field)]
+    what += [changes_base] if changes_base else []
     if what:
         yield Problem(
             where="colossalai.materialize",
@@ -92,11 +89,11 @@ def _adapter_problems(ctx: LoadContext) -> Iterator[Problem]:
             " with Booster.boost",
             fix=MATERIALISE,
         )
-    if request.section.adapter_name != "default":
+    if name != "default":
         yield Problem(
             where="lora.adapter_name",
             message="a Booster finds the weights under an adapter only if it is called 'default',"
-            f" and this one is called {request.section.adapter_name!r}",
+            f" and this one is called {name!r}",
             fix="Leave out `adapter_name`, or use `materialize: true`.",
         )
 

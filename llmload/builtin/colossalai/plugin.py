@@ -8,7 +8,7 @@ checkpoint recorded and everything checked that ``Booster.boost`` would lose in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,16 @@ class ColossalaiPlugin:
             return
         yield from booster.check(ctx, section)
         yield Note(text="build under LazyInitContext; Booster.boost loads the weights")
+
+    @hookimpl
+    def check_lora(
+        self, ctx: LoadContext, section: Any, fields: Mapping[str, Any], changes_base: str
+    ) -> Iterator[Problem]:
+        """Refuse an adapter that needs its base's values, which are not there yet."""
+        from llmload.builtin.colossalai import booster
+
+        if not ctx.section(ColossalaiSection).materialize:
+            yield from booster.adapter_problems(section.adapter_name, fields, changes_base)
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> None:

@@ -43,6 +43,7 @@ class EmbeddingsPlugin:
 
     name = "embeddings"
     Section = EmbeddingsSection
+    provides = ("embeddings",)
     after = ("tokenizer",)
     before = ("lora",)
 

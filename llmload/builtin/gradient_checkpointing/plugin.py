@@ -27,6 +27,7 @@ class GradientCheckpointingPlugin:
 
     name = "gradient_checkpointing"
     Section = GradientCheckpointingSection
+    provides = ("gradient_checkpointing",)
     after = ("kbit", "embeddings", "dropout")
     before = ("lora",)
     conflicts = (

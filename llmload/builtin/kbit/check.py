@@ -53,12 +53,8 @@ def storage(ctx: LoadContext, section: KbitSection) -> str:
 
 
 def partitioned(ctx: LoadContext) -> bool:
-    """Say whether this load partitions the model by ZeRO-3."""
-    if "zero3" not in ctx.active:
-        return False
-    from llmload.builtin.zero3.config import stage_of
-
-    return stage_of(ctx.sections["zero3"]) == 3  # type: ignore[arg-type]
+    """Say whether each process keeps a part of every weight, as another plugin's `check` said."""
+    return ctx.splits
 
 
 def _name(ctx: LoadContext) -> str:
@@ -83,7 +79,6 @@ def check(ctx: LoadContext, section: KbitSection) -> Iterator[Problem | Note]:
     yield from backend()
     yield from _devices(ctx, section)
     yield from _placement(ctx)
-    yield from _adapter(ctx, section)
     yield from _deepspeed(ctx, section)
     stored = stored_quantisation(ctx)
     if stored is not None:
@@ -97,7 +92,7 @@ def check(ctx: LoadContext, section: KbitSection) -> Iterator[Problem | Note]:
                 " part of the codes and all statistics"
             )
     yield Note(text=f"freeze the base model, prepared as {section.prepare}")
-    if section.prepare in ("legacy", "trl_legacy") and "gradient_checkpointing" not in ctx.active:
+    if section.prepare in ("legacy", "trl_legacy") and not ctx.providing("gradient_checkpointing"):
         yield Note(
             text="no gradient checkpointing, which belongs to the preparation in PEFT and has its"
             " own section here"
@@ -180,9 +175,8 @@ def unsuited(what: str) -> Problem:
     )
 
 
-def _adapter(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
+def adapter(section: KbitSection, dtype: str) -> Iterator[Problem]:
     """TRL casts the adapter, which here is the business of the section ``lora``."""
-    dtype = getattr(ctx.sections.get("lora"), "adapter_dtype", "bfloat16")
     if section.prepare == "trl" and dtype != "bfloat16":
         yield Problem(
             where="kbit.prepare",
@@ -196,7 +190,8 @@ def _deepspeed(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
 
     In ``deepspeed.initialize``, silently, at any ZeRO stage, with other losses from the first step.
     """
-    if "zero3" not in ctx.active and not _deepspeed_announced():
+    who = ctx.cast_later_by or ("DeepSpeed" if _deepspeed_announced() else "")
+    if not who:
         return
     stored = stored_quantisation(ctx)
     bits, as_dtype = section.bits, section.quant_storage
@@ -206,14 +201,15 @@ def _deepspeed(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
     if bits == 8 and partitioned(ctx):
         yield Problem(
             where="kbit.bits",
-            message="ZeRO-3 cannot partition 8-bit weights: bitsandbytes keeps the whole codes in"
-            " the layer, beside the parameter",
-            fix="Use `bits: 4`, or a ZeRO stage below 3, where each rank keeps the whole model.",
+            message=f"`{ctx.placed_by}` cannot split 8-bit weights: bitsandbytes keeps the whole"
+            " codes in the layer, beside the parameter",
+            fix="Use `bits: 4`, or keep the whole model in each process, as ZeRO does below stage"
+            " 3.",
         )
     elif bits == 4 and as_dtype in _FLOATS and as_dtype != _name(ctx):
         yield Problem(
             where="kbit.quant_storage",
-            message=f"DeepSpeed casts every floating-point parameter to {_name(ctx)}, codes stored"
+            message=f"{who} casts every floating-point parameter to {_name(ctx)}, codes stored"
             f" as {as_dtype} too, which ruins them",
             fix=f"Remove the key, or set `quant_storage: {_name(ctx)}`."
             if stored is None

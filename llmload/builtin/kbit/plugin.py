@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmload import Conflict, Note
 from llmload.builtin.kbit import check
@@ -45,6 +45,7 @@ class KbitPlugin:
     after = ("embeddings",)
     before = ("gradient_checkpointing", "lora")
     requires = ("accelerate>=1.0", "bitsandbytes>=0.50")
+    provides = ("quantisation",)
     conflicts = (
         Conflict(
             key="weights",
@@ -67,6 +68,11 @@ class KbitPlugin:
         """Hold the section to the folder and to what is installed; say what will be done."""
         yield from check.check(ctx, ctx.section(KbitSection))
         ctx.placed_by = self.name
+
+    @hookimpl
+    def check_lora(self, ctx: LoadContext, section: Any) -> Iterator[Problem]:
+        """Hold the adapter's dtype to the preparation that was asked for."""
+        yield from check.adapter(ctx.section(KbitSection), section.adapter_dtype)
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> AbstractContextManager[None] | None:

@@ -67,8 +67,11 @@ def install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
 
     _account(ctx, request, wrapped, before, untied)
     changed = [f"{PREFIX}{name}.base_layer.weight" for name in layers if request.changes_base]
+    ctx.changed_base |= dict.fromkeys(changed, request.changes_base)
     if request.saved is not None:
-        changed += resume.restore(ctx, request.saved, wrapped, section.adapter_name)
+        replaced = resume.restore(ctx, request.saved, wrapped, section.adapter_name)
+        ctx.changed_base |= dict.fromkeys(replaced, f"the adapter in {section.adapter!r}")
+        changed += replaced
     ctx.record(
         "lora",
         {

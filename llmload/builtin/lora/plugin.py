@@ -34,6 +34,7 @@ class LoraPlugin:
 
     name = "lora"
     requires = ("peft>=0.13.2",)
+    provides = ("adapter",)
     Section = LoraSection
     Hooks = Hooks
     conflicts = (
@@ -66,6 +67,10 @@ class LoraPlugin:
         yield from _bias_problems(request)
         for text in _notes(request):
             yield Note(text=text)
+        asked = {"fields": request.fields, "changes_base": request.changes_base}
+        section = ctx.section(LoraSection)
+        for name, found in ctx.hooks.each("check_lora", ctx=ctx, section=section, **asked):
+            yield from (each.of(name) for each in found or ())
 
     @hookimpl
     def wrap_adapter(self, ctx: LoadContext, model: PreTrainedModel) -> PeftModel | PreTrainedModel:
@@ -183,13 +188,15 @@ def _missing_dispatchers(ctx: LoadContext, request: Request) -> Iterator[Problem
 def _merge_problems(ctx: LoadContext, request: Request) -> Iterator[Problem]:
     """Refuse to merge into weights of 8 or 4 bits: the adapter would be rounded away."""
     stored = getattr(ctx.config, "quantization_config", None) is not None
-    if request.section.merge and ("kbit" in ctx.active or stored):
+    quantised = ctx.providing("quantisation")
+    if request.section.merge and (quantised or stored):
         yield Problem(
             where="lora.merge",
             message="the base is quantised, and an adapter merged into so few bits is mostly lost",
             fix="Load the checkpoint from before it was quantised."
             if stored
-            else "Remove `kbit`: the base is then read in full precision, and merged there.",
+            else f"Remove `{quantised[0]}`: the base is then read in full precision, and merged"
+            " there.",
         )
 
 

@@ -24,6 +24,7 @@ class StreamingLoader:
     name = "streaming"
     Section = StreamingSection
     always_active = True
+    provides = ("placement", "mapped_pages")
 
     @hookimpl
     def diagnose(self) -> Iterator[Problem | Note]:

@@ -127,7 +127,7 @@ def _compare(vocabulary: Mapping[str, int], trained: Mapping[str, int]) -> Itera
 def _rows(ctx: LoadContext) -> Iterator[Problem]:
     """Say where tokens have no row in the embedding, or an untrained one, and nobody sees to it."""
     rows = getattr(ctx.config.get_text_config(), "vocab_size", None)
-    if rows is None or "embeddings" in ctx.active or ctx.tokenizer is None:
+    if rows is None or ctx.providing("embeddings") or ctx.tokenizer is None:
         return
     needed = max(ctx.tokenizer.get_vocab().values()) + 1
     new = [token for token, token_id in ctx.new_tokens.items() if token_id < rows]

@@ -25,7 +25,7 @@ class TransformersLoader:
         """Say whether weights will be read or drawn."""
         if ctx.checkpoint is None:
             yield Note(text="build from the config with the model's own random initialisation")
-        elif quantised_by_bitsandbytes(ctx.config) and "kbit" not in ctx.active:
+        elif quantised_by_bitsandbytes(ctx.config) and not ctx.providing("quantisation"):
             yield Problem(
                 where="kbit",
                 message="the checkpoint is quantised by bitsandbytes, and the spec has no section"

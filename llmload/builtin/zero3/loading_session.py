@@ -20,7 +20,7 @@ from llmload.builtin.zero3.placement import Partitioned
 from llmload.builtin.zero3.ranks import Ranks
 from llmload.builtin.zero3.request import request_of
 from llmload.builtin.zero3.section import Zero3Section
-from llmload.plugin import Span, is_partitioned
+from llmload.plugin import Span, partitions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,7 +69,7 @@ class Session(AbstractContextManager["Session"]):
     def loaded(self, model: nn.Module) -> None:
         """Take a model whose parameters are partitioned; what follows sees the DeepSpeed config."""
         self.activate()
-        partitioned: list[Any] = [p for p in model.parameters() if is_partitioned(p)]
+        partitioned: list[Any] = [p for p in model.parameters() if partitions.is_partitioned(p)]
         sizes = [p.ds_tensor.ds_numel * p.element_size() for p in partitioned]
         facts = {
             "stage": 3,
@@ -94,7 +94,7 @@ class Session(AbstractContextManager["Session"]):
         if self._config.stage < 3:
             return
         for name, parameter in model.named_parameters():
-            if not is_partitioned(parameter):
+            if not partitions.is_partitioned(parameter):
                 continue  # made after the load; DeepSpeed partitions it in `initialize`
             held: Any = parameter
             ranks = held.ds_process_group.size()

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from llmload import Conflict, Decline, Note, Problem
-from llmload.builtin.streaming.plugin import StreamingLoader
 from llmload.builtin.zero3 import config
 from llmload.builtin.zero3.section import Zero3Section
 from llmload.hookspecs import hookimpl
@@ -67,10 +66,10 @@ class Zero3Plugin:
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note | Decline]:
         """Resolve the DeepSpeed config, and say what each rank will read and keep."""
         from llmload.builtin.zero3 import disk, launch
-        from llmload.builtin.zero3.loading_session import mixed_dtypes
 
         resolved = _resolve(ctx)
         ctx.handed_on[self.name] = resolved
+        ctx.cast_later_by = "DeepSpeed"
         if resolved.stage < 3:
             yield Note(text=f"ZeRO stage {resolved.stage}: the model stays whole")
             yield Decline(f"ZeRO stage {resolved.stage} does not partition parameters")
@@ -80,20 +79,29 @@ class Zero3Plugin:
         if problem:
             yield problem
         yield from disk.problems(resolved)
-        lora = ctx.sections.get("lora")
-        copies = getattr(lora, "modules_to_save", None)
-        if copies and getattr(lora, "adapter_dtype", "") == "auto" and _name(ctx) != "float32":
-            yield mixed_dtypes(("float32", _name(ctx)))
         if resolved.left:
             yield Note(text=f"`auto` is left to the training loop: {', '.join(resolved.left)}")
         reason = resolved.beyond_us()
         if reason:
             yield Note(text=f"rank 0 reads and from_pretrained partitions: {reason}")
-            if StreamingLoader.name in ctx.active:
-                yield Decline(f"DeepSpeed partitions: {reason}", loader=StreamingLoader.name)
-        elif ctx.checkpoint is not None and "kbit" not in ctx.active:  # which says it itself
+            for loader in ctx.providing("placement"):
+                yield Decline(f"DeepSpeed partitions: {reason}", loader=loader)
+        elif ctx.checkpoint is not None and not ctx.providing("quantisation"):  # which says it
             for text in _shares(ctx, launch.rank(), launch.world_size()):
                 yield Note(text=text)
+
+    @hookimpl
+    def check_lora(
+        self, ctx: LoadContext, section: Any, fields: Mapping[str, Any]
+    ) -> Iterator[Problem]:
+        """Refuse copies of modules in another dtype than the adapter's: one buffer holds both."""
+        from llmload.builtin.zero3.loading_session import mixed_dtypes
+
+        copies = fields.get("modules_to_save")
+        resolved = ctx.handed_on.get(self.name)
+        mixed = section.adapter_dtype == "auto" and _name(ctx) != "float32"
+        if resolved is not None and resolved.stage == 3 and copies and mixed:
+            yield mixed_dtypes(("float32", _name(ctx)))
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> AbstractContextManager[Session]:
@@ -151,7 +159,7 @@ def _shares(ctx: LoadContext, rank: int, ranks: int | None) -> Iterator[str]:
     from llmload.builtin.zero3.shares import forecast
 
     assert ctx.checkpoint is not None
-    reason = _streaming_declines(ctx)
+    reason = _nobody_asks_for_it(ctx)
     if reason:
         yield f"rank 0 reads and from_pretrained partitions: {reason}"
         return
@@ -173,9 +181,10 @@ def _shares(ctx: LoadContext, rank: int, ranks: int | None) -> Iterator[str]:
         )
 
 
-def _streaming_declines(ctx: LoadContext) -> str | None:
-    """Return why the streaming loader will not take our placement, or None."""
-    if StreamingLoader.name not in ctx.active:
-        return "the plugin `streaming` is not selected"
-    found = StreamingLoader().check(ctx)
-    return next((each.reason for each in found if isinstance(each, Decline)), None)
+def _nobody_asks_for_it(ctx: LoadContext) -> str | None:
+    """Return why no loader will ask for our placement, or None."""
+    loaders = ctx.providing("placement")
+    if not loaders:
+        return "no plugin is selected that asks where each weight is stored, as `streaming` does"
+    reasons = [ctx.declined.get(name) for name in loaders]
+    return None if None in reasons else reasons[0]

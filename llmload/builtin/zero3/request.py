@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from llmload.host.discovery import GIVEN, GROUP
-from llmload.plugin import installed_versions, name_and_version
+from llmload.plugin import installed_versions
 
 if TYPE_CHECKING:
     from llmload import LoadContext
@@ -32,14 +30,10 @@ def request_of(ctx: LoadContext, config: DeepSpeedConfig) -> dict[str, str]:
         for key, value in {**ctx.spec.model_dump(), **ctx.sections}.items()
         if key not in _PER_HOST
     }
-    providers = {
-        entry.name: " ".join(name_and_version(entry.dist)) if entry.dist else GIVEN
-        for entry in metadata.entry_points(group=GROUP)
-    }
     vocabulary = None if ctx.tokenizer is None else len(ctx.tokenizer)
     return {
         **{f"`{key}`": _short(value) for key, value in asked.items()},
-        **{f"plugin {name!r}": providers.get(name, GIVEN) for name in ctx.active},
+        **{f"plugin {name!r}": peer.distribution for name, peer in ctx.peers.items()},
         **{f"the version of {name}": found for name, found in installed_versions().items()},
         "the order of plugins": ", ".join(ctx.active),
         "the DeepSpeed config": _short(dict(config.content)),
