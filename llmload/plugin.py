@@ -10,9 +10,10 @@ Nothing here is imported before it is used: ``import llmload.plugin`` imports no
 
 Values of a section:
 
-- ``Regex``: a field that holds a regular expression, refused where it is none.
+- ``Regex``: a field that holds a regular expression, refused where it is none; ``patterns``:
+  matching one within a budget of time, as it is somebody else's.
 - ``explain``: pydantic's error as problems, for a file of the plugin's own.
-- ``nearest``: "Did you mean 'x'?".
+- ``nearest``: "Did you mean 'x'?"; ``closest``: the known words most like one.
 - ``parse_yaml``: a YAML or JSON text, read as strictly as a spec, as plain data.
 
 Files of a checkpoint:
@@ -21,7 +22,8 @@ Files of a checkpoint:
   is read; ``torch_dtype`` is the dtype that a header names.
 - ``MappedCheckpoint``: the same files mapped, and tensors over their pages.
 - ``Proof``: what a loader read, and the digest of what it placed.
-- ``UntrustedFolder``: the small files beside them, read as strictly as their headers.
+- ``UntrustedFolder``: configs and other small files of a folder, each read by strict rules;
+  ``local_path`` and ``read_file``: a path that a spec names, and a small file there.
 - ``main_file``: the file that another library wants to be pointed to.
 
 Where and how a weight is stored:
@@ -62,6 +64,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmload import patterns as patterns
     from llmload.checkpoint.accounting import Accounting as Accounting
     from llmload.checkpoint.contents import Checkpoint as Checkpoint
     from llmload.checkpoint.dtypes import torch_dtype as torch_dtype
@@ -76,6 +79,8 @@ if TYPE_CHECKING:
     from llmload.checkpoint.placement import Target as Target
     from llmload.checkpoint.proof import Proof as Proof
     from llmload.checkpoint.untrusted import UntrustedFolder as UntrustedFolder
+    from llmload.checkpoint.untrusted import local_path as local_path
+    from llmload.checkpoint.untrusted import read_file as read_file
     from llmload.errors import first_line as first_line
     from llmload.hf.compat import default_dtype as default_dtype
     from llmload.hf.compat import no_init_weights as no_init_weights
@@ -98,6 +103,7 @@ if TYPE_CHECKING:
     from llmload.model.randomness import RandomOp as RandomOp
     from llmload.spec.loadspec import Regex as Regex
     from llmload.spec.refusals import explain as explain
+    from llmload.spec.suggest import closest as closest
     from llmload.spec.suggest import nearest as nearest
     from llmload.spec.yaml_read import parse as parse_yaml
 
@@ -120,12 +126,14 @@ __all__ = [
     "TensorInfo",
     "UntrustedFolder",
     "account",
+    "closest",
     "default_dtype",
     "explain",
     "first_line",
     "from_pretrained",
     "installed_versions",
     "loading_code",
+    "local_path",
     "locate_files",
     "main_file",
     "name_and_version",
@@ -133,8 +141,10 @@ __all__ = [
     "no_init_weights",
     "parse_yaml",
     "partitions",
+    "patterns",
     "probe",
     "read_config",
+    "read_file",
     "release_of",
     "some",
     "tied_names",
@@ -148,7 +158,7 @@ _HOME = {
     "MappedCheckpoint": "checkpoint.mapped",
     "Proof": "checkpoint.proof",
     "TensorInfo": "checkpoint.header",
-    "UntrustedFolder": "checkpoint.untrusted",
+    **dict.fromkeys(("UntrustedFolder", "local_path", "read_file"), "checkpoint.untrusted"),
     "main_file": "checkpoint.folder",
     "torch_dtype": "checkpoint.dtypes",
     **dict.fromkeys(
@@ -165,15 +175,17 @@ _HOME = {
     **dict.fromkeys(("MISSING", "some"), "loading.audit"),
     **dict.fromkeys(("account", "from_pretrained"), "loading.loaders"),
     "partitions": "model.partitions",
+    "patterns": "patterns",
     "Span": "model.partitions",
     **dict.fromkeys(("ProbeResult", "probe"), "model.dry_run"),
     "RandomOp": "model.randomness",
     "Regex": "spec.loadspec",
     "explain": "spec.refusals",
-    "nearest": "spec.suggest",
+    **dict.fromkeys(("closest", "nearest"), "spec.suggest"),
     "parse_yaml": "spec.yaml_read",
 }
 """Name -> the module that it is fetched from on first use."""
+_MODULES = ("partitions", "patterns")
 _THERE = {"loading_code": "seam", "locate_files": "locate", "parse_yaml": "parse"}
 """Name -> what it is called there, where that differs."""
 
@@ -184,7 +196,7 @@ if not TYPE_CHECKING:  # a name that is not there is for mypy to find
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         home = importlib.import_module(f"llmload.{_HOME[name]}")
-        value = home if name == "partitions" else getattr(home, _THERE.get(name, name))
+        value = home if name in _MODULES else getattr(home, _THERE.get(name, name))
         globals()[name] = value
         return value
 

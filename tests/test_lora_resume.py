@@ -240,13 +240,14 @@ def test_cut_off_weights_are_refused(llama: Path, trained: Path) -> None:
 def test_a_configuration_that_is_not_json_is_refused(llama: Path, trained: Path) -> None:
     (trained / CONFIG).write_text("{")
     assert refusal(llama, {"adapter": str(trained)}) == (
-        f"{trained / CONFIG}: lora.adapter: adapter_config.json is not JSON: Expecting property"
-        " name enclosed in double quotes: line 1 column 2 (char 1). Save the adapter again."
+        f"{trained / CONFIG}: lora.adapter: adapter_config.json is not valid JSON: Expecting"
+        " property name enclosed in double quotes: line 1 column 2 (char 1). Save or download the"
+        " folder again."
     )
     (trained / CONFIG).write_text("[]")
     assert refusal(llama, {"adapter": str(trained)}) == (
-        f"{trained / CONFIG}: lora.adapter: adapter_config.json is not a JSON object. Save the"
-        " adapter again."
+        f"{trained / CONFIG}: lora.adapter: adapter_config.json is a JSON list, not an object."
+        " Save or download the folder again."
     )
 
 

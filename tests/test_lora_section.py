@@ -69,7 +69,7 @@ def test_the_initialisations_are_pefts_own() -> None:
 
 def test_the_section_is_made_without_peft_or_torch() -> None:
     code = (
-        "import sys; from llmload.builtin.lora import LoraSection;"
+        "import sys; from llmload.builtin.lora.section import LoraSection;"
         " LoraSection(r=4, target_modules='all-linear', eva_config={'rho': 2.0});"
         " assert not {'torch', 'peft', 'transformers'} & sys.modules.keys()"
     )
@@ -295,7 +295,7 @@ def test_a_field_that_the_installed_peft_lacks_is_an_error_with_the_version_that
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("peft.LoraConfig", _old_config())
-    monkeypatch.setattr("llmload.builtin.lora.plugin.request.version_of", lambda name: "0.13.2")
+    monkeypatch.setattr("llmload.builtin.lora.request.version_of", lambda name: "0.13.2")
     section = {
         "r": 4,
         "target_parameters": ["experts.up_proj"],

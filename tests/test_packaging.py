@@ -13,7 +13,7 @@ import llmload
 from llmload import create_registry
 
 ROOT = Path(__file__).parent.parent
-CORE = {"packaging", "pluggy", "pydantic", "pyyaml", "rich", "typer"}
+CORE = {"packaging", "pluggy", "pydantic", "pyyaml", "regex", "rich", "typer"}
 EXTRAS = {"all", "bitsandbytes", "colossalai", "deepspeed", "hf"}
 
 

@@ -110,8 +110,8 @@ def test_unreadable_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError) as caught:
         resolved(config=str(missing))
     assert str(caught.value) == (
-        f"zero3.config: the DeepSpeed config '{missing}' cannot be read: No such file or directory."
-        " Check the name; it is relative to the working directory."
+        f"{missing}: zero3.config: the DeepSpeed config cannot be read: the file is missing."
+        " Check the name."
     )
     listed = tmp_path / "list.json"
     listed.write_text("[3]")

@@ -75,7 +75,9 @@ class Checkpoint:
             start = main_file(start)
             real = inside(start.parent, start)
         else:
-            start = real = start.resolve()
+            real = start.resolve()
+            # The hub's cache keeps a file under its digest, and only the link to it has a name.
+            start = real if real.suffix else start
         is_index = start.name.endswith(".index.json")
         suffix = Path(start.name.removesuffix(".index.json")).suffix
         is_pickle = suffix != ".safetensors"

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 
+from llmload import patterns
 from llmload.errors import CheckpointError, Problem
 
 RULES: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
@@ -52,9 +53,9 @@ class Renaming:
         """Replace every match, as ``re.sub`` does.
 
         :raises CheckpointError: nothing matches.
+        :raises RequestError: matching takes too long.
         """
-        compiled = re.compile(pattern)
-        hits = sum(compiled.search(name) is not None for name in self.names.values())
+        hits = sum(patterns.search(pattern, name) is not None for name in self.names.values())
         if not hits:
             found = list(self.names.values())
             raise CheckpointError(
@@ -67,7 +68,9 @@ class Renaming:
                 )
             )
         self.counts[pattern] = hits
-        self._change({name: compiled.sub(replacement, name) for name in self.names.values()})
+        self._change(
+            {name: patterns.sub(pattern, replacement, name) for name in self.names.values()}
+        )
 
     def by_rule(self, rule: str, of_model: Collection[str]) -> None:
         """Undo what a system did to its keys, where it did.

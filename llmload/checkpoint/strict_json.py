@@ -14,8 +14,6 @@ from typing import Any, NoReturn
 
 _MAX_DIGITS = 20  # 2**64 - 1 has twenty
 MAX_DEPTH = 32
-MAX_VALUES = 100_000
-"""Values in one text: a hundred times what the largest config has, and copied in a blink."""
 # transformers writes 10**30 for "no limit", with 31 digits; floats with at most 26.
 _LONGEST_NUMBER = 40
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -32,15 +30,15 @@ def loads(data: bytes) -> Any:
         raise ValueError(f"not JSON at character {error.pos}: {error.msg}") from None
 
 
-def loads_config(data: bytes) -> Any:
+def loads_config(data: bytes, max_values: int) -> Any:
     """Parse a config, which transformers reads with Python's reader and then copies often.
 
     ``NaN`` and ``Infinity`` are taken, as transformers writes them. Raises ``ValueError`` with the
     reason: repeated keys, half a surrogate pair, numbers of more than forty digits, more than
-    ``MAX_DEPTH`` levels or ``MAX_VALUES`` values.
+    ``MAX_DEPTH`` levels or ``max_values`` values.
     """
     content = _parse(data, parse_int=_short_integer, parse_float=_short_float)
-    _hold_to_limits(content)
+    _hold_to_limits(content, max_values)
     return content
 
 
@@ -55,12 +53,12 @@ def _parse(data: bytes, **options: Any) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _hold_to_limits(content: Any) -> None:
+def _hold_to_limits(content: Any, max_values: int) -> None:
     level, values = [content], 0
     for _ in range(MAX_DEPTH + 1):
         values += len(level)
-        if values > MAX_VALUES:
-            raise ValueError(f"it holds more than {MAX_VALUES:,} values")
+        if values > max_values:
+            raise ValueError(f"it holds more than {max_values:,} values")
         below: list[Any] = []
         for value in level:
             if isinstance(value, dict):

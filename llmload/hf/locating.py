@@ -12,8 +12,6 @@ from llmload.checkpoint.untrusted import UntrustedFolder, local_path
 from llmload.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from llmload.spec.loadspec import LoadSpec
 
 CONFIG = "config.json"
@@ -30,26 +28,6 @@ _OTHER_CONFIGS = (
 )
 """Configs beside the model's that transformers may read along with it."""
 
-# Keys by which a config.json has made transformers fetch or run code although remote code was not
-# trusted: CVE-2026-4372 (transformers 4.56 to 5.2), CVE-2026-5241 (5.2.0).
-_CODE_KEYS = frozenset(
-    {"_attn_implementation_internal", "_experts_implementation_internal", "trust_remote_code"}
-)
-# Keys whose value, or any value below them, may name a repository to fetch from.
-_REPOSITORY_KEYS = frozenset(
-    {
-        "_attn_implementation",
-        "_experts_implementation",
-        "attn_implementation",
-        "backbone",
-        "custom_generate",
-        "experts_implementation",
-        "kernel_config",
-        "vision_backbone",
-    }
-)
-# Keys that make transformers read another file in place of the one that was checked.
-_REDIRECTIONS = frozenset({"configuration_files", "fast_tokenizer_files"})
 WEIGHTS_KEY = "transformers_weights"
 """The config key that names the file of weights."""
 
@@ -176,35 +154,11 @@ def read_config(files: UntrustedFolder, spec: LoadSpec) -> dict[str, Any]:
     :raises CheckpointError: a file is not a plain one of the folder, too large, not JSON, not an
         object, or has a key that leads to code or to another file.
     """
-    content = vetted_config(files, CONFIG, spec)
+    trusted = spec.trust_remote_code
     for name in _OTHER_CONFIGS:
         if files.holds(name):
-            vetted_config(files, name, spec)
-    return content
-
-
-def vetted_config(files: UntrustedFolder, name: str, spec: LoadSpec) -> dict[str, Any]:
-    """Read one JSON file of a model folder, and refuse what could lead to code or another file.
-
-    :raises CheckpointError: as :func:`read_config`.
-    """
-    content = files.config(name, "the config" if name == CONFIG else "the file")
-    problems = [*_redirections(content, str(files.root / name))]
-    if not spec.trust_remote_code:
-        problems += [
-            Problem(
-                file=str(files.root / name),
-                where=path,
-                message=f"the config sets {path!r} to {short(value)}, by which a model folder can"
-                " make code run that nobody here chose",
-                fix="Remove the key from the config, or set `trust_remote_code: true` if you trust"
-                " whoever made the folder.",
-            )
-            for path, value in _code_paths(content)
-        ]
-    if problems:
-        raise CheckpointError(problems)
-    return content
+            files.config(name, "the file", trusted=trusted)
+    return files.config(CONFIG, "the config", trusted=trusted)
 
 
 def weights_place(files: UntrustedFolder, content: dict[str, Any], spec: LoadSpec) -> Path:
@@ -227,48 +181,3 @@ def weights_place(files: UntrustedFolder, content: dict[str, Any], spec: LoadSpe
     # Held to the rules for what an index names; what is no safetensors there is a pickle.
     member(files.root, name, ".json" if is_index else suffix or ".safetensors")
     return files.root / name
-
-
-def _redirections(content: dict[str, Any], file: str) -> Iterator[Problem]:
-    for key in sorted(_REDIRECTIONS & content.keys()):
-        yield Problem(
-            file=file,
-            where=key,
-            message=f"{key!r} names other files to read in place of this one, which nobody would"
-            " have checked",
-            fix="Remove the key, and keep the file that fits your transformers under the plain"
-            " name.",
-        )
-    auto_map = content.get("auto_map")
-    if auto_map is not None and not isinstance(auto_map, dict | list):
-        yield Problem(
-            file=file,
-            where="auto_map",
-            message=f"'auto_map' is {short(auto_map)}, and maps classes of transformers to code",
-            fix="Remove the key.",
-        )
-
-
-def _code_paths(
-    node: Any, path: str = "", names_repositories: bool = False
-) -> Iterator[tuple[str, Any]]:
-    """Yield dotted path and value of the keys that lead to code, at any depth."""
-    if isinstance(node, dict):
-        children = node
-    elif isinstance(node, list):
-        children = {str(position): child for position, child in enumerate(node)}
-    else:
-        if names_repositories and isinstance(node, str) and ("/" in node or ":" in node):
-            yield path, node
-        return
-    for key, value in children.items():
-        here = f"{path}.{key}" if path else key
-        if (key in _CODE_KEYS and value) or _is_hidden(key):
-            yield here, value
-        else:
-            yield from _code_paths(value, here, names_repositories or key in _REPOSITORY_KEYS)
-
-
-def _is_hidden(key: str) -> bool:
-    """Say whether a key would become an attribute that Python itself calls."""
-    return key.startswith("__") and key.endswith("__") and key != "__float__"

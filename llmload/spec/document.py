@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from llmload.errors import Problem
@@ -26,10 +27,13 @@ class Document:
 
         None for a spec that is not from a file.
         """
-        known = {dotted(path): position for path, position in self.positions.items()}
-        while where not in known and where:
+        while where not in self._by_name and where:
             where = where[: max(where.rfind("."), where.rfind("["), 0)]
-        return known.get(where, (1, 1) if self.file else None)
+        return self._by_name.get(where, (1, 1) if self.file else None)
+
+    @cached_property
+    def _by_name(self) -> dict[str, tuple[int, int]]:
+        return {dotted(path): position for path, position in self.positions.items()}
 
     def placed(self, problems: Iterable[Problem]) -> list[Problem]:
         """Return the problems with file, line and column, in the order of the file."""

@@ -7,7 +7,6 @@ and written where no model could be loaded.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,8 +25,16 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
+from llmload import patterns
 from llmload.errors import Problem, SpecError
-from llmload.spec.refusals import InvalidValueError, explain, fields_of, unknown_key
+from llmload.spec.refusals import (
+    SHOWN,
+    InvalidValueError,
+    explain,
+    fields_of,
+    more_faults,
+    unknown_key,
+)
 from llmload.spec.values import (
     AUTO_CLASSES,
     CLASS_PATH,
@@ -108,11 +115,11 @@ class KeyExceptions(Section):
 
     def allows_missing(self, key: str) -> bool:
         """Say whether the model's parameter ``key`` may be absent from the checkpoint."""
-        return any(re.search(pattern, key) for pattern in self.allow_missing)
+        return any(patterns.search(pattern, key) for pattern in self.allow_missing)
 
     def allows_unexpected(self, key: str) -> bool:
         """Say whether the checkpoint's tensor ``key`` may be absent from the model."""
-        return any(re.search(pattern, key) for pattern in self.allow_unexpected)
+        return any(patterns.search(pattern, key) for pattern in self.allow_unexpected)
 
 
 def _as_text(value: object) -> object:
@@ -257,6 +264,7 @@ def check(
     places[""] = [*LoadSpec.model_fields, *sections]
     checked: dict[str, BaseModel] = {}
     problems: list[Problem] = []
+    unknown: list[str] = []
     try:
         spec = LoadSpec(**core)
     except SpecError as error:
@@ -268,7 +276,12 @@ def check(
             except ValidationError as error:
                 problems += explain(error, sections[key], value, within=(key,), places=places)
         elif key not in core:
-            problems.append(unknown_key((key,), value, [*places[""], *beside], places))
+            unknown.append(key)
+    problems += [
+        unknown_key((key,), data[key], [*places[""], *beside], places) for key in unknown[:SHOWN]
+    ]
+    if len(unknown) > SHOWN:
+        problems.append(more_faults((unknown[SHOWN],), len(unknown) - SHOWN))
     if problems:
         raise SpecError(problems)
     return spec.model_copy(update=checked)

@@ -90,6 +90,8 @@ _QUOTED: Final = {
 """Kind of value -> what it looks like inside quotes."""
 _SHOWN: Final = 60
 """Characters of a value that a message shows."""
+SHOWN: Final = 50
+"""Faults of one kind that are told one by one."""
 TOP_LEVEL: Final = "the top level"
 """What a message calls the place of core keys and sections."""
 
@@ -109,10 +111,13 @@ def explain(
     :param places: the keys of the whole spec, for keys that stand in the wrong place.
     """
     by_path: dict[Path, list[ErrorDetails]] = {}
-    for details in error.errors(include_url=False):
+    for details in error.errors(include_url=False)[: 4 * SHOWN]:
         by_path.setdefault(_path_in(data, details), []).append(details)
-    problems = []
+    problems: list[Problem] = []
     for path, faults in by_path.items():
+        if len(problems) == SHOWN:
+            problems.append(more_faults((*within, *path), error.error_count() - SHOWN))
+            break
         # A union is refused by each of its branches. Where one of them got further, it is the one
         # that was meant, and what the others say of the whole value does not matter.
         deeper = any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
@@ -146,6 +151,11 @@ def unknown_key(path: Path, value: object, known: Iterable[str], places: Places)
         return _problem(path, "unknown key", f"Move it to {' or '.join(homes)}.")
     fix = nearest(key, known) or f"Known keys are: {', '.join(known)}."
     return _problem(path, "unknown key", fix)
+
+
+def more_faults(path: Path, count: int) -> Problem:
+    """Return the problem that there are ``count`` more faults, of which ``path`` is the first."""
+    return _problem(path, f"this and {count - 1:,} more are wrong too", "Mend the others first.")
 
 
 def meant(word: str, choices: Collection[str]) -> str:

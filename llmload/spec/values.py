@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
+from llmload import patterns
 from llmload.spec.refusals import InvalidValueError, meant
 from llmload.spec.suggest import nearest
 
@@ -17,15 +18,22 @@ AUTO_CLASSES: Final = (
     "base",
 )
 CLASS_PATH: Final = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+_LONGEST_PATTERN: Final = 10_000
 _PLACEMENTS: Final = ("auto", "balanced", "balanced_low_0", "sequential")
 _DEVICES: Final = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "disk")
 
 
 def regex(pattern: str) -> str:
     """Hold a value to the syntax of regular expressions."""
+    if len(pattern) > _LONGEST_PATTERN:
+        raise InvalidValueError(
+            f"a regular expression of {len(pattern)} characters is more than the"
+            f" {_LONGEST_PATTERN} allowed",
+            fix="Write several shorter ones.",
+        )
     try:
         re.compile(pattern)
-    except re.error as error:
+    except patterns.FAULTS as error:
         raise InvalidValueError(
             f"{pattern!r} is not a regular expression: {error}",
             fix=f"To match the text as it stands, write {re.escape(pattern)!r}.",
@@ -77,7 +85,7 @@ def replacements(rules: Mapping[str, str]) -> Mapping[str, str]:
     for pattern, replacement in rules.items():
         try:
             re.sub(pattern, replacement, "")
-        except (re.error, IndexError) as error:
+        except (*patterns.FAULTS, IndexError, KeyError) as error:
             raise InvalidValueError(
                 f"the replacement {replacement!r} does not fit the pattern {pattern!r}: {error}",
                 fix="Number the groups of the pattern from \\1, and write a backslash as \\\\.",

@@ -25,7 +25,9 @@ MAX_VALUES: Final = 10_000
 
 _NULLS: Final = re.compile(r"~|null|Null|NULL|")
 _BOOLS: Final = re.compile(r"true|True|TRUE|false|False|FALSE")
-INTS: Final = re.compile(r"[-+]?[0-9]{1,4000}|0o[0-7]{1,4000}|0x[0-9a-fA-F]{1,4000}")
+INTS: Final = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+LONGEST_INT: Final = 100
+"""Digits of a whole number; Python shows none that has over 4,300, and nothing here needs one."""
 FLOATS: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITE: Final = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
@@ -227,6 +229,14 @@ class _Reader:
             return None
         if _BOOLS.fullmatch(text):
             return text.lower() == "true"
+        if INTS.fullmatch(text) and len(text) > LONGEST_INT:
+            self.fault(
+                f"{text[:20]}... is a number of {len(text)} digits",
+                f"Write one of at most {LONGEST_INT}, or put it in quotes if it is text.",
+                node.start_mark,
+                path,
+            )
+            return None
         if INTS.fullmatch(text):
             return int(text, 8 if text[:2] == "0o" else 16 if text[:2] == "0x" else 10)
         if _INFINITE.fullmatch(text) or FLOATS.fullmatch(text):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmload import Conflict, Note, PlanError, Problem
 from llmload.builtin.cast.section import CastSection
 from llmload.hookspecs import hookimpl
+from llmload.plugin import patterns
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ def _matches(model: nn.Module, rules: Mapping[str, str]) -> Iterator[tuple[str, 
     """Yield each tensor to cast once, with its name and the rule that holds for it."""
     seen: set[int] = set()
     for path, module in model.named_modules():
-        pattern = next((rule for rule in rules if re.search(rule, path)), None)
+        pattern = next((rule for rule in rules if patterns.search(rule, path)), None)
         if pattern is None:
             continue
         for held in (module.named_parameters, module.named_buffers):

@@ -9,14 +9,13 @@ the plugin ``coati`` ColossalChat's own.
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError
 
 from llmload import Problem, Section, SpecError
 from llmload.builtin.lora.section import Alpha, Names, Rank
-from llmload.plugin import explain
+from llmload.plugin import explain, local_path, read_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,12 +93,12 @@ def read(file: str) -> CoatiLora:
 
     :raises SpecError: the file cannot be read, is not a JSON object, or a key of it is wrong.
     """
-    path = Path(file).expanduser()
+    path = local_path(file, "lora.lora_config")
+    if not path.exists():
+        raise _refusal("the file does not exist", "Check the path.", file)
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise _refusal("the file does not exist", "Check the path.", file) from None
-    except (OSError, ValueError) as error:
+        content = json.loads(read_file(path, "lora.lora_config", "the file"))
+    except (RecursionError, ValueError) as error:
         raise _refusal(f"the file is not JSON: {error}", "Check the file.", file) from None
     if not isinstance(content, dict):
         raise _refusal(

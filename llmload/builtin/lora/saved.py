@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from llmload import CheckpointError, Problem
 from llmload.builtin.lora.section import LEFT_TO_PEFT, OWN_FIELDS, LoraSection
-from llmload.plugin import Checkpoint, explain
+from llmload.plugin import Checkpoint, MappedCheckpoint, UntrustedFolder, explain, local_path
 
 if TYPE_CHECKING:
     import torch
@@ -20,9 +20,6 @@ CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 LAYER_PLUGINS: Final = "llmload_plugins"
 """Our key in the configuration, written where plugins made layers of the adapter."""
-TIED_WEIGHTS: Final = "llmload_tied_weights"
-"""Our key in the configuration: ``untie`` where rows of untied embeddings were trained, which PEFT
-would tie again."""
 _PICKLE: Final = "adapter_model.bin"
 
 # What the file says of where it came from, and of how it is used; neither is inherited.
@@ -40,16 +37,23 @@ class SavedAdapter:
     """The fields of ``LoraConfig`` in ``adapter_config.json`` that hold for a resumed adapter."""
     layer_plugins: tuple[str, ...]
     """Names of the plugins whose ``lora_layer`` made layers of it."""
-    untied: bool
-    """Whether embedding and head had been untied, and rows of one of them were trained alone."""
     checkpoint: Checkpoint
     """Names, shapes and dtypes of the weights."""
+    files: UntrustedFolder
+    """The folder, whose configuration was read and checked."""
 
     def read(self) -> dict[str, torch.Tensor]:
-        """Return the weights by name, on the CPU."""
-        from safetensors.torch import load_file
+        """Return the weights by name, on the CPU, the caller's own.
 
-        return load_file(self.folder / WEIGHTS)  # type: ignore[no-any-return]
+        :raises CheckpointError: a file is no longer the one that was checked.
+        """
+        with MappedCheckpoint(self.checkpoint) as mapped:
+            values = {
+                name: mapped.tensor(info).clone() for name, info in self.checkpoint.tensors.items()
+            }
+            mapped.check()
+        self.files.check()
+        return values
 
     def outline(self) -> dict[str, torch.Tensor]:
         """Return the weights by name on the meta device: shapes and dtypes, nothing read."""
@@ -69,15 +73,16 @@ def open_adapter(path: str) -> SavedAdapter:
     :raises CheckpointError: the folder or a file is missing, damaged, no LoRA, or made by a PEFT
         that knows more than this one.
     """
-    folder = Path(path).expanduser()
+    folder = local_path(path, "lora.adapter")
     if not folder.is_dir():
         raise _refusal(
             f"the adapter folder {path!r} does not exist",
             "Give a folder written by save_pretrained of a PeftModel.",
         )
-    fields, layer_plugins, untied = _read_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        if (folder / _PICKLE).is_file():
+    files = UntrustedFolder(folder)
+    fields, layer_plugins = _read_config(files)
+    if not files.holds(WEIGHTS):
+        if files.holds(_PICKLE):
             raise _refusal(
                 f"the adapter's weights in {path!r} are a pickle, which can run code when opened",
                 f"Load it elsewhere with PEFT and save it again, which writes {WEIGHTS}.",
@@ -86,29 +91,31 @@ def open_adapter(path: str) -> SavedAdapter:
             f"the adapter folder {path!r} holds no {WEIGHTS}",
             "Give a folder written by save_pretrained of a PeftModel.",
         )
+    files.path(WEIGHTS)  # which no link may lead out of the folder
     checkpoint = Checkpoint.open(folder / WEIGHTS)
     return SavedAdapter(
         folder=folder,
         fields=fields,
         layer_plugins=layer_plugins,
-        untied=untied,
         checkpoint=checkpoint,
+        files=files,
     )
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
-    file = folder / CONFIG
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
+def _read_config(files: UntrustedFolder) -> tuple[dict[str, Any], tuple[str, ...]]:
+    if not files.holds(CONFIG):
         raise _refusal(
-            f"the adapter folder {str(folder)!r} holds no {CONFIG}",
+            f"the adapter folder {str(files.root)!r} holds no {CONFIG}",
             "Give a folder written by save_pretrained of a PeftModel.",
+        )
+    file = files.root / CONFIG
+    try:
+        content = files.config(CONFIG, CONFIG)
+    except CheckpointError as error:
+        raise CheckpointError(
+            problem.model_copy(update={"where": f"lora.adapter.{problem.where}".rstrip(".")})
+            for problem in error.problems
         ) from None
-    except ValueError as error:
-        raise _refusal(f"{CONFIG} is not JSON: {error}", "Save the adapter again.", file) from None
-    if not isinstance(content, dict):
-        raise _refusal(f"{CONFIG} is not a JSON object", "Save the adapter again.", file)
     kind = content.get("peft_type")
     if kind != "LORA":
         raise _refusal(
@@ -119,13 +126,6 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
     layer_plugins = content.pop(LAYER_PLUGINS, [])
     if not isinstance(layer_plugins, list) or not all(isinstance(n, str) for n in layer_plugins):
         raise _refusal(f"{LAYER_PLUGINS!r} is not a list of names", "Save the adapter again.", file)
-    tied_weights = content.pop(TIED_WEIGHTS, None)
-    if tied_weights not in (None, "untie"):
-        raise _refusal(
-            f"{TIED_WEIGHTS!r} is {tied_weights!r}, and can be 'untie' or null",
-            "Save the adapter again.",
-            file,
-        )
     ours = LoraSection.model_fields.keys() - OWN_FIELDS
     known = {name: value for name, value in content.items() if name in ours}
     # PEFT writes every field it has: an unknown one that is not set changes nothing.
@@ -150,7 +150,7 @@ def _read_config(folder: Path) -> tuple[dict[str, Any], tuple[str, ...], bool]:
         problems = explain(error, LoraSection, known)
         raise CheckpointError(p.model_copy(update={"file": str(file)}) for p in problems) from None
     fields = {name: v for name, v in section.given().items() if name not in _NOT_INHERITED}
-    return fields, tuple(layer_plugins), tied_weights == "untie"
+    return fields, tuple(layer_plugins)
 
 
 def _refusal(message: str, fix: str, file: Path | None = None) -> CheckpointError:

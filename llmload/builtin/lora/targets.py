@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmload import Problem, RequestError
 from llmload.builtin.lora.request import ALL_LINEAR
+from llmload.plugin import closest, patterns
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -92,7 +92,7 @@ def _named(config: LoraConfig) -> Iterator[tuple[str, list[str], _Matcher]]:
 
 
 def _whole(entry: str, name: str) -> bool:
-    return re.fullmatch(entry, name) is not None
+    return patterns.fullmatch(entry, name) is not None
 
 
 def _end(entry: str, name: str) -> bool:
@@ -104,7 +104,7 @@ def _bare_end(entry: str, name: str) -> bool:
 
 
 def _pattern(entry: str, name: str) -> bool:
-    return re.match(rf"(.*\.)?({entry})$", name) is not None
+    return patterns.match(rf"(.*\.)?({entry})$", name) is not None
 
 
 def _way_out(field: str, misses: list[str], model: nn.Module) -> str:
@@ -121,11 +121,7 @@ def _way_out(field: str, misses: list[str], model: nn.Module) -> str:
         )
     if field in ("target_modules", "exclude_modules") and misses[0] in ends:
         return f"A text is a regular expression for the whole name; write [{misses[0]}]."
-    near = [
-        name
-        for entry in misses
-        for name in difflib.get_close_matches(entry, ends, n=_NEAREST, cutoff=0.6)
-    ]
+    near = [name for entry in misses for name in closest(entry, ends, _NEAREST)]
     if near:
         return f"The nearest: {', '.join(dict.fromkeys(near))}."
     more = ", ..." if len(ends) > _SHOWN else ""

@@ -5,12 +5,11 @@ Each step yields the problems it finds and leaves the tokenizer alone where it f
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmload import Problem
+from llmload.plugin import closest, local_path, read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +92,7 @@ def _set_pad_token(
 
 
 def _nearest(token: str, vocabulary: dict[str, int]) -> str:
-    matches = difflib.get_close_matches(token, vocabulary, n=3)
+    matches = closest(token, vocabulary, 3)
     return f"Did you mean {' or '.join(map(repr, matches))}? " if matches else ""
 
 
@@ -186,15 +185,15 @@ def _set_chat_template(
         return
     where = "tokenizer.chat_template"
     if text.endswith(".jinja") and "\n" not in text:
-        path = Path(text).expanduser()
-        if not path.is_file():
+        path = local_path(text, where)
+        if not path.exists():
             yield Problem(
                 where=where,
                 message=f"the chat template file {text!r} does not exist",
                 fix="Give the path of a .jinja file, or the template itself.",
             )
             return
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, where, "the chat template").decode("utf-8", "replace")
     conversation = [{"role": "user", "content": ""}]
     try:
         tokenizer.apply_chat_template(conversation, chat_template=text, tokenize=False)

@@ -10,12 +10,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 from llmload import Problem, RequestError
 from llmload.builtin.zero3.section import Zero3Section
-from llmload.plugin import parse_yaml
+from llmload.plugin import local_path, parse_yaml, read_file
 
 AUTO: Final = "auto"
 
@@ -103,14 +102,13 @@ def read(section: Zero3Section) -> dict[str, Any]:
         return _made(section)
     if isinstance(section.config, Mapping):
         return copy.deepcopy(dict(section.config))
-    path = Path(section.config)
+    path = local_path(section.config, "zero3.config")
     try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        text = read_file(path, "zero3.config", "the DeepSpeed config").decode("utf-8")
+    except UnicodeDecodeError:
         raise _refusal(
             "config",
-            f"the DeepSpeed config {str(path)!r} cannot be read: {reason}",
+            f"the DeepSpeed config {str(path)!r} cannot be read: it is not text in UTF-8",
             "Check the name; it is relative to the working directory.",
         ) from None
     content, _ = parse_yaml(text, str(path))
