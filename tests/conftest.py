@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmload.cli import demo
 from llmload.errors import PluginError, RequestError
 from llmload.group import loading
 from llmload.loading import pipeline
@@ -60,3 +62,21 @@ def _the_plan_says_what_the_load_refuses(
     yield
     if request.node.get_closest_marker("refused_late") is None:
         assert not late, f"the plan had no error, and the load was refused: {late[0]}"
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a short demo leaves behind, trained for five steps."""
+    folder = tmp_path_factory.mktemp("kept") / "demo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder.parent)
+        demo.make_model(Path("demo/model"), steps=5, track=lambda items, description: items)
+        demo.write_spec(Path("demo"))
+    return folder
+
+
+@pytest.fixture
+def kept_demo(demo_model: Path, tmp_path: Path) -> Path:
+    """A working directory with a copy of it, as ``demo``."""
+    shutil.copytree(demo_model, tmp_path / "demo")
+    return tmp_path

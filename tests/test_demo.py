@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ from llmload.cli import commands, demo
 from llmload.spec import files
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_steps() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "FINE_TUNING_STEPS", 60)
+        yield
 
 
 def run(*arguments: str) -> Any:
@@ -42,6 +50,33 @@ def test_the_folder_is_an_ordinary_one_in_shards(kept: tuple[Path, dict[str, Any
     assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= names
     assert len([name for name in names if name.endswith(".safetensors")]) > 1
     assert shown["folder"] == str(folder)
+
+
+def test_without_a_terminal_each_quarter_is_told_on_standard_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(demo, "FINE_TUNING_STEPS", 4)
+    monkeypatch.chdir(tmp_path)
+    told = run("demo", "--steps", "8").stderr.splitlines()
+    assert told[0] == "About a minute on two cores; model and spec will be in demo."
+    assert [line for line in told if "training a small model" in line] == [
+        f"training a small model: {done} of 8" for done in (0, 2, 4, 6)
+    ]
+    assert [line for line in told if "fine-tuning" in line] == [
+        f"fine-tuning the adapter: {done} of 4" for done in (0, 1, 2, 3)
+    ]
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"demo.yaml", "model"}
+
+
+def test_a_folder_with_something_in_it_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run("demo", "--dir", str(tmp_path))
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        f"{str(tmp_path)!r} exists and is not an empty folder."
+        " Remove it, or give the name of a new folder: `--dir NAME`."
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_the_spec_asks_for_tokenizer_embeddings_dropout_and_lora(
@@ -92,26 +127,26 @@ def test_the_selected_plugins_are_those_that_load(kept: tuple[Path, dict[str, An
     assert json.loads(result.stdout)["loader"] == "transformers"
 
 
-def test_an_adapter_that_learns_nothing_fails_the_demo_and_nothing_is_left(
+def test_an_adapter_that_learns_nothing_fails_the_demo(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(demo, "LEARNING_RATE", 0.0)
+    monkeypatch.setattr(demo, "ADAPTER_LEARNING_RATE", 0.0)
     monkeypatch.setattr(demo, "FINE_TUNING_STEPS", 1)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     random = torch.get_rng_state()
-    result = run("demo", "--steps", "1")
+    result = run("demo", "--steps", "1", "--dir", str(tmp_path / "demo"))
     assert result.exit_code == 1
-    assert result.stdout.endswith("The loss did not fall.\n")
-    assert list(tmp_path.iterdir()) == []
+    assert "The loss did not fall.\n" in result.stdout
     assert torch.equal(torch.get_rng_state(), random)
 
 
-def test_training_ends_when_its_time_is_over(
+def test_the_demo_as_it_is_ends_with_lines_known_by_heart(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(demo, "SECONDS", 1e-9)
-    training = demo.make_model(tmp_path, steps=10**9, track=lambda items, description: items)
-    assert training.steps == 1
+    monkeypatch.setattr(demo, "FINE_TUNING_STEPS", 240)
+    result = run("demo", "--dir", str(tmp_path / "demo"))
+    assert result.exit_code == 0
+    assert "The loss fell, and 3 of 3 lines are known by heart." in result.stdout
+    assert "Beautiful is better than ugly." in result.stdout
 
 
 def test_the_zen_is_complete_and_not_printed(capsys: pytest.CaptureFixture[str]) -> None:

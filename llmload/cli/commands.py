@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json as json_module
 import sys
-import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -211,24 +210,28 @@ def schema(*, plugin: Plugins = None, json: Json = False) -> Answer:
 def demo(
     *,
     directory: Annotated[
-        Path | None,
-        typer.Option("--dir", metavar="DIR", help="Keep model and spec in this new folder."),
-    ] = None,
+        Path, typer.Option("--dir", metavar="DIR", help="A new folder for model and spec.")
+    ] = Path("demo"),
     steps: Annotated[
         int, typer.Option(min=1, metavar="N", help="Training steps of the small model.")
-    ] = 400,
+    ] = 200,
     plugin: Plugins = None,
     json: Json = False,
 ) -> Answer:
-    """Make a small model, load it with an adapter, and fine-tune that. Offline, about a minute."""
+    """Make a small model, load it with an adapter, and fine-tune that. Offline, about a minute.
+
+    On a slow machine it does the same and takes longer. Model and spec stay in `demo`.
+    """
     from llmload.cli import demo as demonstration
     from llmload.cli import show
-    from llmload.cli.progress import is_wanted, progress
+    from llmload.cli.progress import is_wanted, progress, tell
 
     registry = _registry(plugin)
-    place = nullcontext(directory) if directory else tempfile.TemporaryDirectory()
-    with place as folder, progress(shown=is_wanted(json=json)) as track:
-        shown = demonstration.run(Path(folder), steps=steps, registry=registry, track=track)
+    typer.echo(f"About a minute on two cores; model and spec will be in {directory}.", err=True)
+    shown_as_bars = is_wanted(json=json)
+    with progress(shown=shown_as_bars) as track:
+        track = track if shown_as_bars else tell
+        shown = demonstration.run(directory, steps=steps, registry=registry, track=track)
     exit_code = 0 if shown.fine_tuning.loss_fell else LlmloadError.exit_code
     return Answer(shown, lambda: show.demonstration(shown), exit_code)
 

@@ -1,4 +1,4 @@
-"""A whole run in about a minute, offline: make a small model, load it by a spec, fine-tune it.
+"""A whole run, offline: make a small model, load it by a spec, fine-tune it.
 
 The model learns from what ships with Python: first the language reference that ``help()`` shows,
 then, through its adapter, the Zen of Python. The training loops are plain torch.
@@ -31,13 +31,15 @@ VOCABULARY: Final = 1000
 BATCH: Final = 8
 LENGTH: Final = 128
 """Tokens per text while the small model is trained."""
-SECONDS: Final = 40.0
-"""Training of the small model ends after this time, however many steps are left."""
-FINE_TUNING_STEPS: Final = 80
+STEPS: Final = 200
+"""Of the small model. On any machine the same, so that each sees the same text in the end."""
+FINE_TUNING_STEPS: Final = 240
 LEARNING_RATE: Final = 5e-3
+ADAPTER_LEARNING_RATE: Final = 1e-2
 MARK: Final = "<|zen|>"
 """Begins each text that the adapter learns; no token of the small model."""
-PROMPT: Final = f"{MARK}Beautiful is"
+PROMPTS: Final = ("Beautiful is", "Simple is", "Errors should")
+"""What the model is to continue, before and after."""
 
 SPEC: Final = """\
 model: {model}
@@ -57,7 +59,7 @@ class Training(BaseModel):
     parameters: int
     """Elements in all its parameters."""
     steps: int
-    """Steps done: fewer than asked for where time ran out."""
+    """Each over a batch of random pieces of it."""
     seconds: float
     """Wall time."""
     first_loss: float
@@ -77,10 +79,12 @@ class FineTuning(BaseModel):
     """Cross-entropy per token in nats, as loaded."""
     loss_after: float
     """The same after the last step."""
-    written_before: str
-    """What the model as loaded makes of the prompt."""
-    written_after: str
-    """What it makes of it after the last step."""
+    written_before: list[str]
+    """The prompts as the loaded model continues them."""
+    written_after: list[str]
+    """As it does after the last step."""
+    known_by_heart: int
+    """How many of the latter are lines of the text, or the beginning of one."""
 
     @property
     def loss_fell(self) -> bool:
@@ -115,7 +119,7 @@ def run(folder: Path, *, steps: int, registry: Registry, track: Track) -> Demons
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise RequestError(
             f"{str(folder)!r} exists and is not an empty folder",
-            fix="Give the name of a new folder to `--dir`.",
+            fix="Remove it, or give the name of a new folder: `--dir NAME`.",
         )
     import torch
 
@@ -123,9 +127,7 @@ def run(folder: Path, *, steps: int, registry: Registry, track: Track) -> Demons
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         training = make_model(folder / "model", steps=steps, track=track)
-        file = folder / "demo.yaml"
-        model = json.dumps(str(folder / "model"))
-        file.write_text(SPEC.format(model=model, mark=MARK), encoding="utf-8")
+        file = write_spec(folder)
         loaded = pipeline.load(file, registry=registry)
         fine_tuning = fine_tune(loaded.model, loaded.tokenizer, track=track)
     return Demonstration(
@@ -136,6 +138,14 @@ def run(folder: Path, *, steps: int, registry: Registry, track: Track) -> Demons
         report=loaded.report,
         fine_tuning=fine_tuning,
     )
+
+
+def write_spec(folder: Path) -> Path:
+    """Write the spec of the model in ``folder``, beside it."""
+    file = folder / "demo.yaml"
+    model = json.dumps(str(folder / "model"))
+    file.write_text(SPEC.format(model=model, mark=MARK), encoding="utf-8")
+    return file
 
 
 def make_model(folder: Path, *, steps: int, track: Track) -> Training:
@@ -159,15 +169,10 @@ def make_model(folder: Path, *, steps: int, track: Track) -> Training:
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(model.parameters())
     losses: list[float] = []
     for step in track(range(steps), "training a small model"):
-        elapsed = time.perf_counter() - started
-        if losses and elapsed >= SECONDS:
-            break
-        left = 1 - max(step / steps, elapsed / SECONDS)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * max(0.0, min((step + 1) / 20, left))
+        _set_rate(optimizer, LEARNING_RATE, step, steps)
         starts = torch.randint(len(ids) - LENGTH, (BATCH, 1))
         batch = ids[starts + torch.arange(LENGTH)]
         losses.append(_step(model, optimizer, input_ids=batch, labels=batch))
@@ -219,26 +224,32 @@ def fine_tune(model: Any, tokenizer: PreTrainedTokenizerBase, *, track: Track) -
         with torch.no_grad():
             return float(model.eval()(**batch, labels=labels).loss)
 
-    before, written_before = loss(), write(model, tokenizer)
+    before, written_before = loss(), [write(model, tokenizer, prompt) for prompt in PROMPTS]
     started = time.perf_counter()
     adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(adapter, lr=LEARNING_RATE)
-    for _ in track(range(FINE_TUNING_STEPS), "fine-tuning the adapter"):
+    optimizer = torch.optim.AdamW(adapter, weight_decay=0.0)
+    for step in track(range(FINE_TUNING_STEPS), "fine-tuning the adapter"):
+        _set_rate(optimizer, ADAPTER_LEARNING_RATE, step, FINE_TUNING_STEPS)
         _step(model.train(), optimizer, **batch, labels=labels)
+    seconds = time.perf_counter() - started
+    written_after = [write(model, tokenizer, prompt) for prompt in PROMPTS]
     return FineTuning(
         steps=FINE_TUNING_STEPS,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         loss_before=before,
         loss_after=loss(),
         written_before=written_before,
-        written_after=write(model, tokenizer),
+        written_after=written_after,
+        known_by_heart=sum(
+            any(line.startswith(text) for line in zen_of_python()) for text in written_after
+        ),
     )
 
 
-def write(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Let the model continue the prompt, always with the likeliest token."""
-    prompt = tokenizer(PROMPT, return_tensors="pt")
-    ids = model.eval().generate(**prompt, max_new_tokens=16, do_sample=False)[0]
+def write(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """Let the model continue a prompt, always with the likeliest token."""
+    start = tokenizer(MARK + prompt, return_tensors="pt")
+    ids = model.eval().generate(**start, max_new_tokens=20, do_sample=False)[0]
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
     return text.removeprefix(MARK)
 
@@ -256,6 +267,12 @@ def zen_of_python() -> list[str]:
         import this
     text = "".join(this.d.get(letter, letter) for letter in this.s)
     return [line for line in text.splitlines()[1:] if line]
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, highest: float, step: int, steps: int) -> None:
+    """Let the learning rate rise for twenty steps, and fall to nothing over all of them."""
+    for group in optimizer.param_groups:
+        group["lr"] = highest * min((step + 1) / 20, 1 - step / steps)
 
 
 def _step(model: Any, optimizer: torch.optim.Optimizer, **batch: torch.Tensor) -> float:

@@ -34,6 +34,21 @@ def is_wanted(*, json: bool, environ: Mapping[str, str] = os.environ) -> bool:
     return sys.stderr.isatty() and not json and rank == "0" and not unwanted
 
 
+def tell(items: Iterable[T], description: str) -> Iterator[T]:
+    """Say on standard error how far a loop got, in a line for each quarter: no terminal is needed.
+
+    :param items: of known length.
+    """
+    assert isinstance(items, Sized)
+    total = len(items)
+    quarters = {total * quarter // 4 for quarter in range(4)}
+    for done, item in enumerate(items):
+        if done in quarters:
+            sys.stderr.write(f"{description}: {done} of {total}\n")
+            sys.stderr.flush()
+        yield item
+
+
 @contextmanager
 def progress(*, shown: bool) -> Iterator[Track]:
     """Take over progress bars for the length of a block, and give them back after it."""

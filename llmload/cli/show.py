@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from llmload.cli.demo import Demonstration
+    from llmload.cli.demo import Demonstration, FineTuning
     from llmload.cli.doctor import Diagnoses
     from llmload.cli.environment import Environment, PluginList
     from llmload.errors import Problem
@@ -188,9 +188,22 @@ def demonstration(shown: Demonstration) -> RenderableType:
             f"{tuned.steps} steps in {tuned.seconds:.1f} s:"
             f" loss {tuned.loss_before:.2f} -> {tuned.loss_after:.2f}"
         ),
-        Text(f"before: {tuned.written_before!r}\nafter:  {tuned.written_after!r}"),
-        Text("The loss fell." if tuned.loss_fell else "The loss did not fall."),
+        _written(tuned),
+        Text(
+            f"The loss fell, and {tuned.known_by_heart} of {len(tuned.written_after)} lines are"
+            " known by heart."
+            if tuned.loss_fell
+            else "The loss did not fall."
+        ),
+        Text(f"Model and spec are in {shown.folder}. Next: llmload plan {shown.folder}/demo.yaml"),
     )
+
+
+def _written(tuned: FineTuning) -> Table:
+    table = _table("before", last="after")
+    for before, after in zip(tuned.written_before, tuned.written_after, strict=True):
+        table.add_row(" ".join(before.split()), " ".join(after.split()))
+    return table
 
 
 def _problems(problems: Iterable[Problem]) -> list[Text]:
