@@ -19,6 +19,9 @@ from pydantic import BaseModel, ConfigDict
 
 Severity = Literal["error", "warning"]
 
+_LONG = 500
+"""Characters of a library's error that a message repeats."""
+
 
 class Problem(BaseModel):
     """One thing that is wrong, where it is, and the way out.
@@ -156,6 +159,10 @@ class AuditError(LoadFailedError):
     """The loaded model is not what the plan promised. The model is not handed out."""
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of what a library's error says, its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def in_one_line(error: BaseException) -> str:
+    """Return what a library's error says, its lines joined; its type where it says nothing.
+
+    The reason often stands below the first line. What is very long is cut.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONG else f"{text[:_LONG]}..."

@@ -52,7 +52,7 @@ Loaders:
 Words and versions:
 
 - ``some``: the first few names, and how many more there are.
-- ``first_line``: of an error's text, for a message.
+- ``in_one_line``: what another library's error says, for a message.
 - ``version_of``, ``release_of``: an installed distribution's version, as text and as numbers;
   ``installed_versions``: those of the stack.
 - ``name_and_version``: of a distribution whose metadata is at hand.
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint.untrusted import UntrustedFolder as UntrustedFolder
     from llmload.checkpoint.untrusted import local_path as local_path
     from llmload.checkpoint.untrusted import read_file as read_file
-    from llmload.errors import first_line as first_line
+    from llmload.errors import in_one_line as in_one_line
     from llmload.hf.compat import default_dtype as default_dtype
     from llmload.hf.compat import no_init_weights as no_init_weights
     from llmload.hf.compat import seam as loading_code
@@ -129,8 +129,8 @@ __all__ = [
     "closest",
     "default_dtype",
     "explain",
-    "first_line",
     "from_pretrained",
+    "in_one_line",
     "installed_versions",
     "loading_code",
     "local_path",
@@ -164,7 +164,7 @@ _HOME = {
     **dict.fromkeys(
         ("Part", "Placement", "Plain", "Source", "Splitting", "Target"), "checkpoint.placement"
     ),
-    "first_line": "errors",
+    "in_one_line": "errors",
     **dict.fromkeys(
         ("installed_versions", "name_and_version", "release_of", "version_of"), "host.distributions"
     ),

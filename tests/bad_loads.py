@@ -28,14 +28,6 @@ LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 RESUME = "lora: {adapter: {folder}/adapter}"
 
 # Transformers' own words and files, which changed with version 5.
-OWN_CODE = (
-    "The repository {folder} contains custom code which must be executed to correctly load the"
-    " model. You can inspect the repository content at {folder} "
-    if IS_MODERN
-    else "Loading {folder} requires you to execute the configuration file in that repo on your"
-    " local machine. Make sure you have read the code there to avoid malicious use, then set the"
-    " option `trust_remote_code=True` to remove this error"
-)
 TOKENIZER_FILES = (
     "tokenizer.json, tokenizer_config.json"
     if IS_MODERN
@@ -246,9 +238,8 @@ BAD_LOADS = [
         "config of a model with own code",
         "",
         (
-            "{folder}/config.json: transformers cannot read the config of model type 'own':"
-            f" {OWN_CODE}. The folder brings code of its own: set `trust_remote_code: true` if you"
-            " trust whoever made it."
+            "{folder}/config.json: transformers has no model type 'own', and the folder brings"
+            " code of its own for it. Set `trust_remote_code: true` if you trust whoever made it."
         ),
         config(model_type="own", auto_map={"AutoConfig": "own.Config"}),
     ),

@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from sameness import differences, from_pretrained
 from stacks import IS_MODERN
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import llmload
+from llmload.cli import commands
 
 CONFIGURATION = """
 from transformers import PretrainedConfig
@@ -106,6 +108,48 @@ def test_an_untrusted_folders_code_does_not_run(folder: Path, tmp_path: Path) ->
     ran = tmp_path / "ran"
     code = f"open({str(ran)!r}, 'w').close()\n" + CONFIGURATION
     (folder / "configuration_own.py").write_text(code)
-    with pytest.raises(llmload.CheckpointError, match="set `trust_remote_code: true` if you trust"):
+    with pytest.raises(llmload.CheckpointError, match="Set `trust_remote_code: true` if you trust"):
         llmload.load({"model": str(folder)})
     assert not ran.exists()
+
+
+FAULTS = {
+    "import no_such_package": (
+        "ModuleNotFoundError",
+        "No module named 'no_such_package'",
+        "Install the package that it needs, or mend the code.",
+    ),
+    "def broken(:": (
+        "SyntaxError",
+        "invalid syntax",
+        "Mend the code, or use the versions of Python, torch and transformers it was written for.",
+    ),
+    "raise RuntimeError('not on\\nthis machine')": (
+        "RuntimeError",
+        "not on this machine",
+        "Mend the code, or use the versions of Python, torch and transformers it was written for.",
+    ),
+}
+
+
+@pytest.mark.parametrize("file", ["configuration_own.py", "modeling_own.py"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_code_that_cannot_be_imported_is_refused_with_the_reason(
+    fault: str, file: str, folder: Path, tmp_path: Path
+) -> None:
+    kind, reason, fix = FAULTS[fault]
+    code = (folder / file).read_text()
+    # transformers looks for packages by itself, but not inside a `try`.
+    hidden = f"try:\n    {fault}\nexcept KeyError:\n    pass\n"
+    (folder / file).write_text(f"{hidden}{code}")
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(f"model: {folder}\ntrust_remote_code: true\n")
+    for command in ("plan", "load"):
+        answer = CliRunner().invoke(commands.app, [command, "--json", str(spec)])
+        assert answer.exit_code == 2
+        (problem,) = json.loads(answer.stdout)["problems"]
+        assert problem["message"].startswith(
+            f"the code that comes with the model cannot be imported ({kind}"
+        )
+        assert reason in problem["message"]
+        assert problem["fix"] == fix

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from llmload.errors import CheckpointError, Problem, first_line
+from llmload.errors import CheckpointError, Problem, in_one_line
 from llmload.hf import bounds
 
 if TYPE_CHECKING:
@@ -184,16 +184,25 @@ class Engine:
             with bounds.while_building(len(stored)):
                 blank = build_on_meta(model_class, config, dtype, stored, asked=asked)
             bounds.hold_built(blank, len(stored))
-            return blank
         except Exception as error:
             raise CheckpointError(
                 Problem(
                     where="model",
                     message=f"{model_class.__name__} cannot be built from the config:"
-                    f" {first_line(error)[:500].rstrip('.')}",
+                    f" {in_one_line(error).rstrip('.')}",
                     fix="Check the config, `auto_class` and `attn_implementation`.",
                 )
             ) from error
+        if major("transformers") >= 5 and not hasattr(blank, "all_tied_weights_keys"):
+            raise CheckpointError(
+                Problem(
+                    where="auto_class",
+                    message=f"the constructor of {model_class.__name__} does not call"
+                    " `self.post_init()`, without which transformers cannot load into it",
+                    fix="Call it at the end of `__init__`.",
+                )
+            )
+        return blank
 
     def to_fill(self, blank: PreTrainedModel) -> PreTrainedModel:
         """Make a blank model ready for its values: 4.51.3 ties before it fills, 5.x after."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.strict_json import short
-from llmload.errors import CheckpointError, Problem, SpecError, first_line
+from llmload.errors import CheckpointError, Problem, SpecError, in_one_line
 from llmload.hf import bounds, compat, locating
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def load_config(
     :raises CheckpointError: transformers does not know the model type, or refuses a value; the
         config asks for more than the checkpoint can hold, or has a key that would hide a method.
     """
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
     bounds.hold_counts(files, content, checkpoint)
     options: dict[str, Any] = {}
@@ -54,19 +55,22 @@ def load_config(
             files.root, trust_remote_code=spec.trust_remote_code, local_files_only=True, **options
         )
     except Exception as error:  # transformers raises many kinds for a bad config
-        fix = "Check the folder, or install the transformers version it was saved with."
-        if "auto_map" in content and not spec.trust_remote_code:
-            fix = (
-                "The folder brings code of its own: set `trust_remote_code: true` if you trust"
-                " whoever made it."
+        own = "auto_map" in content and content.get("model_type") not in CONFIG_MAPPING
+        message, fix = (
+            f"transformers cannot read the config of model type {short(content.get('model_type'))}:"
+            f" {in_one_line(error).rstrip('.')}",
+            "Check the folder, or install the transformers version it was saved with.",
+        )
+        if own and not spec.trust_remote_code:
+            message = (
+                f"transformers has no model type {short(content.get('model_type'))}, and the folder"
+                " brings code of its own for it"
             )
+            fix = "Set `trust_remote_code: true` if you trust whoever made it."
+        elif own:
+            message, fix = own_code_failed(error)
         raise CheckpointError(
-            Problem(
-                file=str(files.root / locating.CONFIG),
-                message=f"transformers cannot read the config of model type"
-                f" {short(content.get('model_type'))}: {first_line(error)[:500].rstrip('.')}",
-                fix=fix,
-            )
+            Problem(file=str(files.root / locating.CONFIG), message=message, fix=fix)
         ) from error
     files.check()
     return config
@@ -85,14 +89,12 @@ def resolve_class(
         return _imported_class(spec.auto_class), config
     try:
         found = compat.concrete_class(AUTO_CLASSES[spec.auto_class], config, spec.trust_remote_code)
-    except (AttributeError, TypeError, ValueError) as error:  # of `architectures`, say
-        raise CheckpointError(
-            Problem(
-                where="model",
-                message=f"no class can be chosen by this config: {first_line(error)}",
-                fix="Check `architectures` and `auto_map` in the config.",
-            )
-        ) from error
+    except Exception as error:  # the folder's own code may raise anything
+        message = f"no class can be chosen by this config: {in_one_line(error)}"
+        fix = "Check `architectures` and `auto_map` in the config."
+        if getattr(config, "auto_map", None) and spec.trust_remote_code:
+            message, fix = own_code_failed(error)
+        raise CheckpointError(Problem(where="model", message=message, fix=fix)) from error
     if found is None:
         raise SpecError(
             Problem(
@@ -102,6 +104,24 @@ def resolve_class(
             )
         )
     return found
+
+
+def own_code_failed(error: Exception) -> tuple[str, str]:
+    """Return message and fix where code that came with a model cannot be imported."""
+    raised = traceback.extract_tb(error.__traceback__)
+    place = ""
+    if isinstance(error, SyntaxError):
+        place = f", {error.filename} line {error.lineno}"
+    elif raised and "transformers_modules" in raised[-1].filename:
+        place = f", {raised[-1].filename} line {raised[-1].lineno}"
+    fix = "Mend the code, or use the versions of Python, torch and transformers it was written for."
+    if isinstance(error, ImportError):
+        fix = "Install the package that it needs, or mend the code."
+    return (
+        "the code that comes with the model cannot be imported"
+        f" ({type(error).__name__}{place}): {in_one_line(error).rstrip('.')}",
+        fix,
+    )
 
 
 def _heads(config: PretrainedConfig) -> list[str]:

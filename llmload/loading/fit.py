@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmload.checkpoint.accounting import as_quantised
 from llmload.errors import CheckpointError, Problem
-from llmload.hf import compat
+from llmload.hf import compat, generation, quantised
 from llmload.loading import audit
 
 if TYPE_CHECKING:
@@ -25,15 +25,21 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
 
     :raises CheckpointError: the model cannot be built.
     """
-    if ctx.checkpoint is None or compat.seam().unsuited() is not None:
+    if ctx.checkpoint is None:
         return
     config = ctx.config
+    is_quantised = quantised.declared(config) is not None
+    if is_quantised and not compat.quantised_by_bitsandbytes(config):  # which has its own section
+        yield from quantised.problems(config, ctx.spec, ctx.dtype)
+    yield from generation.problems(ctx.folder, ctx.model_class)
+    if compat.seam().unsuited() is not None:
+        return
     if any(getattr(config, key, None) is not None for key in _ELSEWHERE):
         return
     if getattr(type(config), "extra_files", ()):
         return
     found = ctx.accounting(ctx.blank)
-    if getattr(config, "quantization_config", None) is not None:
+    if is_quantised:
         found = as_quantised(ctx.blank, found)
     for name, trace in found.failed.items():
         reason = trace.splitlines()[-1].removeprefix("Error: ")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from llmload import Note, Problem
 from llmload.builtin.kbit.section import KbitSection
 from llmload.builtin.kbit.versions import quantises_weight_by_weight
-from llmload.plugin import first_line, version_of
+from llmload.plugin import in_one_line, version_of
 
 if TYPE_CHECKING:
     from llmload import LoadContext
@@ -117,7 +117,7 @@ def backend() -> Iterator[Problem]:
         validate_bnb_backend_availability(raise_exception=True)
     except RuntimeError as error:
         version = version_of("transformers")
-        reason = first_line(error).partition(". ")[0].rstrip(".")
+        reason = in_one_line(error).partition(". ")[0].rstrip(".")
         fix = "Run on a device that bitsandbytes supports."
         if not quantises_weight_by_weight():
             # Its own sentence lists sets, in an order that changes from run to run.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmload import CheckpointError, Problem, RequestError
-from llmload.plugin import UntrustedFolder, first_line, locate_files, read_config
+from llmload.plugin import UntrustedFolder, in_one_line, locate_files, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,7 @@ def load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTraine
             raise _no_vocabulary(folder, []) from error
         raise refusal(
             "name_or_path",
-            f"the tokenizer in {str(folder)!r} cannot be loaded: {first_line(error)}",
+            f"the tokenizer in {str(folder)!r} cannot be loaded: {in_one_line(error)}",
             "Save or download it again, or name another in `tokenizer.name_or_path`.",
         ) from error
     if tokenizer is False:  # what transformers 4.51 gives where a slow one's files are missing

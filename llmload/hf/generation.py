@@ -1,0 +1,64 @@
+"""Whether transformers will take a folder's ``generation_config.json``, and write it again."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmload.errors import Problem, in_one_line
+from llmload.hf import compat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FILE = "generation_config.json"
+
+
+def problems(folder: Path, model_class: type[PreTrainedModel]) -> Iterator[Problem]:
+    """Yield what ``from_pretrained`` would raise for the file, or ``save_pretrained`` later."""
+    from transformers import GenerationConfig
+
+    file = folder / FILE
+    if not file.is_file() or not model_class.can_generate():
+        return
+    try:
+        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a bad value
+        yield Problem(
+            file=str(file),
+            message=f"transformers refuses the generation config: {in_one_line(error).rstrip('.')}",
+            fix="Mend the value, or remove the file.",
+        )
+        return
+    reason = _unsaved(config)
+    if reason is not None:
+        yield Problem(
+            file=str(file),
+            severity="warning",
+            message="once one of its values has changed, as the alignment of token ids changes"
+            f" some, transformers will refuse to save the generation config, and the model with"
+            f" it: {reason}",
+            fix="Set `do_sample` to true in the file, or remove what does not go with it.",
+        )
+
+
+def _unsaved(config: Any) -> str | None:
+    """Return why ``save_pretrained`` refuses a generation config, or None.
+
+    It raises for what it only warns of otherwise: 5.x where the config has changed since it was
+    read, 4.51.3 always.
+    """
+    config = copy.deepcopy(config)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            if compat.major("transformers") >= 5:
+                config.validate(strict=True)
+            else:
+                config.validate()
+    except (ValueError, Warning) as error:
+        return in_one_line(error).rstrip(".")
+    return None

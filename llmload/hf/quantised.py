@@ -1,0 +1,113 @@
+"""What transformers would say of a folder whose config declares a quantisation, before it reads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmload.errors import Problem, in_one_line
+from llmload.hf import compat
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+    from llmload.spec.loadspec import LoadSpec
+
+_WHERE = "model"
+_PLAIN = "Load the checkpoint from before it was quantised"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A quantisation as a folder's config declares it."""
+
+    method: str
+    """Its name in transformers."""
+    dequantised: bool = False
+    """Whether transformers makes plain numbers of it while it loads."""
+    trainable: bool = True
+    """Whether transformers says that a model quantised so can be trained."""
+
+
+def declared(config: PretrainedConfig) -> dict[str, Any] | None:
+    """Return the quantisation that a config declares, also for its text part; or None."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        found = getattr(config.get_text_config(), "quantization_config", None)
+    if found is None:
+        return None
+    return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+
+
+def examine(config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype) -> Stored | Problem:
+    """Ask transformers' quantiser whether it can work here, as ``from_pretrained`` would.
+
+    For a config that :func:`declared` finds something in.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+
+    content = declared(config) or {}
+    method = _method(content)
+    known = sorted(AUTO_QUANTIZER_MAPPING)
+    if method not in known and not compat.quantised_by_bitsandbytes(config):
+        # transformers would log a line and take the codes for weights.
+        by = f"by {method!r}, which transformers does not know" if method else "and not by what"
+        return Problem(
+            where=_WHERE,
+            message=f"the config says that the checkpoint is quantised {by}; transformers knows"
+            f" {', '.join(known)}",
+            fix="Remove `quantization_config` from config.json if the weights are plain numbers, or"
+            " install what knows the method.",
+        )
+    try:
+        quantiser = AutoHfQuantizer.from_config(copy.deepcopy(content), pre_quantized=True)
+        quantiser.validate_environment(
+            device_map=spec.device_map, weights_only=True, **compat.dtype_option(dtype)
+        )
+        settings = quantiser.quantization_config
+        dequantised = bool(getattr(settings, "dequantize", False))
+        return Stored(method, dequantised, dequantised or bool(_is_trainable(quantiser)))
+    except Exception as error:  # each method raises kinds of its own
+        return Problem(
+            where=_WHERE,
+            message=f"the checkpoint is quantised by {method}, and transformers cannot load that"
+            f" here: {in_one_line(error).rstrip('.')}",
+            fix=f"Install what it asks for, or load where it runs. {_PLAIN} otherwise.",
+        )
+
+
+def problems(config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype) -> Iterator[Problem]:
+    """Yield why a quantised folder cannot be loaded, or not be trained as the spec wants."""
+    found = examine(config, spec, dtype)
+    name = str(dtype).removeprefix("torch.")
+    if isinstance(found, Problem):
+        yield found
+    elif found.dequantised:
+        yield Problem(
+            where=_WHERE,
+            severity="warning",
+            message=f"the checkpoint is quantised by {found.method}, of which transformers makes"
+            f" {name} here while it loads; what it computes so is not held against the file",
+            fix=f"{_PLAIN} for a model of which every value is proved.",
+        )
+    elif spec.trainable and not found.trainable:
+        yield Problem(
+            where="trainable",
+            message=f"the checkpoint is quantised by {found.method}, and transformers cannot train"
+            " a model that is quantised so, nor through it",
+            fix=f"{_PLAIN}, or set `trainable: false` to use the model as it is.",
+        )
+
+
+def _method(content: Mapping[str, Any]) -> str:
+    method = content.get("quant_method")
+    return str(getattr(method, "value", method) or "")
+
+
+def _is_trainable(quantiser: Any) -> bool:
+    """Return transformers' answer, which is a property or a method."""
+    found = quantiser.is_trainable
+    return bool(found() if callable(found) else found)
