@@ -42,6 +42,11 @@ def declared(config: PretrainedConfig) -> dict[str, Any] | None:
     return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
 
 
+def by_bitsandbytes(content: Mapping[str, Any]) -> bool:
+    """Say whether a declared quantisation is 8 or 4 bits by bitsandbytes."""
+    return bool(content.get("load_in_4bit") or content.get("load_in_8bit"))
+
+
 def examine(config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype) -> Stored | Problem:
     """Ask transformers' quantiser whether it can work here, as ``from_pretrained`` would.
 
@@ -52,7 +57,7 @@ def examine(config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype) -> Sto
     content = declared(config) or {}
     method = _method(content)
     known = sorted(AUTO_QUANTIZER_MAPPING)
-    if method not in known and not compat.quantised_by_bitsandbytes(config):
+    if method not in known and not by_bitsandbytes(content):
         # transformers would log a line and take the codes for weights.
         by = f"by {method!r}, which transformers does not know" if method else "and not by what"
         return Problem(

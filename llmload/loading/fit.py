@@ -28,8 +28,8 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
     if ctx.checkpoint is None:
         return
     config = ctx.config
-    is_quantised = quantised.declared(config) is not None
-    if is_quantised and not compat.quantised_by_bitsandbytes(config):  # which has its own section
+    stored = quantised.declared(config)
+    if stored is not None and not quantised.by_bitsandbytes(stored):  # which has its own section
         yield from quantised.problems(config, ctx.spec, ctx.dtype)
     yield from generation.problems(ctx.folder, ctx.model_class)
     if compat.seam().unsuited() is not None:
@@ -39,7 +39,7 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
     if getattr(type(config), "extra_files", ()):
         return
     found = ctx.accounting(ctx.blank)
-    if is_quantised:
+    if stored is not None:
         found = as_quantised(ctx.blank, found)
     for name, trace in found.failed.items():
         reason = trace.splitlines()[-1].removeprefix("Error: ")
