@@ -6,16 +6,64 @@ A plugin is any object with a ``name``. Everything else is optional::
         name = "my_plugin"              # also its key in the spec and its entry-point name
         Section = MySection             # pydantic model of spec["my_plugin"]: see llmload.Section
         always_active = False           # True: takes part even where the spec lacks the key
-        after = ("embeddings",)         # order: plugins that go first; ("*",): after all others
-        before = ("lora",)              # order: plugins that go later
+        stage = "heads"                 # when it acts on the model: one of STAGES
+        after = ("embeddings",)         # exceptions: plugins that go first; ("*",): all others
+        before = ("lora",)              # exceptions: plugins that go later
         conflicts = (Conflict(...),)    # settings that cannot be combined with this section
         requires = ("peft>=0.13.2",)    # distributions it needs; a missing one is a plan problem
+        provides = ("embeddings",)      # what others may count on: see below
         rehearsed = True                # False: its hooks change no name, shape or requires_grad
+        Hooks = MyHooks                 # hooks of its own, for other plugins: see below
 
 A plugin that has a ``Section`` takes part in a load if the spec has its key, or always with
-``always_active``. A plugin without one takes part in every load. Plugins are ordered by ``after``
-and ``before``, ties by name, whatever the order of installation; every hook is called in that one
-order. Third parties register under the entry-point group ``llmload``::
+``always_active``. A plugin without one takes part in every load.
+
+**Order.** Every hook is called in one order, whatever the order of installation: by stage, then by
+name. A plugin names the stage of :data:`STAGES` at which it acts on the model, and needs to name no
+other plugin; without ``stage`` it acts at ``load`` where it has that hook, at ``adapter`` where it
+has ``wrap_adapter``, else at ``model``. ``after`` and ``before`` are for exceptions, and move the
+plugin that has them; names of plugins that take no part are ignored.
+
+**What plugins tell each other.** No plugin imports another or asks for it by name: another one may
+do the same. What holds of a plugin in every load it declares in ``provides``; who asks, asks
+``ctx.providing("embeddings")``. The words that others ask for are ``adapter``, ``embeddings``,
+``gradient_checkpointing``, ``mapped_pages``, ``placement`` and ``quantisation``, described in
+:data:`llmload.plugin.ABILITIES`; a word of the plugin's own begins with its name and a dot. What
+turns out in a load it states on ``ctx``, such as ``placed_by`` and ``splits``, ``cast_later_by`` or
+``changed_base``.
+
+**Hooks of plugins.** A class ``Hooks`` declares hooks for others to implement. They exist in loads
+that the plugin takes part in, and are called through ``ctx.hooks``, one plugin after the other, or
+until the first that answers, wrappers included (``hookimpl(wrapper=True)``)::
+
+    import llmload
+
+    class Auction:
+        name = "auction"
+
+        class Hooks:
+            @staticmethod
+            @llmload.hookspec(firstresult=True)
+            def bid(item: str) -> int | None: ...
+
+        @llmload.hookimpl
+        def check(self, ctx):
+            bidder, price = ctx.hooks.first("bid", item="a chair")
+            yield llmload.Note(text=f"{bidder} pays {price}")
+
+    class Bidder:
+        name = "bidder"
+
+        @llmload.hookimpl
+        def bid(self, item):
+            return len(item)
+
+The plugin ``lora`` declares two: ``check_lora``, for whoever has something against an adapter, and
+``lora_layer``, which makes the adapter's layer for a module, of a kind that PEFT does not know, or
+in another way than PEFT does. They are described in :mod:`llmload.builtin.lora.hooks`.
+
+**Elsewhere.** What a plugin may import beside this module is in :mod:`llmload` and
+:mod:`llmload.plugin`. Third parties register under the entry-point group ``llmload``::
 
     [project.entry-points.llmload]
     my_plugin = "my_package.plugin:MyPlugin"
@@ -49,7 +97,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import pluggy
 
@@ -63,6 +111,20 @@ PROJECT = "llmload"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
+STAGES: Final[Mapping[str, str]] = {
+    "load": "loaders, in the order in which they are asked",
+    "parallel": "how the model is spread over processes",
+    "tokens": "the tokenizer: which tokens there are",
+    "model": "the base model itself: its embeddings, its layers, what of it is frozen",
+    "quantisation": "how weights are stored in fewer bits",
+    "heads": "further heads on the base model, in full precision",
+    "training": "how it will be trained: dropout, gradient checkpointing",
+    "adapter": "adapters around it",
+    "dtype": "casts of what is there by then",
+    "last": "what comes after all others: the loader that takes every model",
+}
+"""Stage -> what acts at it, in the order in which plugins are called."""
 
 
 # --- while planning ---------------------------------------------------------------------------
@@ -282,7 +344,7 @@ def post_load(ctx: LoadContext, model: nn.Module) -> nn.Module:
 
         class FreezeLayers:
             name = "freeze_layers"
-            before = ("lora",)
+            stage = "model"
 
             class Section(llmload.Section):
                 first: int

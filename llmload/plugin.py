@@ -49,6 +49,10 @@ Loaders:
 - ``default_dtype``, ``no_init_weights``: contexts to build modules in.
 - ``locate_files``, ``read_config``: of another model than the one that is loaded.
 
+What plugins declare:
+
+- ``ABILITIES``: the words of ``provides``, and what each says.
+
 Words and versions:
 
 - ``some``: the first few names, and how many more there are.
@@ -82,6 +86,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint.untrusted import local_path as local_path
     from llmload.checkpoint.untrusted import read_file as read_file
     from llmload.errors import in_one_line as in_one_line
+    from llmload.context.peers import ABILITIES as ABILITIES
     from llmload.hf.compat import default_dtype as default_dtype
     from llmload.hf.compat import no_init_weights as no_init_weights
     from llmload.hf.compat import seam as loading_code
@@ -108,6 +113,7 @@ if TYPE_CHECKING:
     from llmload.spec.yaml_read import parse as parse_yaml
 
 __all__ = [
+    "ABILITIES",
     "MISSING",
     "Accounting",
     "Checkpoint",
@@ -153,6 +159,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "ABILITIES": "context.peers",
     "Accounting": "checkpoint.accounting",
     "Checkpoint": "checkpoint.contents",
     "MappedCheckpoint": "checkpoint.mapped",

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmload
+import llmload.plugin
 from llmload import hookspecs
+from llmload.builtin.lora.hooks import Hooks
 from llmload.cli import doctor
 from llmload.errors import PlanError, SpecError
 from llmload.testing import tiny_checkpoint
@@ -52,6 +54,44 @@ def test_the_manual_describes_every_hook_and_nothing_else() -> None:
         if inspect.isfunction(value) and hasattr(value, "llmload_spec")
     }
     assert marked == set(HOOKS)
+
+
+def example_in(text: str, start: str) -> dict[str, Any]:
+    """Run the block of code that follows a line which begins or ends so."""
+    block = re.search(rf"{start}::\n\n((?:    .*\n|\n)+)", text + "\n")
+    assert block, f"there is no example after {start!r}"
+    namespace: dict[str, Any] = {}
+    exec(compile(textwrap.dedent(block[1]), f"<{start}>", "exec"), namespace)
+    return namespace
+
+
+def test_a_hook_of_a_plugin_is_called_as_the_manual_says(folder: Path) -> None:
+    example = example_in(inspect.getdoc(hookspecs) or "", r"wrapper=True\)``\)")
+    plugins = [example["Auction"], example["Bidder"]]
+    plan = llmload.plan({"model": str(folder)}, registry=llmload.create_registry(plugins))
+    notes = [step.notes for step in plan.steps if step.plugin == "auction"]
+    assert notes == [["bidder pays 7"]]
+
+
+def test_the_manual_names_every_attribute_and_ability() -> None:
+    text = inspect.getdoc(hookspecs) or ""
+    known = ("Section", "always_active", "stage", "after", "before", "conflicts", "requires")
+    for name in (*known, "provides", "rehearsed", "Hooks"):
+        assert f"\n        {name} = " in text
+    for ability in llmload.plugin.ABILITIES:
+        assert f"``{ability}``" in text
+
+
+def test_a_plugin_refuses_an_adapter_as_the_example_of_check_lora_does(folder: Path) -> None:
+    text = inspect.getdoc(Hooks.check_lora) or ""
+    plugin = example_in(text, "Example: a serving system that takes no adapter above a rank")
+    registry = llmload.create_registry([plugin["Serving"]], environ={})
+    asked = {"model": str(folder), "serving": {"max_rank": 4}}
+    adapter = {"target_modules": ["q_proj"]}
+    assert not llmload.plan(asked | {"lora": adapter | {"r": 4}}, registry=registry).errors
+    (problem,) = llmload.plan(asked | {"lora": adapter}, registry=registry).errors
+    assert str(problem) == "lora.r: ranks above 4 cannot be served. Use `r: 4` or less."
+    assert problem.plugin == "serving"
 
 
 @pytest.mark.parametrize("hook", HOOKS)

@@ -261,6 +261,20 @@ BROKEN = {
         GOOD.format(name="broken") + "    before = 3\n",
         "its `before` is 3, and must be a tuple of texts",
     ),
+    "unknown stage": (
+        GOOD.format(name="broken") + "    stage = 'headz'\n",
+        "its `stage` 'headz' is not known. Did you mean 'heads'?",
+    ),
+    "stage of no text": (
+        GOOD.format(name="broken") + "    stage = 3\n",
+        "its `stage` 3 is not known. Known are: load, parallel, tokens, model, quantisation, heads,"
+        " training, adapter, dtype, last.",
+    ),
+    "unknown ability": (
+        GOOD.format(name="broken") + "    provides = ('quantization',)\n",
+        "its `provides` 'quantization' is not known. Did you mean 'quantisation'? One of its own"
+        " begins with 'broken.'",
+    ),
     "requirement of nothing": (
         GOOD.format(name="broken") + "    requires = ('peft >= newest',)\n",
         "its `requires` has 'peft >= newest', which names no distribution",

@@ -15,6 +15,7 @@ import pluggy
 from pydantic import BaseModel, PydanticUserError
 
 from llmload import hookspecs
+from llmload.context.peers import ABILITIES
 from llmload.errors import Conflict
 from llmload.host.discovery import GROUP, PluginInfo
 from llmload.spec.loadspec import LoadSpec
@@ -101,9 +102,27 @@ def declaration_faults(plugin: object) -> Iterator[str]:
             yield f"its `{attribute}` is {value!r}, and must be a tuple of texts"
         elif attribute == "requires":
             yield from _requirement_faults(value)
+        elif attribute == "provides":
+            yield from _ability_faults(value, str(getattr(plugin, "name", "")))
+    stage = getattr(plugin, "stage", None)
+    if stage is not None and (not isinstance(stage, str) or stage not in hookspecs.STAGES):
+        yield _unknown("stage", stage, hookspecs.STAGES)
     conflicts = getattr(plugin, "conflicts", ())
     if not _all(conflicts, Conflict):
         yield f"its `conflicts` is {conflicts!r}, and must be a tuple of llmload.Conflict"
+
+
+def _ability_faults(words: Iterable[str], name: str) -> Iterator[str]:
+    for word in words:
+        if word not in ABILITIES and not word.startswith(f"{name}."):
+            own = f"One of its own begins with '{name}.'"
+            yield f"{_unknown('provides', word, ABILITIES)} {own}"
+
+
+def _unknown(attribute: str, word: object, known: Iterable[str]) -> str:
+    """Say that a word is none of those that are known, and which was meant."""
+    meant = nearest(str(word), known) or f"Known are: {', '.join(known)}."
+    return f"its `{attribute}` {word!r} is not known. {meant}"
 
 
 def _all(value: object, kind: type) -> bool:

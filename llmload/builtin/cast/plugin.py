@@ -22,8 +22,8 @@ class CastPlugin:
     """Casts parameters and floating-point buffers of the finished base model; no adapter's."""
 
     name = "cast"
+    stage = "dtype"
     Section = CastSection
-    after = ("*",)
     conflicts = (
         Conflict(
             key="kbit",

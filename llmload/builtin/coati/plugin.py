@@ -36,9 +36,9 @@ class CoatiPlugin:
     """Answers ``lora_layer`` for linear and embedding layers."""
 
     name = "coati"
+    stage = "model"
+    after = ("embeddings",)
     Section = CoatiSection
-    after = ("tokenizer", "embeddings")
-    before = ("lora",)
     requires = ("peft>=0.13.2",)
     conflicts = (
         Conflict(

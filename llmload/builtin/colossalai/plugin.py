@@ -45,6 +45,7 @@ class ColossalaiPlugin:
     """Has models built lazily, and filled by the streaming loader or by a Booster."""
 
     name = "colossalai"
+    stage = "load"
     Section = ColossalaiSection
     before = ("streaming",)
     conflicts = (

@@ -30,8 +30,8 @@ class DropoutPlugin:
     """Sets and proves the dropout of the base model."""
 
     name = "dropout"
+    stage = "training"
     Section = DropoutSection
-    after = ("*",)
 
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterable[Problem | Note]:

@@ -42,10 +42,9 @@ class EmbeddingsPlugin:
     """
 
     name = "embeddings"
+    stage = "model"
     Section = EmbeddingsSection
     provides = ("embeddings",)
-    after = ("tokenizer",)
-    before = ("lora",)
 
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note]:

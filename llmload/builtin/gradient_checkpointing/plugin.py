@@ -26,10 +26,9 @@ class GradientCheckpointingPlugin:
     """
 
     name = "gradient_checkpointing"
+    stage = "training"
     Section = GradientCheckpointingSection
     provides = ("gradient_checkpointing",)
-    after = ("kbit", "embeddings", "dropout")
-    before = ("lora",)
     conflicts = (
         Conflict(
             key="trainable",

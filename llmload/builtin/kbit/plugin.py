@@ -41,9 +41,8 @@ class KbitPlugin:
     """Quantises while loading, freezes, casts as asked, and proves a piece of each weight."""
 
     name = "kbit"
+    stage = "quantisation"
     Section = KbitSection
-    after = ("embeddings",)
-    before = ("gradient_checkpointing", "lora")
     requires = ("accelerate>=1.0", "bitsandbytes>=0.50")
     provides = ("quantisation",)
     conflicts = (

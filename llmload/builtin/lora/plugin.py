@@ -33,6 +33,7 @@ class LoraPlugin:
     """Wraps the finished base model in a ``PeftModel``."""
 
     name = "lora"
+    stage = "adapter"
     requires = ("peft>=0.13.2",)
     provides = ("adapter",)
     Section = LoraSection

@@ -22,6 +22,7 @@ class StreamingLoader:
     """Maps the checkpoint's files and places each weight once, straight in its final form."""
 
     name = "streaming"
+    stage = "load"
     Section = StreamingSection
     always_active = True
     provides = ("placement", "mapped_pages")

@@ -26,6 +26,7 @@ class TokenizerPlugin:
     """
 
     name = "tokenizer"
+    stage = "tokens"
     Section = TokenizerSection
     always_active = True
     rehearsed = False

@@ -18,7 +18,7 @@ class TransformersLoader:
     """Builds with ``from_config``, or builds and fills with ``from_pretrained``."""
 
     name = "transformers"
-    after = ("*",)
+    stage = "last"
 
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note | Problem]:

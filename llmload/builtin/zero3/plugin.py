@@ -39,9 +39,8 @@ class Zero3Plugin:
     """Partitions with DeepSpeed, and keeps DeepSpeed's global state to the length of one load."""
 
     name = "zero3"
+    stage = "parallel"
     Section = Zero3Section
-    after = ("streaming",)
-    before = ("tokenizer", "embeddings", "dropout", "gradient_checkpointing", "kbit", "lora")
     requires = ("deepspeed>=0.19", "accelerate")
     conflicts = (
         Conflict(
