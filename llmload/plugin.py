@@ -85,8 +85,8 @@ if TYPE_CHECKING:
     from llmload.checkpoint.untrusted import UntrustedFolder as UntrustedFolder
     from llmload.checkpoint.untrusted import local_path as local_path
     from llmload.checkpoint.untrusted import read_file as read_file
-    from llmload.errors import in_one_line as in_one_line
     from llmload.context.peers import ABILITIES as ABILITIES
+    from llmload.errors import in_one_line as in_one_line
     from llmload.hf.compat import default_dtype as default_dtype
     from llmload.hf.compat import no_init_weights as no_init_weights
     from llmload.hf.compat import seam as loading_code
