@@ -16,7 +16,7 @@ from llmload import Decline, hookimpl
 from llmload.errors import AuditError, CheckpointError, LoadFailedError, PlanError, PluginError
 from llmload.hf import compat
 from llmload.host.registry import create_registry
-from llmload.testing import snapshot, tiny_checkpoint
+from llmload.testing import edit_config, snapshot, tiny_checkpoint, tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -307,6 +307,38 @@ def test_a_trainable_set_that_differs_from_the_plan_is_caught(folder: Path) -> N
         "'lm_head.weight' are not trainable, against the plan. A plugin acts on the loaded model"
         " otherwise than in the rehearsal."
     )
+
+
+def test_numbers_that_differ_from_the_plan_are_caught(folder: Path) -> None:
+    def widen_later(ctx: Any, model: Any) -> Any:
+        if not ctx.rehearsing:
+            model.lm_head.register_parameter(
+                "extra", torch.nn.Parameter(torch.ones(3), requires_grad=False)
+            )
+        return model
+
+    with pytest.raises(AuditError) as caught:
+        load_with(folder, plugin("fickle", "post_load", widen_later))
+    assert str(caught.value) == (
+        "8,784 elements in all parameters were planned, and there are 8,787. A loader or plugin"
+        " does otherwise than in the rehearsal: try without it, and report this.\n"
+        "35,136 bytes of all parameters were planned, and there are 35,148. A loader or plugin"
+        " does otherwise than in the rehearsal: try without it, and report this."
+    )
+
+
+def test_numbers_of_report_and_plan_are_the_same(folder: Path) -> None:
+    result = load_with(folder)
+    for number in ("parameters", "parameter_bytes", "trainable"):
+        assert getattr(result.plan, number) == getattr(result.report, number) > 0
+    assert "8,784 parameters in 35,136 bytes, as planned" in result.report.audit
+
+
+def test_a_tie_that_the_checkpoint_breaks_is_no_difference(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    edit_config(folder, tie_word_embeddings=True)
+    result = llmload.load({"model": str(folder)})
+    assert result.report.parameters - result.plan.parameters in (0, 128 * 16)
 
 
 def test_a_model_whose_loss_reaches_no_trainable_parameter_is_caught(folder: Path) -> None:

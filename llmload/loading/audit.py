@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.dtypes import torch_dtype
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmload.context.context import LoadContext
     from llmload.host.registry import Host
     from llmload.loading.plan import Plan
+    from llmload.loading.report import Report
 
 MISSING = "missing from the checkpoint"
 """Why a parameter or buffer is newly initialised that ``strict`` must excuse."""
@@ -215,6 +216,54 @@ def _bytes(flat: torch.Tensor, start: int, count: int) -> bytes:
     if flat.device.type == "cpu":
         return ctypes.string_at(flat.data_ptr() + start * flat.itemsize, count * flat.itemsize)
     return _bytes(flat[start : start + count].cpu(), 0, count)
+
+
+_NUMBERS = {
+    "parameters": "elements in all parameters",
+    "parameter_bytes": "bytes of all parameters",
+    "trainable": "elements in trainable parameters",
+}
+"""Attribute of plan and report alike -> what it counts."""
+
+
+def kept_apart(plan: Plan, base: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that the plan counts as tied and the loader left with values of their
+    own, because the checkpoint holds others for them. Headers do not tell that."""
+    named = dict(base.named_parameters(remove_duplicate=False))
+    names: dict[int, int] = {}
+    for parameter in named.values():
+        names[id(parameter)] = names.get(id(parameter), 0) + 1
+    return [named[name] for name in plan.tied if name in named and names[id(named[name])] == 1]
+
+
+def hold_to_numbers(plan: Plan, report: Report, apart: Sequence[nn.Parameter]) -> list[str]:
+    """Hold every number of the report against the plan's.
+
+    :param apart: parameters that the plan may count with others they are not tied to after all.
+    :returns: what was proved, for the report.
+    :raises AuditError: one differs.
+    """
+    if plan.trainable_parameters is None:
+        return []
+    own = {
+        "parameters": sum(map(partitions.values, apart)),
+        "parameter_bytes": sum(partitions.elements(p) * p.element_size() for p in apart),
+        "trainable": sum(partitions.values(p) for p in apart if p.requires_grad),
+    }
+    problems = []
+    for number, what in _NUMBERS.items():
+        planned, found = getattr(plan, number), getattr(report, number)
+        if found - planned not in (0, own[number]):
+            problems.append(
+                Problem(
+                    message=f"{planned:,} {what} were planned, and there are {found:,}",
+                    fix="A loader or plugin does otherwise than in the rehearsal: try without it,"
+                    " and report this.",
+                )
+            )
+    if problems:
+        raise AuditError(problems)
+    return [f"{report.parameters:,} parameters in {report.parameter_bytes:,} bytes, as planned"]
 
 
 def prove(ctx: LoadContext, plan: Plan, model: nn.Module) -> list[str]:

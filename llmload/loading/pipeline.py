@@ -118,6 +118,7 @@ def execute(
             model = _base_model(prepared, ctx, report)
             ctx.files.check()
             _freeze(model, plan.frozen)
+            apart = audit.kept_apart(plan, model)
             ledger.take_stock(report.loader, model)
             audit.hold_to_strict(ctx)
             if prove:
@@ -133,6 +134,7 @@ def execute(
         if prove:
             with report.phase("audit"):
                 report.audit += audit.prove(ctx, plan, model)
+                report.audit += audit.hold_to_numbers(plan, report, apart)
             for plugin in host.implementing("audit"):
                 with report.phase("audit", plugin):
                     warnings = audit.ask(host, plugin, ctx, model)
