@@ -393,3 +393,19 @@ def test_the_command_is_installed() -> None:
         [command, "--version"], capture_output=True, text=True, check=True, env=dict(os.environ)
     )
     assert done.stdout == f"{llmload.__version__}\n"
+
+
+def test_a_fault_of_our_own_is_data_too_beside_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(registry: Any) -> Any:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(environment, "describe", fails)
+    answer = run("env", "--json")
+    assert answer.exit_code == 1
+    assert isinstance(answer.exception, ZeroDivisionError)
+    assert json.loads(answer.stdout) == {
+        "error": "ZeroDivisionError",
+        "problems": [{"message": "ZeroDivisionError: oh"}],
+    }

@@ -8,9 +8,10 @@ Nothing heavy is imported before a command needs it.
 from __future__ import annotations
 
 import json as json_module
+import logging
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -75,7 +76,7 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
     def run(*, json: bool, **arguments: Any) -> None:
         try:
             # Some libraries greet on standard output when they are imported.
-            with redirect_stdout(sys.stderr):
+            with redirect_stdout(sys.stderr), _warnings_on_standard_error():
                 answer = function(json=json, **arguments)
         except LlmloadError as error:
             if json:
@@ -83,6 +84,11 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
                 _write_json({"error": type(error).__name__, "problems": problems})
             typer.secho(str(error), err=True, fg="red")
             raise typer.Exit(error.exit_code) from None
+        except Exception as error:  # a fault of llmload's: with its traceback
+            if json:
+                message = f"{type(error).__name__}: {error}"
+                _write_json({"error": type(error).__name__, "problems": [{"message": message}]})
+            raise
         if json:
             _write_json(answer.data)
         else:
@@ -90,6 +96,25 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
         raise typer.Exit(answer.exit_code)
 
     return app.command()(run)
+
+
+class _ToPeople(logging.Handler):
+    """Writes what llmload warns of to standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.secho(f"{record.levelname.lower()}: {record.getMessage()}", err=True, fg="yellow")
+
+
+@contextmanager
+def _warnings_on_standard_error() -> Iterator[None]:
+    logger, handler = logging.getLogger("llmload"), _ToPeople(logging.WARNING)
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagated
 
 
 def _write_json(data: BaseModel | dict[str, Any]) -> None:

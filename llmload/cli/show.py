@@ -93,8 +93,7 @@ def report(report: Report) -> RenderableType:
         facts.add_row("proved", f"{report.compared} parameters hold what the checkpoint says")
     for line in report.audit:
         facts.add_row("proved", line)
-    warnings = [Text(f"warning: {line}", _COLOURS["warning"]) for line in report.warnings]
-    return Group(phases, facts, *warnings, Text(report.trainable_line()))
+    return Group(phases, facts, Text(report.trainable_line()))
 
 
 def group_plan(plans: GroupPlan) -> RenderableType:

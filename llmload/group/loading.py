@@ -13,7 +13,7 @@ from llmload.group.planning import GroupPlan, PreparedGroup, prepare_group
 from llmload.group.sharing import Sharing, conversion
 from llmload.host.distributions import installed_versions
 from llmload.host.registry import Registry, create_registry
-from llmload.loading import turns
+from llmload.loading import turns, warned
 from llmload.loading.pipeline import LoadResult, execute, undone_on_error
 from llmload.loading.report import Report
 from llmload.spec import files
@@ -101,6 +101,7 @@ def _load(spec: GroupSpec, source: files.Source, registry: Registry, *, prove: b
     with registry.telling(source):
         report = GroupReport(members=_reports(spec))
         prepared = prepare_group(spec, registry, report.members, weights=True)
+        warned.say(p for p in prepared.plan.problems if p.severity == "warning")
         prepared.plan.raise_for_errors()
     loaded: dict[str, LoadResult] = {}
     try:
@@ -158,6 +159,7 @@ def _load_models(
                     placement=placement,
                     scope=scope,
                 )
+                warned.say_rest(report.members[name], member.plan.warnings, name)
             for other, size in placement.found.items() if placement is not None else ():
                 found.append(Sharing(member=name, of=other, how="one cast", saved_bytes=size))
     return found

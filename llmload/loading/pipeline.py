@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmload.errors import CheckpointError, Decline
 from llmload.host.distributions import installed_versions
 from llmload.host.registry import Registry, create_registry
-from llmload.loading import audit, hook_calls, turns
+from llmload.loading import audit, hook_calls, turns, warned
 from llmload.loading.makers import Ledger
 from llmload.loading.plan import Plan
 from llmload.loading.planning import Prepared, no_loader, prepare
@@ -69,6 +69,8 @@ def load(
         (:class:`AuditError`). Nothing of the load is left behind: contexts are closed, and torch's
         default dtype, grad mode and random state are as before.
 
+    Warnings are in ``result.report.warnings``, and go to the logger ``llmload`` as they are found.
+
     Loads of one process take turns, since libraries build models through global state: what other
     threads of yours do meanwhile with torch's default dtype or random stream is in
     :mod:`llmload.loading.turns`.
@@ -80,8 +82,11 @@ def load(
         with turns.taken(f"the load of {spec.model!r}"):
             with report.phase("plan"):
                 prepared = prepare(spec, registry, weights=True)
+                warned.say(prepared.plan.warnings)
                 prepared.plan.raise_for_errors()
-            return execute(prepared, report, begun, prove=prove)
+            result = execute(prepared, report, begun, prove=prove)
+            warned.say_rest(report, prepared.plan.warnings)
+            return result
 
 
 def execute(
