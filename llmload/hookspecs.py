@@ -71,6 +71,7 @@ in another way than PEFT does. They are described in :mod:`llmload.builtin.lora.
 ``llmload doctor`` asks each plugin, apart from any load, what of it works here: ``diagnose``. The
 way of one load::
 
+    begun     started       every installed plugin        of a load, not of a plan alone
     plan      map_keys      each plugin, in order         new names, claimed tensors
               check         each plugin, in order         Problems, Notes and Declines
               post_load     rehearsed on the meta device  (ctx.rehearsing is true)
@@ -128,6 +129,37 @@ STAGES: Final[Mapping[str, str]] = {
 
 
 # --- while planning ---------------------------------------------------------------------------
+
+
+@hookspec
+def started(asked: Mapping[str, Any]) -> None:
+    """Learn that a load begins, whether or not it asks for this plugin.
+
+    Called for every installed plugin once the spec was found to be valid, and before the plan is
+    made; of a group once, not for each member. So one process among several can show those that
+    wait for it that it lives, or that its load is another. ``llmload.plan`` never calls it.
+
+    :param asked: the spec as it was given, of a group the first member's that has the plugin's
+        section, else the first member's.
+    :returns: nothing. What it raises is dropped.
+
+    Example: keep a record of loads::
+
+        import llmload
+
+        class Loads:
+            name = "loads"
+
+            class Section(llmload.Section):
+                file: str
+
+            @llmload.hookimpl
+            def started(self, asked):
+                if self.name in asked:
+                    with open(asked[self.name]["file"], "a", encoding="utf-8") as file:
+                        print(asked["model"], file=file)
+    """
+    raise NotImplementedError
 
 
 @hookspec
@@ -474,4 +506,4 @@ def stopped(asked: Mapping[str, Any], error: BaseException) -> None:
 
 
 SPINE = ("init_context", "load", "post_load", "wrap_adapter")
-HELPERS = ("diagnose", "map_keys", "check", "audit", "stopped")
+HELPERS = ("started", "diagnose", "map_keys", "check", "audit", "stopped")

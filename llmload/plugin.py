@@ -53,6 +53,15 @@ What plugins declare:
 
 - ``ABILITIES``: the words of ``provides``, and what each says.
 
+Several processes of one load:
+
+- ``rank``, ``world_size``: of the launcher that started this process, if one did.
+- ``Presence``: shows the other ranks that this one lives while it plans; ``store_is_there``: the
+  ranks have a store that none has to wait for.
+- ``connect``: waits for all ranks and makes the process group; ``tell``: says that one fails.
+- ``Ranks``: they agree, go on together, or all stop with the name of the one that failed;
+  ``request_of``: what they agree on.
+
 Words and versions:
 
 - ``some``: the first few names, and how many more there are.
@@ -106,6 +115,14 @@ if TYPE_CHECKING:
     from llmload.model.dry_run import probe as probe
     from llmload.model.partitions import Span as Span
     from llmload.model.randomness import RandomOp as RandomOp
+    from llmload.ranks.agreement import request_of as request_of
+    from llmload.ranks.environment import rank as rank
+    from llmload.ranks.environment import store_is_there as store_is_there
+    from llmload.ranks.environment import world_size as world_size
+    from llmload.ranks.launcher import connect as connect
+    from llmload.ranks.launcher import tell as tell
+    from llmload.ranks.meeting import Ranks as Ranks
+    from llmload.ranks.presence import Presence as Presence
     from llmload.spec.loadspec import Regex as Regex
     from llmload.spec.refusals import explain as explain
     from llmload.spec.suggest import closest as closest
@@ -121,9 +138,11 @@ __all__ = [
     "Part",
     "Placement",
     "Plain",
+    "Presence",
     "ProbeResult",
     "Proof",
     "RandomOp",
+    "Ranks",
     "Regex",
     "Source",
     "Span",
@@ -133,6 +152,7 @@ __all__ = [
     "UntrustedFolder",
     "account",
     "closest",
+    "connect",
     "default_dtype",
     "explain",
     "from_pretrained",
@@ -149,13 +169,18 @@ __all__ = [
     "partitions",
     "patterns",
     "probe",
+    "rank",
     "read_config",
     "read_file",
     "release_of",
+    "request_of",
     "some",
+    "store_is_there",
+    "tell",
     "tied_names",
     "torch_dtype",
     "version_of",
+    "world_size",
 ]
 
 _HOME = {
@@ -186,6 +211,11 @@ _HOME = {
     "Span": "model.partitions",
     **dict.fromkeys(("ProbeResult", "probe"), "model.dry_run"),
     "RandomOp": "model.randomness",
+    "request_of": "ranks.agreement",
+    **dict.fromkeys(("rank", "store_is_there", "world_size"), "ranks.environment"),
+    **dict.fromkeys(("connect", "tell"), "ranks.launcher"),
+    "Ranks": "ranks.meeting",
+    "Presence": "ranks.presence",
     "Regex": "spec.loadspec",
     "explain": "spec.refusals",
     **dict.fromkeys(("closest", "nearest"), "spec.suggest"),

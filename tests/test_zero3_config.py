@@ -356,13 +356,12 @@ def test_mixtures_of_experts_are_gathered_as_one() -> None:
 def test_ranks_that_do_not_come_to_the_process_group_are_named() -> None:
     from torch.distributed import TCPStore
 
-    from llmload.builtin.zero3.launch import _gather
-    from llmload.builtin.zero3.notices import Notices
+    from llmload.ranks.launcher import _gather
+    from llmload.ranks.notices import Notices
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.raises(llmload.LoadFailedError) as caught:
-        _gather(Notices(store, 1, 4, 5.0), 0.5)
+        _gather(Notices(store, 1, 4, 5.0), 0.5, 15.0, ", or wait")
     assert str(caught.value) == (
-        "ranks 0, 2, 3 did not come to the process group within 0.5 s."
-        " See how they ended, or allow more minutes in DEEPSPEED_TIMEOUT."
+        "ranks 0, 2, 3 did not come to the process group within 0.5 s. See how they ended, or wait."
     )

@@ -92,6 +92,7 @@ def load_group(
     registry = registry or create_registry()
     with registry.telling(source):
         spec = registry.validate_group(source)
+        registry.announce(source)
     with turns.taken("the load of a group"):
         return _load(spec, source, registry, prove=prove)
 

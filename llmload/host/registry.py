@@ -286,18 +286,27 @@ class Registry:
                 self._tell(files.read(source).data, error, begun)
             raise
 
+    def announce(self, source: files.Source) -> None:
+        """Call ``started`` of every installed plugin. Whatever one raises is dropped."""
+        with suppress(Exception):
+            asked = files.read(source).data
+            for info in self.plugins:
+                if info.status == "active" and hasattr(info.plugin, "started"):
+                    self._call_apart(info, "started", asked=_own(asked, info.name) or _any(asked))
+
     def _tell(self, asked: Mapping[str, Any], error: BaseException, begun: Collection[str]) -> None:
-        members = asked.get("models")
-        specs = list(members.values()) if isinstance(members, Mapping) else [asked]
         for info in self.plugins:
-            own = next((s for s in specs if isinstance(s, Mapping) and info.name in s), None)
-            if info.status != "active" or own is None or info.name in begun:
-                continue
-            manager = _Manager(GROUP)
-            manager.add_hookspecs(hookspecs)
-            manager.register(info.plugin, name=info.name)
-            with suppress(Exception):
-                manager.call_one(info.plugin, "stopped", asked=own, error=error)
+            own = _own(asked, info.name)
+            if info.status == "active" and own is not None and info.name not in begun:
+                self._call_apart(info, "stopped", asked=own, error=error)
+
+    def _call_apart(self, info: PluginInfo, hook: str, **kwargs: Any) -> None:
+        """Call a hook of one plugin apart from any load, and drop what it raises."""
+        manager = _Manager(GROUP)
+        manager.add_hookspecs(hookspecs)
+        manager.register(info.plugin, name=info.name)
+        with suppress(Exception):
+            manager.call_one(info.plugin, hook, **kwargs)
 
     def _refuse_unusable(self, keys: Iterable[str]) -> None:
         """Raise for plugins that this load names and that cannot be had."""
@@ -329,6 +338,22 @@ class Registry:
                 )
         if problems:
             raise PluginError(problems)
+
+
+def _members(asked: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the specs of a group, or the one that is none, before anything of them is checked."""
+    members = asked.get(groupspec.MODELS)
+    found = list(members.values()) if isinstance(members, Mapping) else [asked]
+    return [spec for spec in found if isinstance(spec, Mapping)]
+
+
+def _own(asked: Mapping[str, Any], plugin: str) -> Mapping[str, Any] | None:
+    """Return the first spec that has a plugin's section."""
+    return next((spec for spec in _members(asked) if plugin in spec), None)
+
+
+def _any(asked: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(iter(_members(asked)), {})
 
 
 def create_registry(

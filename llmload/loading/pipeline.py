@@ -79,6 +79,7 @@ def load(
     report, begun = Report(), set[str]()
     with registry.telling(source, begun):
         spec = registry.validate(source)
+        registry.announce(source)
         with turns.taken(f"the load of {spec.model!r}"):
             with report.phase("plan"):
                 prepared = prepare(spec, registry, weights=True)

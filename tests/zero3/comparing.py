@@ -222,7 +222,7 @@ def compare(
 
 def many(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare many folders in one process group."""
-    from llmload.builtin.zero3.launch import connect
+    from llmload.builtin.zero3.process_group import connect
 
     connect()
     answers = []
@@ -255,7 +255,7 @@ def architecture(kind: str, model_type: str, folder: str, **case: Any) -> dict[s
 
 def every(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Compare many types in one process group; an error stands in its case's place."""
-    from llmload.builtin.zero3.launch import connect
+    from llmload.builtin.zero3.process_group import connect
 
     connect()
     answers = []
@@ -288,7 +288,7 @@ def unlike_the_whole(
 
 def many_unlike_the_whole(cases: list[dict[str, Any]]) -> list[Any]:
     """Compare many folders in one process group; an error stands in its case's place."""
-    from llmload.builtin.zero3.launch import connect
+    from llmload.builtin.zero3.process_group import connect
 
     connect()
     answers: list[Any] = []

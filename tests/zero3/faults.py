@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 import llmload
 from llmload.host.registry import create_registry
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+kept: list[object] = []
+"""What must live as long as the process."""
 
 
 def fault(kind: str) -> None:
@@ -37,9 +43,11 @@ class Faulty:
             phase, self.after, self.before = "init_context", (), ("zero3",)
         self._phase = phase
         self._kind = kind
+        self.pause = 0.0
 
     def _come(self, phase: str) -> None:
         if phase == self._phase:
+            time.sleep(self.pause)
             fault(self._kind)
 
     @llmload.hookimpl
@@ -109,13 +117,66 @@ def stuck(folder: str, culprit: int, deadline: float) -> str:
     return "loaded"
 
 
-def different(folder: str, other: dict[str, Any], culprit: int, deadline: float) -> str:
+def different(
+    folder: str, other: dict[str, Any], culprit: int, deadline: float, digests: bool = False
+) -> str:
     """One rank has another spec, or another folder."""
-    spec = {"model": folder, "dtype": "float32", "zero3": {"deadline": deadline}}
+    section = {"deadline": deadline, "digests": digests}
+    spec: dict[str, Any] = {"model": folder, "dtype": "float32", "zero3": section}
     if _rank() == culprit:
         spec = spec | other
     _together()
     llmload.load(spec)
+    return "loaded"
+
+
+def unmet(folder: str, kind: str, culprit: int, deadline: float) -> str:
+    """One rank is lost while it plans, before the ranks have met for the first time."""
+    plugins = [Faulty("plan", kind if _rank() == culprit else "none")]
+    if _rank() == culprit:
+        plugins[0].pause = 1.0  # the others see it live first
+    spec = {"model": folder, "dtype": "float32", "zero3": {"deadline": deadline}}
+    llmload.load(spec, registry=create_registry(plugins=plugins))
+    return "loaded"
+
+
+def elsewhere(folder: str, culprit: int, deadline: float) -> str:
+    """The spec of one rank is without ``zero3``; the store is the launcher's."""
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    if _rank() == 0:  # stands in for the launcher, a process apart
+        port = int(os.environ["MASTER_PORT"])
+        kept.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))
+    spec: dict[str, Any] = {"model": folder, "dtype": "float32", "zero3": {"deadline": deadline}}
+    if _rank() == culprit:
+        del spec["zero3"]
+    llmload.load(spec)
+    if _rank() == culprit:
+        time.sleep(3 * deadline)  # it trains
+    return "loaded"
+
+
+def busy(folder: str, culprit: int, deadline: float) -> str:
+    """One rank fails while another one is healthy and busy in a plugin."""
+
+    class Busy:
+        name = "busy"
+        after = ("zero3",)
+
+        @llmload.hookimpl
+        def post_load(self, ctx: Any, model: Any) -> Any:
+            if not ctx.rehearsing:
+                if _rank() == culprit:
+                    fault("exception")
+                try:
+                    for _ in range(6000):
+                        time.sleep(0.01)
+                finally:
+                    os.write(1, b"the plugin has tidied up\n")
+            return model
+
+    spec = {"model": folder, "dtype": "float32", "zero3": {"deadline": deadline}}
+    _together()
+    llmload.load(spec, registry=create_registry(plugins=[Busy()]))
     return "loaded"
 
 
@@ -179,7 +240,7 @@ def _rank() -> int:
 
 def _together() -> None:
     """Start the clock on all ranks at once: imports and compilation are behind them."""
-    from llmload.builtin.zero3.launch import connect
+    from llmload.builtin.zero3.process_group import connect
 
     connect()
     torch.distributed.barrier()

@@ -16,7 +16,7 @@ from zero3.comparing import deepspeed_config, losses
 from zero3.faults import fault
 
 import llmload
-from llmload.builtin.zero3.launch import connect
+from llmload.builtin.zero3.process_group import connect
 from llmload.model.partitions import is_partitioned
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

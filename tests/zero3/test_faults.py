@@ -36,9 +36,7 @@ def sentences(phase: str, kind: str, culprit: int) -> list[str]:
         return [f"rank {culprit} failed: LoadFailedError: plugin", "the disk is on fire"]
     if culprit == 0:
         return ["the process that keeps the ranks' common store (rank 0, unless the launcher does)"]
-    late = phase in ("plan", "before zero3")
-    silent = "did not come to this load within" if late else "gave no sign of life for"
-    return [f"rank {culprit} failed: it {silent} 4.2 s"]
+    return [f"rank {culprit} failed: it gave no sign of life for 4.2 s: it ended or hangs"]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +74,14 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Job]:
         next(shards.glob("*-00001-of-*.safetensors")).unlink()
         other = {"other": {"model": str(shards)}, "culprit": culprit}
         jobs[name] = Job("zero3.faults:different", common | other)
+    for kind in ("exit", "stop"):
+        jobs[f"unmet {kind}"] = Job("zero3.faults:unmet", common | {"kind": kind})
+    jobs["elsewhere"] = Job("zero3.faults:elsewhere", common)
+    jobs["busy"] = Job("zero3.faults:busy", common)
+    tuned = str(testing.tiny_llama(tmp_path_factory.mktemp("tuned"), seed=1))
+    for name in ("chimera", "digests"):
+        job = common | {"other": {"model": tuned}, "digests": name == "digests"}
+        jobs[name] = Job("zero3.faults:different", job)
     jobs["after"] = Job("zero3.faults:after_a_failure", {"folder": folder})
     jobs["alternating"] = Job("zero3.faults:alternating", {"folder": folder})
     return jobs
@@ -142,6 +148,49 @@ def test_rank_whose_plan_fails_before_the_process_group_exists_stops_the_others(
     assert (zero.code, one.code) == (1, 1)
     assert "LoadFailedError: rank 1 failed: CheckpointError: " in zero.output
     assert "-missing" in zero.output
+
+
+@pytest.mark.parametrize("kind", ["exit", "stop"])
+def test_rank_that_is_lost_before_the_ranks_have_met_is_named(
+    outcomes: dict[Any, list[Outcome]], kind: str
+) -> None:
+    zero, _ = outcomes[f"unmet {kind}"]
+    assert zero.code == 1, zero.output
+    assert zero.seconds < LIMIT, zero.output
+    assert (
+        "LoadFailedError: rank 1 gave no sign of life for 4.2 s while it planned: it ended or hangs"
+    ) in zero.output
+
+
+def test_rank_whose_spec_is_another_is_named_before_the_ranks_have_met(
+    outcomes: dict[Any, list[Outcome]],
+) -> None:
+    zero, one = outcomes["elsewhere"]
+    assert zero.code == 1, zero.output
+    assert zero.seconds < LIMIT, zero.output
+    assert (
+        "LoadFailedError: rank 1 loads something else: its spec is without `zero3`"
+    ) in zero.output
+    assert (one.code, one.result) == (0, "loaded"), one.output
+
+
+def test_healthy_rank_that_is_busy_in_a_plugin_is_interrupted_and_not_ended(
+    outcomes: dict[Any, list[Outcome]],
+) -> None:
+    zero, _ = outcomes["busy"]
+    assert zero.code == 1, zero.output
+    assert "the plugin has tidied up" in zero.output
+    assert "LoadFailedError: rank 1 failed: LoadFailedError: plugin 'busy'" in zero.output
+    assert "llmload: rank 0 stops" not in zero.output
+
+
+def test_ranks_whose_weights_differ_under_equal_headers_stop(
+    outcomes: dict[Any, list[Outcome]],
+) -> None:
+    for name, what in (("chimera", "a sample of the weights"), ("digests", "the content of model")):
+        for rank in outcomes[name]:
+            assert rank.code == 1, rank.output
+            assert f"rank 1 was asked for another load than rank 0: {what}" in rank.output
 
 
 def test_loads_after_a_failed_one_are_unaffected(outcomes: dict[Any, list[Outcome]]) -> None:

@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from llmload.builtin.zero3.notices import Notices
+from llmload.ranks.notices import Notices
 
 
 def notices() -> list[Notices]:

@@ -5,7 +5,7 @@ Imported lazily, by functions: this module needs torch, transformers and deepspe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,11 @@ import torch
 from transformers.integrations import deepspeed as integration
 
 from llmload import LoadFailedError, Problem
-from llmload.builtin.zero3.launch import connect
 from llmload.builtin.zero3.leaves import mark_leaf_modules
 from llmload.builtin.zero3.placement import Partitioned
-from llmload.builtin.zero3.ranks import Ranks
-from llmload.builtin.zero3.request import request_of
+from llmload.builtin.zero3.process_group import connect
 from llmload.builtin.zero3.section import Zero3Section
-from llmload.plugin import Span, partitions
+from llmload.plugin import Ranks, Span, partitions, request_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,8 +30,9 @@ if TYPE_CHECKING:
 class Session(AbstractContextManager["Session"]):
     """What one load holds on to, and gives back when its contexts are left."""
 
-    def __init__(self, ctx: LoadContext, config: DeepSpeedConfig) -> None:
+    def __init__(self, ctx: LoadContext, config: DeepSpeedConfig, met: Callable[[], None]) -> None:
         self._ctx = ctx
+        self._met = met  # called once the ranks watch each other
         self._config = config
         self._section = ctx.section(Zero3Section)
         self._global = GlobalConfig()
@@ -44,15 +43,15 @@ class Session(AbstractContextManager["Session"]):
         with ExitStack() as stack:
             stack.enter_context(self._global)
             if self._config.stage == 3:
-                connect(self._section.deadline)
-                # Until the last plugin's audit, in a group the last member's: a rank that fails
-                # there, in a member that is not partitioned too, stops the others.
-                kept, until_end = self._ctx.scope.kept, self._ctx.until_end
-                ranks: Ranks = kept.get("zero3") or until_end.enter_context(
-                    Ranks(self._section.deadline)
+                ranks = self._ranks()
+                ranks.agree(
+                    request_of(
+                        self._ctx,
+                        apart="zero3",
+                        details={"the DeepSpeed config": dict(self._config.content)},
+                        digests=self._section.digests,
+                    )
                 )
-                kept["zero3"] = ranks
-                ranks.agree(request_of(self._ctx, self._config))
                 if self._config.beyond_us() is None:
                     self._ctx.placement = Partitioned(
                         self._config.for_loading(), ranks, self.loaded
@@ -61,6 +60,24 @@ class Session(AbstractContextManager["Session"]):
                     self.activate()
             self._stack = stack.pop_all()
         return self
+
+    def _ranks(self) -> Ranks:
+        """Return the ranks of this load, in a group those of its first partitioned member.
+
+        They watch each other until the last plugin's audit, in a group the last member's: a rank
+        that fails there, in a member that is not partitioned too, stops the others.
+        """
+        scope = self._ctx.scope
+        try:
+            connect(self._section.deadline)
+            if "zero3" not in scope.kept:
+                scope.kept["zero3"] = scope.until_end.enter_context(
+                    Ranks(self._section.deadline, lacking="zero3")
+                )
+        finally:
+            self._met()
+        ranks: Ranks = scope.kept["zero3"]
+        return ranks
 
     def activate(self) -> None:
         """Let transformers see the DeepSpeed config from here on."""

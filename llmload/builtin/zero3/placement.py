@@ -26,8 +26,7 @@ from llmload.plugin import Part, Span
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmload.builtin.zero3.ranks import Ranks
-    from llmload.plugin import Source, Target
+    from llmload.plugin import Ranks, Source, Target
 
 _WORTH_MAPPING = 2**16
 """Bytes below which mapping a part takes longer than copying it."""

@@ -17,6 +17,7 @@ from llmload import Conflict, Decline, Note, Problem
 from llmload.builtin.zero3 import config
 from llmload.builtin.zero3.section import Zero3Section
 from llmload.hookspecs import hookimpl
+from llmload.plugin import rank, store_is_there, world_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llmload import LoadContext
     from llmload.builtin.zero3.config import DeepSpeedConfig
     from llmload.builtin.zero3.loading_session import Session
+    from llmload.plugin import Presence
 
 
 _EXAMPLES = (2, 4, 8)
@@ -53,6 +55,7 @@ class Zero3Plugin:
 
     def __init__(self) -> None:
         self._sessions: WeakKeyDictionary[LoadContext, Session] = WeakKeyDictionary()
+        self._presence: Presence | None = None
 
     @hookimpl
     def diagnose(self) -> Iterator[Problem | Note]:
@@ -64,7 +67,7 @@ class Zero3Plugin:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note | Decline]:
         """Resolve the DeepSpeed config, and say what each rank will read and keep."""
-        from llmload.builtin.zero3 import disk, launch
+        from llmload.builtin.zero3 import disk
 
         resolved = _resolve(ctx)
         ctx.handed_on[self.name] = resolved
@@ -86,7 +89,7 @@ class Zero3Plugin:
             for loader in ctx.providing("placement"):
                 yield Decline(f"DeepSpeed partitions: {reason}", loader=loader)
         elif ctx.checkpoint is not None and not ctx.providing("quantisation"):  # which says it
-            for text in _shares(ctx, launch.rank(), launch.world_size()):
+            for text in _shares(ctx, rank(), world_size()):
                 yield Note(text=text)
 
     @hookimpl
@@ -107,7 +110,7 @@ class Zero3Plugin:
         """Gather the ranks, agree with them, and give the streaming loader its placement."""
         from llmload.builtin.zero3.loading_session import Session
 
-        session = Session(ctx, ctx.handed_on[self.name])
+        session = Session(ctx, ctx.handed_on[self.name], self._end_presence)
         self._sessions[ctx] = session
         return session
 
@@ -128,17 +131,42 @@ class Zero3Plugin:
         yield from self._sessions.pop(ctx).audit(model)
 
     @hookimpl
+    def started(self, asked: Mapping[str, Any]) -> None:
+        """Show the other ranks that this one lives, or that it loads something else."""
+        size = world_size()
+        if size is None or size == 1:
+            return
+        from llmload.plugin import Presence  # imports torch
+
+        if self.name in asked:
+            if _stage(asked[self.name])[0] == 3:
+                self._presence = Presence(rank())
+        elif store_is_there():
+            Presence(rank(), elsewhere=self.name)
+
+    @hookimpl
     def stopped(self, asked: Mapping[str, Any], error: BaseException) -> None:
         """Tell the other ranks, which may have planned well and wait for this one."""
-        from llmload.builtin.zero3 import launch
+        stage, deadline = _stage(asked[self.name])
+        if stage == 3 and world_size() is not None:
+            from llmload.plugin import tell  # imports torch
 
-        try:
-            section = Zero3Section.model_validate(asked[self.name])
-            stage = config.stage_of(section)
-        except Exception:  # it may be what is wrong; the others have another
-            section, stage = Zero3Section(), 3
-        if stage == 3 and launch.world_size() is not None:
-            launch.tell(error, section.deadline)
+            tell(error, deadline)
+        self._end_presence()
+
+    def _end_presence(self) -> None:
+        if self._presence is not None:
+            self._presence.stop()
+            self._presence = None
+
+
+def _stage(asked: Any) -> tuple[int, float]:
+    """Return stage and deadline that a section asks for, valid or not."""
+    try:
+        section = Zero3Section.model_validate(asked)
+        return config.stage_of(section), section.deadline
+    except Exception:  # it may be what is wrong; the others have another
+        return 3, Zero3Section().deadline
 
 
 def _resolve(ctx: LoadContext) -> DeepSpeedConfig:

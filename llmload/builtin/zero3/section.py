@@ -58,6 +58,9 @@ class Zero3Section(Section):
     that keep them in a list or mapping called ``experts`` are found without being named."""
     deadline: Annotated[float, Field(gt=0)] = 15.0
     """Seconds after which a rank that gives no sign of life stops the load on all ranks."""
+    digests: bool = False
+    """Have every rank read all weights once more and compare digests of them with rank 0's; without
+    it they compare a sample of every tensor."""
 
     @model_validator(mode="after")
     def _one_way(self) -> Zero3Section:

@@ -12,6 +12,7 @@ Imported lazily, by functions: this module needs torch.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -25,13 +26,15 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from llmload import LoadFailedError, RequestError
-from llmload.builtin.zero3.launch import reason
-from llmload.builtin.zero3.notices import POLL, Notices, store_is_gone
+from llmload.errors import LoadFailedError, RequestError
+from llmload.ranks.launcher import reason
+from llmload.ranks.notices import POLL, Notices, store_is_gone
+from llmload.ranks.presence import SILENCE, Presences
 
-# Shares of the deadline: until silence counts as failure, and from a failure until the process is
-# ended that has not stopped by itself. What is left over is for the polling in between.
-_SILENCE, _GRACE = 0.7, 0.2
+# Shares of the deadline, beside that until silence counts as failure: from a failure until the load
+# is interrupted, which may be busy in a plugin, and from then until the process is ended, which may
+# be stuck in a collective. What is left over is for the polling in between.
+_POLITE, _GRACE = 0.08, 0.12
 
 _T = TypeVar("_T")
 
@@ -42,14 +45,20 @@ class Ranks(AbstractContextManager["Ranks"]):
     Leaving the ``with`` block is a meeting point too: either all ranks leave it well, or all raise.
 
     :param deadline: seconds within which a rank that failed, ended or hangs stops all others.
+    :param lacking: the section without which a rank's load is not this one, for a message.
     """
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float, *, lacking: str) -> None:
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
         self._deadline = deadline
+        self._lacking = lacking
         store = distributed_c10d._get_default_store()
-        self._notices = Notices(store, self.rank, self.size, deadline * _SILENCE)
+        self._notices = Notices(store, self.rank, self.size, deadline * SILENCE)
+        self._presences = Presences(self._notices, deadline)
+        self._thread = threading.get_ident()
+        self._lock = threading.Lock()
+        self._leaving = False
         self._store = self._notices.store
         self._failure: str | None = None
         self._load = 0
@@ -116,16 +125,11 @@ class Ranks(AbstractContextManager["Ranks"]):
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if error is None:
-                self._leave()
-                return
-            if _is_of_a_collective(error):
-                # It broke because another rank did: the watcher will know which.
-                self._noticed.wait(self._deadline)
-            if self._failure is not None:
-                raise LoadFailedError(self._failure) from error
-            self._notices.announce(self.rank, reason(error))
-            self._failure = "this rank failed"
+            with self._lock:
+                self._leaving = True  # from here on it stops by itself
+            self._part(error)
+        except _Interrupted:  # it was on its way already
+            raise LoadFailedError(self._failure or "another rank failed") from error
         finally:
             self._stopped.set()
             self._noticed.set()  # the guard looks at once whether there is anything left to guard
@@ -135,6 +139,19 @@ class Ranks(AbstractContextManager["Ranks"]):
                 if self._failure is not None:
                     with suppress(dist.DistError):
                         self._notices.linger(self._deadline * _GRACE)
+
+    def _part(self, error: BaseException | None) -> None:
+        """Leave with the others, or with an error that all of them learn of."""
+        if error is None:
+            self._leave()
+            return
+        if isinstance(error, _Interrupted) or _is_of_a_collective(error):
+            # It broke because another rank did: the watcher will know which.
+            self._noticed.wait(self._deadline)
+        if self._failure is not None:
+            raise LoadFailedError(self._failure) from error
+        self._notices.announce(self.rank, reason(error))
+        self._failure = "this rank failed"
 
     def _leave(self) -> None:
         """Meet for the last time, rank 0 last of all: the store may end with its process."""
@@ -181,11 +198,12 @@ class Ranks(AbstractContextManager["Ranks"]):
             failure = self._notices.failure()
             if failure is not None:
                 return failure
-            now = self._store.add(f"alive/{beside}", 0)
+            # One that plans and has not come yet lives too.
+            now = self._store.add(f"alive/{beside}", 0) + self._presences.beats(beside)
             self._pulse = time.monotonic()
             if now != beats:
                 beats, since = now, self._pulse
-            elif self._pulse - since > self._deadline * _SILENCE:
+            elif self._pulse - since > self._deadline * SILENCE:
                 self._notices.announce(beside, self._silence(beats))
         return None
 
@@ -197,21 +215,38 @@ class Ranks(AbstractContextManager["Ranks"]):
         while not self._noticed.wait(POLL):
             if self._stopped.is_set():
                 return
-            if time.monotonic() - self._pulse > self._deadline * _SILENCE:
+            if time.monotonic() - self._pulse > self._deadline * SILENCE:
                 self._store_answers = False
                 self._notice(store_is_gone(TimeoutError("it does not answer")))
+        if self._stopped.wait(self._deadline * _POLITE):
+            return
+        with self._lock:
+            if not self._leaving:
+                _interrupt(self._thread)
         if not self._stopped.wait(self._deadline * _GRACE):
             print(f"llmload: rank {self.rank} stops: {self._failure}", file=sys.stderr, flush=True)  # noqa: T201
             os._exit(1)
 
     def _silence(self, beats: int) -> str:
-        seconds = f"{self._deadline * _SILENCE:g} s"
+        seconds = f"{self._deadline * SILENCE:g} s"
         if beats:
             return f"it gave no sign of life for {seconds}: it ended or hangs"
         return (
             f"it did not come to this load within {seconds}: it ended, hangs, failed earlier or"
-            " was given a spec without `zero3`"
+            f" was given a spec without `{self._lacking}`"
         )
+
+
+class _Interrupted(BaseException):
+    """Raised in a thread that is busy while another rank has failed: no plugin catches it."""
+
+
+def _interrupt(thread: int) -> None:
+    """Raise ``_Interrupted`` in a thread as soon as it runs Python again."""
+    # As the interpreter's own tests do; https://docs.python.org/3/c-api/init.html
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), ctypes.py_object(_Interrupted)
+    )
 
 
 def _is_of_a_collective(error: BaseException | None) -> bool:
@@ -220,7 +255,7 @@ def _is_of_a_collective(error: BaseException | None) -> bool:
         if isinstance(error, dist.DistError):
             return True
         if isinstance(error, RuntimeError) and any(
-            word in str(error) for word in ("gloo", "NCCL", "Connection closed by peer")
+            word in str(error) for word in ("gloo", "NCCL", "Connection closed", "Connection reset")
         ):
             return True
         error = error.__cause__

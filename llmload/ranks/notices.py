@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from llmload import LoadFailedError
+from llmload.errors import LoadFailedError
 
 POLL = 0.1
 """Seconds between two looks at the store, or at the other thread."""
@@ -34,16 +34,17 @@ class Notices:
     def __init__(self, store: Any, rank: int, size: int, deadline: float) -> None:
         self.rank = rank
         self.size = size
-        self.store: Any = self._of_this_load(store, deadline)
+        self.base, self.store = self._of_this_load(store, deadline)
+        """The ranks' store, and the part of it that belongs to this load."""
 
-    def _of_this_load(self, store: Any, deadline: float) -> Any:
+    def _of_this_load(self, store: Any, deadline: float) -> tuple[Any, Any]:
         found: list[Any] = []
 
         def ask() -> None:
             try:
-                own = _own_client(store, deadline)
+                own = own_client(store, deadline)
                 load = own.add(f"llmload/loads/{self.rank}", 1)
-                found.append(distributed_c10d.PrefixStore(f"llmload/{load}", own))
+                found.append((own, distributed_c10d.PrefixStore(f"llmload/{load}", own)))
             except dist.DistError as error:
                 found.append(error)
 
@@ -54,7 +55,8 @@ class Notices:
         answer = found[0] if found else TimeoutError("it does not answer")
         if isinstance(answer, Exception):
             raise LoadFailedError(store_is_gone(answer)) from answer
-        return answer
+        base, own = answer
+        return base, own
 
     def announce(self, rank: int, reason: str) -> None:
         """Tell all that a rank has failed."""
@@ -82,7 +84,7 @@ class Notices:
             time.sleep(POLL / 10)
 
 
-def _own_client(store: Any, deadline: float) -> Any:
+def own_client(store: Any, deadline: float) -> Any:
     """Return a connection to the store that no other thread's waiting can block."""
     patience = timedelta(seconds=deadline)
     if hasattr(store, "clone"):  # torch 2.7 and newer

@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from llmload.plugin import installed_versions
+from llmload.checkpoint.digests import of_file, of_samples
+from llmload.host.distributions import installed_versions
 
 if TYPE_CHECKING:
-    from llmload import LoadContext
-    from llmload.builtin.zero3.config import DeepSpeedConfig
+    from llmload.context.context import LoadContext
 
-_PER_HOST = {"model", "revision", "cache_dir", "local_files_only", "zero3"}
+_PER_HOST = {"model", "revision", "cache_dir", "local_files_only"}
 """Keys of a spec that may differ: they say where the files are, which are compared themselves."""
 
 _SHOWN = 60
 
 
-def request_of(ctx: LoadContext, config: DeepSpeedConfig) -> dict[str, str]:
+def request_of(
+    ctx: LoadContext, *, apart: str, details: Mapping[str, Any], digests: bool = False
+) -> dict[str, str]:
     """Return what this rank is about to load, by names that a message can show.
 
-    Small values stand for themselves, others as a digest.
+    Small values stand for themselves, others as a digest. Of the weights a sample of every tensor
+    is compared: headers alone would take a base model for what was tuned from it.
+
+    :param apart: the section that may differ, whose content ``details`` compare.
+    :param details: what else must be the same, by names for a message.
+    :param digests: compare all bytes of the weights, which reads them once more.
     """
     asked = {
         key: _plain(value)
         for key, value in {**ctx.spec.model_dump(), **ctx.sections}.items()
-        if key not in _PER_HOST
+        if key not in _PER_HOST and key != apart
     }
     vocabulary = None if ctx.tokenizer is None else len(ctx.tokenizer)
     return {
@@ -36,12 +44,22 @@ def request_of(ctx: LoadContext, config: DeepSpeedConfig) -> dict[str, str]:
         **{f"plugin {name!r}": peer.distribution for name, peer in ctx.peers.items()},
         **{f"the version of {name}": found for name, found in installed_versions().items()},
         "the order of plugins": ", ".join(ctx.active),
-        "the DeepSpeed config": _short(dict(config.content)),
+        **{name: _short(value) for name, value in details.items()},
         "the model's config": _short(_of_model(ctx)),
         "the checkpoint": _short(_of_checkpoint(ctx)),
+        **_contents(ctx, digests=digests),
         "the size of the vocabulary": str(vocabulary),
         "the model's dtype": str(ctx.dtype),
     }
+
+
+def _contents(ctx: LoadContext, *, digests: bool) -> dict[str, str]:
+    """Return what tells weights of equal headers apart."""
+    if ctx.checkpoint is None:
+        return {}
+    if not digests:
+        return {"a sample of the weights": _short(of_samples(ctx.checkpoint))}
+    return {f"the content of {file.name}": of_file(file.path) for file in ctx.checkpoint.files}
 
 
 def _plain(value: Any) -> Any:
