@@ -10,6 +10,7 @@ import torch
 from adapters import load, needs_peft, refusal, save, three_losses
 from transformers import AutoModelForCausalLM
 
+import llmload
 from llmload.testing import IDS, tiny_checkpoint, tiny_llama
 
 EMBEDDING = {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}
@@ -212,3 +213,165 @@ def test_an_untied_adapter_is_resumed_with_the_same_choice(llama: Path, tmp_path
     torch.testing.assert_close(
         again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits, rtol=0, atol=0
     )
+
+
+# --- resumed or merged, an adapter of tied weights does what it did when it was trained -----------
+
+TRAINED: dict[str, dict[str, Any]] = {
+    "rows": {"trainable_token_indices": [5, 6]},
+    "rows of the head": {"trainable_token_indices": {"lm_head": [5, 6]}},
+    "rows of both": {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [5]}},
+    "other rows of both": {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [7]}},
+    "rows beside a layer": {
+        "target_modules": ["q_proj", "embed_tokens"],
+        "trainable_token_indices": {"lm_head": [5]},
+    },
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "copied head": {"modules_to_save": ["lm_head"]},
+    "copied embedding": {"modules_to_save": ["embed_tokens"]},
+    "repeated layers": {"layer_replication": [[0, 2], [1, 2]]},
+}
+CHOICES: dict[str, dict[str, Any]] = {
+    "no choice": {},
+    "separate": {"tied_weights": "separate"},
+    "untie": {"tied_weights": "untie"},
+    "together": {"ensure_weight_tying": True},
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(
+    llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], tuple[Path, torch.Tensor]]:
+    """Train each adapter under each choice that is taken; returns its folder and the logits."""
+    made = {}
+    for name, section in TRAINED.items():
+        for choice, keys in CHOICES.items():
+            section = {"r": 2, "target_modules": ["q_proj"]} | section
+            model = _unless_refused(llama, section | keys)
+            if model is None:
+                continue
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter += torch.randn(parameter.shape, generator=generator) / 4
+            three_losses(model)
+            folder = save(model, tmp_path_factory.mktemp("adapter"))
+            made[name, choice] = folder, _logits(model)
+    return made
+
+
+def _unless_refused(folder: Path, section: dict[str, Any]) -> Any:
+    """Return the model, or None where the plan names a key of the section that is in the way."""
+    plan = llmload.plan({"model": str(folder), "lora": section})
+    if plan.errors:
+        assert all((problem.where or "").startswith("lora") for problem in plan.errors)
+        return None
+    return load(folder, section).model
+
+
+def _logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+@together
+@pytest.mark.parametrize("merge", [False, True], ids=["resumed", "merged"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_adapters_of_tied_weights_do_what_they_did_or_are_refused(
+    llama: Path,
+    adapters: dict[tuple[str, str], tuple[Path, torch.Tensor]],
+    name: str,
+    merge: bool,
+    tmp_path: Path,
+) -> None:
+    trained = {choice: made for (of, choice), made in adapters.items() if of == name}
+    equal = set()
+    for before, (folder, expected) in trained.items():
+        for now, keys in CHOICES.items():
+            model = _unless_refused(llama, {"adapter": str(folder), "merge": merge} | keys)
+            if model is None:
+                continue
+            torch.testing.assert_close(_logits(model), expected, atol=2e-5, rtol=0)
+            equal.add(before)
+            if merge and now == "no choice":
+                again = tmp_path / before
+                model.save_pretrained(again)
+                read = AutoModelForCausalLM.from_pretrained(again)
+                torch.testing.assert_close(_logits(read), expected, atol=2e-5, rtol=0)
+    # Whatever could be trained can be had again, in one way at least.
+    assert equal == trained.keys()
+
+
+@needs_peft("0.15.0")
+def test_rows_that_were_trained_apart_stay_apart_without_being_told(
+    llama: Path, adapters: dict[tuple[str, str], tuple[Path, torch.Tensor]]
+) -> None:
+    folder, expected = adapters["rows", "untie"]
+    result = load(llama, {"adapter": str(folder)})
+    torch.testing.assert_close(_logits(result.model), expected)
+    assert result.report.facts["lora"]["untied"] == ["lm_head.weight"]
+    assert refusal(llama, {"adapter": str(folder), "tied_weights": "separate"}) == (
+        f"lora.tied_weights: the section says 'separate', and the adapter in {str(folder)!r} was"
+        " trained with `tied_weights: untie`. Remove `tied_weights` from the section."
+    )
+
+
+@needs_peft("0.15.0")
+def test_rows_that_were_trained_together_are_not_untied(
+    llama: Path, adapters: dict[tuple[str, str], tuple[Path, torch.Tensor]]
+) -> None:
+    folder, _ = adapters["rows", "no choice"]
+    assert refusal(llama, {"adapter": str(folder), "tied_weights": "untie"}) == (
+        f"lora.tied_weights: `untie` is asked for, and the adapter in {str(folder)!r} was trained"
+        " on one weight: its rows are those of 'lm_head' too. Remove `tied_weights` from the"
+        " section."
+    )
+
+
+@needs_peft("0.15.0")
+def test_rows_that_peft_ties_are_not_separate(llama: Path) -> None:
+    section = {"target_modules": ["q_proj"], "trainable_token_indices": [5]}
+    assert refusal(llama, section | {"tied_weights": "separate"}) == (
+        "lora.tied_weights: `separate` is asked for, and PEFT trains the rows of"
+        " `trainable_token_indices` in 'lm_head' too, whose weight is the embedding's. Remove"
+        " `tied_weights` to train them together, or choose `untie`."
+    )
+
+
+@together
+def test_rows_that_peft_leaves_apart_are_not_tied(llama: Path) -> None:
+    section = {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5]}}
+    assert refusal(llama, section | {"ensure_weight_tying": True}) == (
+        "lora.ensure_weight_tying: PEFT trains rows of 'lm_head' alone: it ties only those of the"
+        " input embedding to others. Name token ids without a module in"
+        " `trainable_token_indices`, or choose `tied_weights`."
+    )
+
+
+@needs_peft("0.15.0")
+def test_what_one_weight_cannot_hold_is_not_merged(
+    llama: Path, adapters: dict[tuple[str, str], tuple[Path, torch.Tensor]]
+) -> None:
+    folder, _ = adapters["rows of the head", "no choice"]
+    assert refusal(llama, {"adapter": str(folder), "merge": True}) == (
+        "lora.merge: 'model.embed_tokens' and 'lm_head' have one weight, and the adapter changes it"
+        " otherwise for each: no merged model with one weight is equal to what was trained. Set"
+        " `tied_weights: untie`, so that each has a weight of its own."
+    )
+
+
+@together
+def test_repeated_layers_are_copies_once_merged(
+    llama: Path, adapters: dict[tuple[str, str], tuple[Path, torch.Tensor]]
+) -> None:
+    folder, _ = adapters["repeated layers", "no choice"]
+    result = load(llama, {"adapter": str(folder), "merge": True})
+    parameters = [*result.model.parameters()]
+    assert len(parameters) == len({p.data_ptr() for p in parameters})
+    copies = {n for n, why in result.report.newly_initialised.items() if "repeated" in why}
+    assert "model.layers.2.mlp.up_proj.weight" in copies
+    assert result.plan.parameters == result.report.parameters

@@ -66,6 +66,30 @@ def lora(folder: str, dtype: str, adapter_dtype: str) -> dict[str, Any]:
     }
 
 
+def untied_and_merged(folder: str, adapters: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Untie a tied model, and merge adapters into it, partitioned as in the whole."""
+    lora = {"r": 2, "target_modules": ["q_proj"], "adapter_dtype": "bfloat16"}
+    cases = {"untied": lora | {"tied_weights": "untie"}} | adapters
+    found = {}
+    for name, section in cases.items():
+        spec = {"model": folder, "dtype": "bfloat16", "lora": section}
+        torch.manual_seed(3)
+        split = llmload.load(spec | {"zero3": {"config": deepspeed_config("bfloat16", 0)}}).model
+        torch.manual_seed(3)
+        whole = llmload.load(spec).model
+        different = []
+        for (mine, a), (its, b) in zip(
+            split.named_parameters(), whole.named_parameters(), strict=True
+        ):
+            assert mine == its
+            partitioned = a.numel() == 0
+            with GatheredParameters([a]):
+                if not torch.equal(a, b) or partitioned == ("lora_" in mine):
+                    different.append(mine)
+        found[name] = [different, split.config.tie_word_embeddings]
+    return found
+
+
 class ValueHead:
     """Adds a fresh head, and a buffer, in which every rank has drawn other values."""
 

@@ -84,6 +84,31 @@ def saved_adapter(tmp: Path, folder: str) -> str:
     return str(tmp / "adapter")
 
 
+def tied_adapters(tmp: Path, folder: str) -> dict[str, dict[str, Any]]:
+    """Save adapters of a tied model; returns the sections that merge them, by name."""
+    sections: dict[str, dict[str, Any]] = {
+        "plain": {"target_modules": ["q_proj"]},
+        "untied head": {"target_modules": ["lm_head", "q_proj"], "tied_weights": "untie"},
+        "copied head": {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["lm_head"],
+            "tied_weights": "separate",
+        },
+        "repeated layers": {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]},
+    }
+    merging = {}
+    for name, section in sections.items():
+        made = llmload.load({"model": folder, "lora": {"r": 2, **section}}).model
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.rand(parameter.shape) - 0.5)
+        made.save_pretrained(tmp / name)
+        merging[name] = {"adapter": str(tmp / name), "merge": True, "adapter_dtype": "bfloat16"}
+        merging[name] |= {k: v for k, v in section.items() if k == "tied_weights"}
+    return merging
+
+
 def flat(outcomes: list[Outcome]) -> list[Any]:
     for rank in outcomes:
         assert rank.code == 0, rank.output
@@ -119,6 +144,7 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         folder = tmp_path_factory.mktemp(model_type)
         architectures.build(kind, model_type).save_pretrained(folder)
         beyond.append({"kind": kind, "folder": str(folder), "dtype": "bfloat16"})
+    shared = str(testing.tiny_llama(tmp, name="shared", tied=True, dtype=torch.bfloat16))
     other = str(testing.tiny_llama(tmp, name="other", seed=5, pad=True))
     return {
         "variants": Job("zero3.comparing:many", {"cases": list(variants.values())}, timeout=200),
@@ -131,6 +157,10 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         "two": Job("zero3.comparing:many", {"cases": cases}, timeout=250),
         "four": Job("zero3.comparing:many", {"cases": on_four}, ranks=4, timeout=150),
         "tied": Job("zero3.finishing:embeddings", {"folder": tied} | resize),
+        "merged": Job(
+            "zero3.finishing:untied_and_merged",
+            {"folder": shared, "adapters": tied_adapters(tmp, shared)},
+        ),
         "untied": Job("zero3.finishing:embeddings", {"folder": untied} | resize),
         "auto": Job("zero3.finishing:lora", adapter | {"adapter_dtype": "auto"}),
         "base": Job("zero3.finishing:lora", adapter | {"adapter_dtype": "base"}),
@@ -260,3 +290,16 @@ def test_adapter_trains_under_zero3_in_either_dtype(
             "trainable params: 2,048 || all params: 10,832 || trainable%: 18.9069"
         )
         assert answer["losses"] == sorted(answer["losses"], reverse=True)
+
+
+def test_untied_heads_and_merged_adapters_are_those_of_the_whole_model_in_parts(
+    outcomes: dict[str, list[Outcome]],
+) -> None:
+    for answer in flat(outcomes["merged"]):
+        assert answer == {
+            "untied": [[], False],
+            "plain": [[], True],
+            "untied head": [[], False],
+            "copied head": [[], False],
+            "repeated layers": [[], True],
+        }

@@ -18,9 +18,19 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class _RecordingConfig(peft.LoraConfig):  # type: ignore[misc]
-    """A LoRA configuration that is saved with the names of the plugins that made layers."""
+    """A LoRA configuration that is saved with what PEFT does not know of the adapter."""
 
     llmload_plugins: list[str] = dataclasses.field(default_factory=list)
+    llmload_tied_weights: str | None = None
+
+
+def record(config: peft.LoraConfig, **fields: Any) -> None:
+    """Save ``fields`` with the adapter; the configuration is in the model already."""
+    config.__class__ = _RecordingConfig
+    for name in ("llmload_plugins", "llmload_tied_weights"):
+        config.__dict__.setdefault(name, [] if name == "llmload_plugins" else None)
+    for name, value in fields.items():
+        setattr(config, name, value)
 
 
 class Dispatcher:
@@ -67,6 +77,4 @@ class Dispatcher:
         """Let go of the load, and write the plugins that made layers into the configuration."""
         self._config._custom_modules = None
         if self._made:
-            # The object is in the model already, which saves it with the fields of its class.
-            self._config.__class__ = _RecordingConfig
-            self._config.llmload_plugins = sorted(self._made)
+            record(self._config, llmload_plugins=sorted(self._made))

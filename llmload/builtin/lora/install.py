@@ -13,11 +13,12 @@ from torch import nn
 
 from llmload import Problem, RequestError
 from llmload.builtin.lora import resume, targets, ties
-from llmload.builtin.lora.dispatch import Dispatcher
-from llmload.builtin.lora.layers import adapter_parameters, lora_layers
+from llmload.builtin.lora.dispatch import Dispatcher, record
+from llmload.builtin.lora.layers import adapter_parameters, lora_layers, own_name
 from llmload.builtin.lora.matching import within_budget
 from llmload.builtin.lora.names import translate_targets
 from llmload.builtin.lora.request import Request, heard, refused, resolve
+from llmload.plugin import partitions
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -59,6 +60,10 @@ def _install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
         wrapped = _wrap(ctx, request, model, config)
     reached = ties.reached(wrapped, tied)
     ties.refuse_undecided(request, reached, tied)
+    ties.refuse_rows_apart(request, wrapped, tied)
+    ties.refuse_rows_untied(request, wrapped, untied)
+    if untied and config.to_dict().get("trainable_token_indices") is not None:
+        record(config, llmload_tied_weights="untie")
     _set_dtype(ctx, request, wrapped)
     if section.ensure_weight_tying:
         ties.tie_again(wrapped, section.adapter_name)
@@ -95,15 +100,34 @@ def _install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
 def merge(ctx: LoadContext, model: PeftModel) -> PreTrainedModel:
     """Add the adapter to the base's weights and return the plain model, frozen.
 
-    :raises RequestError: PEFT cannot merge the adapter.
+    Of a partitioned model one layer after the other is gathered, on all ranks alike.
+
+    :raises RequestError: PEFT cannot merge the adapter, or the result could not be equal to the
+        model before.
     """
+    request = resolve(ctx)
+    adapter = request.section.adapter_name
+    base = model.get_base_model()
+    repeated = ties.part_repeated_layers(model) if request.fields.get("layer_replication") else []
+    tied = {own_name(n): module for n, module in ties.tied_embeddings(base).items()}
+    together = ties.together_when_merged(request, model)
     try:
-        # PEFT's safe_merge would round the adapter's part to the base's dtype before adding it.
-        merged = model.merge_and_unload(safe_merge=False)
-    except (NotImplementedError, ValueError) as error:
+        with heard():  # that what is merged already is not merged again
+            for layer in lora_layers(model, adapter).values():
+                with partitions.whole(layer.get_base_layer().parameters(recurse=False)):
+                    # PEFT's safe_merge would round the adapter's part to the base's dtype before
+                    # adding it.
+                    layer.merge(safe_merge=False, adapter_names=[adapter])
+            merged = model.merge_and_unload(safe_merge=False)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
         raise refused(error) from error
+    ties.tie(merged, together)
+    partitions.split(merged, like=merged)  # PEFT's copies of modules to save are whole
+    if tied and ties.are_apart(tied, merged):
+        ties.say_untied(merged)
     held = {name for name, _ in merged.named_parameters(remove_duplicate=False)}
     ctx.newly_initialised = {n: why for n, why in ctx.newly_initialised.items() if n in held}
+    ctx.newly_initialised |= dict.fromkeys(repeated, "a copy for a repeated layer")
     ctx.record("lora", {"merged": True})
     merged.requires_grad_(False)
     return merged.eval()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -33,3 +35,19 @@ def adapter_parameters(layer: LoraLayer, adapter: str) -> dict[str, nn.Parameter
         else:
             found |= {f"{kind}.{name}": parameter for name, parameter in held.named_parameters()}
     return found
+
+
+def token_wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield PEFT's wrappers of modules of which single rows are trained; they came with 0.15."""
+    for name, module in model.named_modules():
+        if hasattr(module, "token_adapter"):
+            yield name, module
+
+
+def own_name(name: str) -> str:
+    """Return the name that a module or parameter has without the adapter's layers around it."""
+    return re.sub(
+        r"\.(base_layer|token_adapter|original_module|modules_to_save\.[^.]+)(?=\.|$)",
+        "",
+        name.removeprefix("base_model.model."),
+    )

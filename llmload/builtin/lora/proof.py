@@ -12,7 +12,7 @@ from torch import nn
 
 from llmload import Problem
 from llmload.builtin.lora import resume
-from llmload.builtin.lora.layers import adapter_parameters, lora_layers
+from llmload.builtin.lora.layers import adapter_parameters, lora_layers, own_name
 from llmload.builtin.lora.names import translate_weights
 from llmload.builtin.lora.request import Request, resolve
 from llmload.plugin import partitions, some
@@ -70,7 +70,9 @@ def prove_merged(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
             fix=_REPORT,
         )
         return
-    merged = [(name, model.get_submodule(name)) for name in ctx.facts["lora"]["targets"]]
+    # Several parameters of one module are adapted by layers around one another.
+    names = dict.fromkeys(map(own_name, ctx.facts["lora"]["targets"]))
+    merged = [(name, model.get_submodule(name)) for name in names]
     spoilt = [n for n, m in merged if not all(p.isfinite().all() for p in m.parameters())]
     if spoilt:
         yield Problem(

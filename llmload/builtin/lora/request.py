@@ -112,6 +112,7 @@ def resolve(ctx: LoadContext) -> Request:
         adapter = saved.open_adapter(section.adapter)
         base = adapter.fields
         _refuse_contradictions(given, base, f"the adapter in {section.adapter!r}")
+        section = _as_it_was_tied(section, adapter)
         # What the section says of targets agrees in effect (see `targets.agree`); the file's words
         # stand, as PEFT wrote them out.
         given = {name: value for name, value in given.items() if name not in base}
@@ -157,6 +158,29 @@ def _refuse_impossible(ctx: LoadContext, request: Request) -> None:
                 fix="Write `target_modules: all-linear`, or a list of names.",
             )
         )
+
+
+def _as_it_was_tied(section: LoraSection, adapter: saved.SavedAdapter) -> LoraSection:
+    """Return the section with the choice for tied weights that the saved adapter was trained with.
+
+    :raises RequestError: the section says otherwise.
+    """
+    how: dict[str, Any] = {}
+    if adapter.untied:
+        how = {"tied_weights": "untie"}
+    elif adapter.fields.get("ensure_weight_tying"):
+        how = {"ensure_weight_tying": True}
+    if how and section.tied_weights not in (None, how.get("tied_weights")):
+        name, value = next(iter(how.items()))
+        raise RequestError(
+            Problem(
+                where="lora.tied_weights",
+                message=f"the section says {section.tied_weights!r}, and the adapter in"
+                f" {section.adapter!r} was trained with `{name}: {str(value).lower()}`",
+                fix="Remove `tied_weights` from the section.",
+            )
+        )
+    return section.model_copy(update=how)
 
 
 def _refuse_contradictions(given: dict[str, Any], base: dict[str, Any], source: str) -> None:

@@ -20,6 +20,9 @@ CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 LAYER_PLUGINS: Final = "llmload_plugins"
 """Our key in the configuration, written where plugins made layers of the adapter."""
+TIED_WEIGHTS: Final = "llmload_tied_weights"
+"""Our key in the configuration: ``untie`` where rows of untied embeddings were trained, which PEFT
+would tie again."""
 _PICKLE: Final = "adapter_model.bin"
 
 # What the file says of where it came from, and of how it is used; neither is inherited.
@@ -37,6 +40,8 @@ class SavedAdapter:
     """The fields of ``LoraConfig`` in ``adapter_config.json`` that hold for a resumed adapter."""
     layer_plugins: tuple[str, ...]
     """Names of the plugins whose ``lora_layer`` made layers of it."""
+    untied: bool
+    """Whether embedding and head had been untied, and rows of one of them were trained alone."""
     checkpoint: Checkpoint
     """Names, shapes and dtypes of the weights."""
     files: UntrustedFolder
@@ -80,7 +85,7 @@ def open_adapter(path: str) -> SavedAdapter:
             "Give a folder written by save_pretrained of a PeftModel.",
         )
     files = UntrustedFolder(folder)
-    fields, layer_plugins = _read_config(files)
+    fields, layer_plugins, untied = _read_config(files)
     if not files.holds(WEIGHTS):
         if files.holds(_PICKLE):
             raise _refusal(
@@ -97,12 +102,13 @@ def open_adapter(path: str) -> SavedAdapter:
         folder=folder,
         fields=fields,
         layer_plugins=layer_plugins,
+        untied=untied,
         checkpoint=checkpoint,
         files=files,
     )
 
 
-def _read_config(files: UntrustedFolder) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _read_config(files: UntrustedFolder) -> tuple[dict[str, Any], tuple[str, ...], bool]:
     if not files.holds(CONFIG):
         raise _refusal(
             f"the adapter folder {str(files.root)!r} holds no {CONFIG}",
@@ -126,6 +132,13 @@ def _read_config(files: UntrustedFolder) -> tuple[dict[str, Any], tuple[str, ...
     layer_plugins = content.pop(LAYER_PLUGINS, [])
     if not isinstance(layer_plugins, list) or not all(isinstance(n, str) for n in layer_plugins):
         raise _refusal(f"{LAYER_PLUGINS!r} is not a list of names", "Save the adapter again.", file)
+    tied_weights = content.pop(TIED_WEIGHTS, None)
+    if tied_weights not in (None, "untie"):
+        raise _refusal(
+            f"{TIED_WEIGHTS!r} is {tied_weights!r}, and can be 'untie' or null",
+            "Save the adapter again.",
+            file,
+        )
     ours = LoraSection.model_fields.keys() - OWN_FIELDS
     known = {name: value for name, value in content.items() if name in ours}
     # PEFT writes every field it has: an unknown one that is not set changes nothing.
@@ -150,7 +163,7 @@ def _read_config(files: UntrustedFolder) -> tuple[dict[str, Any], tuple[str, ...
         problems = explain(error, LoraSection, known)
         raise CheckpointError(p.model_copy(update={"file": str(file)}) for p in problems) from None
     fields = {name: v for name, v in section.given().items() if name not in _NOT_INHERITED}
-    return fields, tuple(layer_plugins)
+    return fields, tuple(layer_plugins), tied_weights == "untie"
 
 
 def _refusal(message: str, fix: str, file: Path | None = None) -> CheckpointError:
