@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import llmload
 from llmload import Section, create_registry, hookimpl
 from llmload.builtin.dropout.plugin import DropoutPlugin
 from llmload.errors import PluginError
-from llmload.host.contract import break_faulty
+from llmload.host.discovery import from_object
 from llmload.host.registry import PluginInfo, Registry
 from llmload.spec.loadspec import LoadSpec
 from llmload.testing import FakeDistributions, fake_distributions
@@ -43,8 +42,9 @@ def add_good(distributions: FakeDistributions, name: str, distribution: str = ""
     )
 
 
-def info(registry: Registry, name: str) -> PluginInfo:
-    (found,) = (info for info in registry.plugins if info.name == name and not info.builtin)
+def info(registry: Registry, name: str, *, builtin: bool = False) -> PluginInfo:
+    found, *others = (i for i in registry.plugins if i.name == name and i.builtin is builtin)
+    assert not others
     return found
 
 
@@ -210,12 +210,65 @@ def test_a_section_of_a_plugin_that_is_not_selected_is_refused(
 # --- the contract -------------------------------------------------------------------------------
 
 
-def test_built_in_plugins_keep_the_contract_that_all_others_are_held_to() -> None:
+def test_built_in_plugins_keep_the_contract() -> None:
     infos = [info for info in create_registry(environ={}).plugins if info.builtin]
     assert {"streaming", "zero3", "lora", "kbit"} <= {info.name for info in infos}
-    looked_at = [dataclasses.replace(info, builtin=False) for info in infos]
-    break_faulty(looked_at)
-    assert [(info.name, info.reason) for info in looked_at if info.status != "active"] == []
+    assert [(info.name, info.reason) for info in infos if info.status != "active"] == []
+
+
+def test_a_built_in_plugin_is_held_to_the_contract_as_any_other(
+    distributions: FakeDistributions,
+) -> None:
+    source = GOOD.format(name="odd").replace("post_load", "post_laod")
+    distributions.add("llmload", {"odd": "odd_module:Plugin"}, "odd_module", source)
+    found = info(create_registry(environ={}), "odd", builtin=True)
+    assert found.builtin
+    assert (found.status, found.reason) == (
+        "broken",
+        "`post_laod` is not a hook. Did you mean 'post_load'?",
+    )
+
+
+def test_a_hook_of_a_plugin_that_is_left_out_breaks_nobody(
+    distributions: FakeDistributions,
+) -> None:
+    registry = create_registry(block=["lora"], environ={})
+    assert [i.name for i in registry.plugins if i.status == "broken"] == []
+    distributions.add(
+        "bad-dist",
+        {"odd": "odd_module:Plugin"},
+        "odd_module",
+        GOOD.format(name="odd").replace("post_load", "post_laod"),
+    )
+    registry = create_registry(block=["lora"], environ={})
+    assert info(registry, "odd").reason == "`post_laod` is not a hook. Did you mean 'post_load'?"
+
+
+def test_a_section_is_built_only_where_it_is_looked_at() -> None:
+    class Mine:
+        name = "mine"
+
+        class Section(llmload.Section):
+            size: int = 1
+
+    class Other:
+        name = "other"
+
+        class Section(llmload.Section):
+            size: int = 1
+
+    registry = Registry([from_object(Mine), from_object(Other)])
+    registry.validate({"model": "m", "mine": {}})
+    assert Mine.Section.__pydantic_complete__
+    assert not Other.Section.__pydantic_complete__
+    assert [found.status for found in registry.plugins] == ["active", "active"]
+    assert Other.Section.__pydantic_complete__
+
+
+def test_hooks_of_other_plugins_are_listed_after_those_of_the_manual() -> None:
+    registry = create_registry(environ={})
+    assert info(registry, "coati", builtin=True).hooks == ("check", "check_lora", "lora_layer")
+    assert info(registry, "lora", builtin=True).hooks == ("check", "audit", "wrap_adapter")
 
 
 # --- broken plugins -----------------------------------------------------------------------------

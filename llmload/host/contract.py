@@ -6,9 +6,12 @@ pluggy alone lets a misspelt hook pass in silence, never fills in an argument th
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Collection, Iterable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pluggy
@@ -21,24 +24,42 @@ from llmload.host.discovery import GROUP, PluginInfo
 from llmload.spec.loadspec import LoadSpec
 from llmload.spec.suggest import nearest
 
+_MISSPELT = 0.85
+"""How like a known hook the name of an unknown one is at least, where nobody may mean another."""
+_PLAIN_REQUIREMENT = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*((>=|==)\d+(\.\d+)*)?")
+"""What nearly every requirement looks like: a name, and a release at most."""
+
 
 def break_faulty(infos: Iterable[PluginInfo]) -> None:
     """Mark the active plugins that break the contract as broken, with every fault.
 
-    Built-in ones are held to it by the tests, and not looked at again in every load.
+    Whether a ``Section`` can be built is left to :func:`break_unbuildable`, since that takes as
+    long as all else together, and a load has few of the installed plugins' sections.
     """
+    infos = list(infos)
     active = [info for info in infos if info.status == "active"]
-    others = [info for info in active if not info.builtin]
-    if not others:
-        return
     manager = manager_of(info.plugin for info in active)
-    for info in others:
-        try:
-            found = list(faults(info, manager))
-        except Exception as error:  # a property that raises, a metaclass: whatever a stranger made
-            found = [f"looking at it raised {type(error).__name__}: {error}"]
-        if found:
-            info.status, info.reason = "broken", "; ".join(found)
+    # A plugin that is not imported may declare hooks that others implement.
+    complete = len(active) == len(infos)
+    for info in active:
+        _break(info, partial(faults, info, manager, complete=complete))
+
+
+def break_unbuildable(infos: Iterable[PluginInfo]) -> None:
+    """Mark the active plugins as broken of whose ``Section`` pydantic can make no validator."""
+    for info in infos:
+        if info.status == "active" and not info.built:
+            info.built = True
+            _break(info, partial(building_faults, info.plugin))
+
+
+def _break(info: PluginInfo, look: Callable[[], Iterable[str]]) -> None:
+    try:
+        found = list(look())
+    except Exception as error:  # a property that raises, a metaclass: whatever a stranger made
+        found = [f"looking at it raised {type(error).__name__}: {error}"]
+    if found:
+        info.status, info.reason = "broken", "; ".join(found)
 
 
 def manager_of(plugins: Iterable[object]) -> pluggy.PluginManager:
@@ -52,12 +73,17 @@ def manager_of(plugins: Iterable[object]) -> pluggy.PluginManager:
     return manager
 
 
-def faults(info: PluginInfo, manager: pluggy.PluginManager) -> Iterator[str]:
-    """Say what is wrong with a plugin before pluggy has seen any of it."""
+def faults(
+    info: PluginInfo, manager: pluggy.PluginManager, *, complete: bool = True
+) -> Iterator[str]:
+    """Say what is wrong with a plugin before pluggy has seen any of it.
+
+    :param complete: whether the manager knows the hooks of every plugin there is.
+    """
     yield from name_faults(info)
     yield from section_faults(info.plugin)
     yield from declaration_faults(info.plugin)
-    yield from hook_faults(info.plugin, manager)
+    yield from hook_faults(info.plugin, manager, complete=complete)
 
 
 def name_faults(info: PluginInfo) -> Iterator[str]:
@@ -79,17 +105,22 @@ def section_faults(plugin: object) -> Iterator[str]:
     elif section.model_config.get("extra") != "forbid":
         yield 'its `Section` does not forbid unknown keys: set `extra="forbid"`'
     else:
-        try:
-            section.model_rebuild()  # a subclass of llmload.Section is not built until now
-        except PydanticUserError as error:
-            yield f"its `Section` cannot be built: {error.message.splitlines()[0]}"
-            return
         needed = [name for name, field in section.model_fields.items() if field.is_required()]
         if needed and getattr(plugin, "always_active", False):
             yield (
                 "it is `always_active`, and its `Section` cannot be made without"
                 f" {', '.join(map(repr, needed))}: give each a default"
             )
+
+
+def building_faults(plugin: object) -> Iterator[str]:
+    """Find a ``Section`` whose fields pydantic knows no validator for."""
+    section: type[BaseModel] | None = getattr(plugin, "Section", None)
+    if section is not None:
+        try:
+            section.model_rebuild()  # a subclass of llmload.Section is not built until now
+        except PydanticUserError as error:
+            yield f"its `Section` cannot be built: {error.message.splitlines()[0]}"
 
 
 def declaration_faults(plugin: object) -> Iterator[str]:
@@ -131,9 +162,11 @@ def _all(value: object, kind: type) -> bool:
 
 
 def _requirement_faults(texts: Iterable[str]) -> Iterator[str]:
-    from packaging.requirements import InvalidRequirement, Requirement  # few plugins need it
-
     for text in texts:
+        if _PLAIN_REQUIREMENT.fullmatch(text):
+            continue  # importing what parses all others takes longer than the rest of the contract
+        from packaging.requirements import InvalidRequirement, Requirement
+
         try:
             Requirement(text)
         except InvalidRequirement as error:
@@ -141,7 +174,9 @@ def _requirement_faults(texts: Iterable[str]) -> Iterator[str]:
             yield f"its `requires` has {text!r}, which names no distribution: {reason}"
 
 
-def hook_faults(plugin: object, manager: pluggy.PluginManager) -> Iterator[str]:
+def hook_faults(
+    plugin: object, manager: pluggy.PluginManager, *, complete: bool = True
+) -> Iterator[str]:
     """Find hooks that pluggy would take in silence and call never, or otherwise than is meant."""
     declared: Any = getattr(plugin, "Hooks", None)
     if declared is not None and not any(
@@ -152,13 +187,17 @@ def hook_faults(plugin: object, manager: pluggy.PluginManager) -> Iterator[str]:
     for attribute in dir(plugin):
         if attribute.startswith("__"):  # no hook is, and looking at each takes a while
             continue
-        method = inspect.getattr_static(plugin, attribute)
         options = manager.parse_hookimpl_opts(plugin, attribute)
         if options is None:
-            if attribute in specs and inspect.isfunction(method):
+            if attribute in specs and inspect.isfunction(inspect.getattr_static(plugin, attribute)):
                 yield f"`{attribute}` is not marked with @llmload.hookimpl"
             continue
         hook = options["specname"] or attribute
+        if hook not in specs and (
+            options["optionalhook"]
+            or not (complete or difflib.get_close_matches(hook, specs, n=1, cutoff=_MISSPELT))
+        ):
+            continue  # the plugin that declares it is not here
         if hook not in specs:
             yield f"`{hook}` is not a hook. {nearest(hook, specs)}".strip()
             continue

@@ -36,6 +36,8 @@ class PluginInfo:
     """Why it is broken; empty otherwise."""
     named: bool = False
     """Whether an argument, ``-p`` or the environment asked for it by name."""
+    built: bool = False
+    """Whether it was found out if its section can be built."""
     plugin: Any = field(default=None, repr=False)
 
     @property
@@ -45,12 +47,21 @@ class PluginInfo:
 
     @property
     def hooks(self) -> tuple[str, ...]:
-        """Names of the hooks it implements, in the manual's order."""
-        return tuple(
-            name
-            for name in (*hookspecs.HELPERS, *hookspecs.SPINE)
-            if callable(getattr(self.plugin, name, None))
+        """Names of the hooks it implements: the manual's in its order, then other plugins'."""
+        plugin = self.plugin
+        names = () if self.status != "active" else [n for n in dir(plugin) if n[:2] != "__"]
+        marked = [options for n in names if (options := _marker(plugin, n)) is not None]
+        known = (*hookspecs.HELPERS, *hookspecs.SPINE)
+        return (
+            *(name for name in known if name in marked),
+            *sorted(name for name in marked if name not in known),
         )
+
+
+def _marker(plugin: object, attribute: str) -> str | None:
+    """Return the hook that an attribute is marked as, if it is."""
+    options = getattr(getattr(plugin, attribute, None), f"{GROUP}_impl", None)
+    return (options["specname"] or attribute) if isinstance(options, dict) else None
 
 
 def from_object(plugin: object) -> PluginInfo:

@@ -27,7 +27,7 @@ from llmload.errors import (
     SpecError,
 )
 from llmload.host import ordering
-from llmload.host.contract import break_faulty
+from llmload.host.contract import break_faulty, break_unbuildable
 from llmload.host.discovery import (
     GROUP,
     PluginInfo,
@@ -199,14 +199,20 @@ class Registry:
     """All plugins that are known here: selected, blocked, broken, or not asked for."""
 
     def __init__(self, infos: Iterable[PluginInfo]) -> None:
-        self.plugins: tuple[PluginInfo, ...] = tuple(sorted(infos, key=lambda info: info.name))
+        self._plugins: tuple[PluginInfo, ...] = tuple(sorted(infos, key=lambda info: info.name))
+
+    @property
+    def plugins(self) -> tuple[PluginInfo, ...]:
+        """Every plugin, by name, each held to the whole contract."""
+        break_unbuildable(self._plugins)
+        return self._plugins
 
     @property
     def sections(self) -> dict[str, type[BaseModel]]:
         """The spec keys that plugins own, with their pydantic models."""
         return {
             info.name: info.section
-            for info in self.plugins
+            for info in self._plugins
             if info.status == "active" and info.section is not None
         }
 
@@ -255,7 +261,9 @@ class Registry:
         self._refuse_unusable(spec.sections)
         taking_part: dict[str, PluginInfo] = {}
         sections: dict[str, BaseModel] = {}
-        for info in self.plugins:
+        always = [i for i in self._plugins if getattr(i.plugin, "always_active", False)]
+        break_unbuildable(always)
+        for info in self._plugins:
             if info.status != "active":
                 continue
             if info.section is not None:
@@ -290,12 +298,12 @@ class Registry:
         """Call ``started`` of every installed plugin. Whatever one raises is dropped."""
         with suppress(Exception):
             asked = files.read(source).data
-            for info in self.plugins:
+            for info in self._plugins:
                 if info.status == "active" and hasattr(info.plugin, "started"):
                     self._call_apart(info, "started", asked=_own(asked, info.name) or _any(asked))
 
     def _tell(self, asked: Mapping[str, Any], error: BaseException, begun: Collection[str]) -> None:
-        for info in self.plugins:
+        for info in self._plugins:
             own = _own(asked, info.name)
             if info.status == "active" and own is not None and info.name not in begun:
                 self._call_apart(info, "stopped", asked=own, error=error)
@@ -312,7 +320,8 @@ class Registry:
         """Raise for plugins that this load names and that cannot be had."""
         asked = set(keys)
         problems = []
-        for info in self.plugins:
+        break_unbuildable(info for info in self._plugins if info.name in asked)
+        for info in self._plugins:
             in_spec = info.name in asked
             if info.status == "broken" and (in_spec or info.named):
                 problems.append(
@@ -405,6 +414,7 @@ def create_registry(
         )
     break_doubles(infos)
     break_faulty(infos)
+    break_unbuildable(given)
     for info in given:
         # Given as an object, a broken plugin is the caller's own mistake: say so at once.
         if info.status == "broken":
