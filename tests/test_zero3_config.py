@@ -298,6 +298,7 @@ def test_device_map_is_refused(tmp_path: Path) -> None:
     assert llmload.plan({"model": folder, "device_map": "cpu", "zero3": {"stage": 0}}).errors == []
 
 
+@pytest.mark.refused_late  # a plan for ranks can be made where none is
 def test_process_without_a_launcher_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
