@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,10 @@ class UntrustedFolder:
             raise CheckpointError(problems[:_SHOWN])
         return content
 
+    def tokenizer_config(self, name: str, *, trusted: bool) -> dict[str, Any]:
+        """Return the object that a config of a tokenizer holds, larger than others may be."""
+        return self.config(name, "the file", trusted=trusted, limits=TOKENIZER_CONFIG)
+
     def path(self, name: str) -> Path:
         """Return the real path of an entry; raises ``CheckpointError`` where it leads out."""
         return inside(self.root, self.root / name)
@@ -140,10 +145,26 @@ class UntrustedFolder:
                 raise self.refusal(name, "the file changed while it was read")
         return data
 
-    def vet(self, name: str, limit: int = MAX_TEXT_BYTES) -> None:
-        """Hold a file to the rules, without reading it; raises ``CheckpointError``."""
+    def entries(self, *patterns: str) -> list[str]:
+        """Return the names of entries that match any of some patterns, sub-folders not looked in.
+
+        :raises CheckpointError: the folder cannot be listed.
+        """
+        try:
+            with os.scandir(self.root) as found:
+                names = sorted(entry.name for entry in found)
+        except OSError as error:
+            raise self.refusal(".", f"the folder cannot be listed: {error.strerror}") from None
+        return [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
+
+    def vet(self, name: str, limit: int = MAX_TEXT_BYTES) -> int:
+        """Hold a file to the rules without reading it, and return its size in bytes.
+
+        :raises CheckpointError: not a plain file of the folder, or of more than ``limit`` bytes.
+        """
         with regular_file(self.path(name)) as (_, state):
             self._hold_to_size(name, state, limit)
+            return state.st_size
 
     def check(self) -> None:
         """Raise ``CheckpointError`` where a file is no longer the one that was read or vetted."""

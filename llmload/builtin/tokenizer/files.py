@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmload import CheckpointError, Problem, RequestError
+from llmload.builtin.tokenizer import vetting
 from llmload.plugin import UntrustedFolder, in_one_line, locate_files, read_config
 
 if TYPE_CHECKING:
@@ -62,31 +65,51 @@ def load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTraine
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder,
-            use_fast=section.use_fast,
-            trust_remote_code=ctx.spec.trust_remote_code,
-            local_files_only=True,
-        )
-    except Exception as error:  # transformers raises many kinds for a bad file
-        if names(folder) == {_CONFIG}:
-            raise _no_vocabulary(folder, []) from error
-        raise refusal(
-            "name_or_path",
-            f"the tokenizer in {str(folder)!r} cannot be loaded: {in_one_line(error)}",
-            "Save or download it again, or name another in `tokenizer.name_or_path`.",
-        ) from error
+    files = vetting.vet(folder, ctx)
+    with faults_refused(folder):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder,
+                use_fast=section.use_fast,
+                trust_remote_code=ctx.spec.trust_remote_code,
+                local_files_only=True,
+            )
+        except Exception as error:  # transformers raises many kinds for a bad file
+            if names(folder) == {_CONFIG}:
+                raise _no_vocabulary(folder, []) from error
+            raise _cannot_be_loaded(folder, in_one_line(error)) from error
+    files.check()
     if tokenizer is False:  # what transformers 4.51 gives where a slow one's files are missing
         raise refusal(
             "use_fast",
             f"the folder {str(folder)!r} holds no files of a slow tokenizer",
             "Remove `tokenizer.use_fast`.",
         )
-    expected = list(tokenizer.vocab_files_names.values())
-    if expected and names(folder) == {_CONFIG}:
-        raise _no_vocabulary(folder, [*dict.fromkeys([*expected, "tokenizer.json"])])
+    with faults_refused(folder):
+        expected = list(tokenizer.vocab_files_names.values())
+        if expected and names(folder) == {_CONFIG}:
+            raise _no_vocabulary(folder, [*dict.fromkeys([*expected, "tokenizer.json"])])
+        vetting.hold_ids(tokenizer, folder, ctx)
     return tokenizer
+
+
+@contextmanager
+def faults_refused(folder: Path) -> Iterator[None]:
+    """Refuse a tokenizer whose parts make the Rust beneath it panic, which no ``except`` meets."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise _cannot_be_loaded(folder, f"its Rust code panics: {in_one_line(error)}") from None
+
+
+def _cannot_be_loaded(folder: Path, reason: str) -> RequestError:
+    return refusal(
+        "name_or_path",
+        f"the tokenizer in {str(folder)!r} cannot be loaded: {reason}",
+        "Save or download it again, or name another in `tokenizer.name_or_path`.",
+    )
 
 
 def _no_vocabulary(folder: Path, expected: list[str]) -> RequestError:

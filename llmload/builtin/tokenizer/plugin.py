@@ -57,7 +57,8 @@ class TokenizerPlugin:
                 " that the installed transformers has, and it is a fast one",
                 fix="Remove `tokenizer.use_fast`.",
             )
-        yield from change(tokenizer, section)
+        with files.faults_refused(folder):
+            yield from change(tokenizer, section)
         trained = before
         if folder != ctx.folder and files.names(ctx.folder):
             trained = files.load(ctx.folder, ctx, section).get_vocab()

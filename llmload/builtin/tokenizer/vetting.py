@@ -1,0 +1,144 @@
+"""A tokenizer's files, held to the rules for files that nobody vouches for, before they are opened.
+
+Tokens are held to what the model can embed: each takes microseconds, and a small file names
+millions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from llmload import CheckpointError, Problem, RequestError
+from llmload.plugin import UntrustedFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmload import LoadContext
+
+_CONFIGS: Final = ("tokenizer_config.json", "special_tokens_map.json")
+_ADDED: Final = "added_tokens.json"
+_TEMPLATES: Final = "additional_chat_templates"
+# What transformers may open for a tokenizer of whatever class.
+_FILES: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken", "tokenizer*")
+_NOT_ITS_OWN: Final = (".safetensors", ".bin", ".index.json")
+_MAX_BYTES: Final = 64 * 2**20
+"""Of a vocabulary; that of 262,144 words in all the world's scripts has half of it."""
+_WORDS: Final = 50_000
+"""Words and merges that a vocabulary may have beside four for each row of the embedding."""
+_NAMED_WORDS: Final = 2**19
+"""As many, where the spec itself names a tokenizer other than the model's."""
+_ADDED_TOKENS: Final = 16_384
+"""Added tokens, or as many as half of the embedding has rows: speech models have a codebook."""
+_SPECIAL_TOKENS: Final = 8192
+_FIELDS: Final = 7
+"""Keys that each added token has in ``tokenizer.json``."""
+_PIECE_BYTES: Final = 8
+"""The least that a piece takes in a binary vocabulary."""
+
+
+def vet(folder: Path, ctx: LoadContext) -> UntrustedFolder:
+    """Hold a tokenizer's files to the rules, and its tokens to what the model can embed.
+
+    :raises RequestError: a file is no plain file of the folder, too large, leads to code or to
+        another file, or holds far more tokens than the model has rows.
+    """
+    files = UntrustedFolder(folder)
+    trusted = ctx.spec.trust_remote_code
+    for name in files.entries(*_FILES):
+        if name.endswith(_NOT_ITS_OWN) or (folder / name).is_dir():
+            continue
+        files.vet(name, _MAX_BYTES)
+        if name in _CONFIGS or name == _ADDED:
+            content = files.tokenizer_config(name, trusted=trusted or name == _ADDED)
+            _hold_listed(files, name, content)
+            _hold_added(files, name, _mapped(name, content), ctx)
+        elif name.startswith(("tokenizer", "vocab", "merges", "tekken")) or "." in name:
+            _hold_words(files, name, ctx)
+    if files.holds(_TEMPLATES):
+        templates = UntrustedFolder(files.path(_TEMPLATES))
+        for name in templates.entries("*.jinja"):
+            files.vet(f"{_TEMPLATES}/{name}", _MAX_BYTES)
+    return files
+
+
+def hold_ids(tokenizer: PreTrainedTokenizerBase, folder: Path, ctx: LoadContext) -> None:
+    """Raise ``RequestError`` where an id lies far beyond the rows that there are."""
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    limit = _words(folder, ctx)
+    if highest >= limit:
+        raise RequestError(
+            Problem(
+                where="tokenizer",
+                message=f"the tokenizer in {str(folder)!r} has ids up to {highest:,}, and a model"
+                f" of {_rows(ctx):,} rows bears {limit:,} at most",
+                fix="Check that tokenizer and model belong together.",
+            )
+        )
+
+
+def _mapped(name: str, content: dict[str, Any]) -> int:
+    """Count the tokens that a config of a tokenizer adds."""
+    if name == _ADDED:
+        return len(content)
+    return max((len(value) for value in content.values() if isinstance(value, dict)), default=0)
+
+
+def _hold_listed(files: UntrustedFolder, name: str, content: dict[str, Any]) -> None:
+    """Hold lists of special tokens, each of which is compared with all, to a length."""
+    for key, value in content.items():
+        if isinstance(value, list) and len(value) > _SPECIAL_TOKENS:
+            raise files.refusal(
+                name,
+                f"{key!r} lists {len(value):,} tokens, more than the {_SPECIAL_TOKENS:,} allowed",
+            )
+
+
+def _hold_added(files: UntrustedFolder, name: str, count: int, ctx: LoadContext) -> None:
+    limit = max(_ADDED_TOKENS, _rows(ctx) // 2)
+    if count > limit:
+        raise _too_many(files, name, f"{count:,} added tokens", limit, ctx)
+
+
+def _hold_words(files: UntrustedFolder, name: str, ctx: LoadContext) -> None:
+    """Hold a vocabulary to its bounds, by counting what each entry of it must have."""
+    size = files.vet(name, _MAX_BYTES)
+    limit = _words(files.root, ctx)
+    if size // 2 <= limit:  # no entry takes less
+        return
+    data = files.read(name, _MAX_BYTES)
+    if name.endswith(".json"):
+        colons = data.count(b":")
+        words = colons + data.count(b"[")
+        # Of a file of flags alone; one with a vocabulary has a colon for each word too.
+        if name == "tokenizer.json" and colons // _FIELDS > max(_ADDED_TOKENS, _rows(ctx) // 2):
+            _hold_added(files, name, data.count(b'"content"') + data.count(b"\\u00"), ctx)
+    elif name.endswith((".txt", ".jinja", ".tiktoken")):
+        words = data.count(b"\n")
+    else:
+        words = len(data) // _PIECE_BYTES
+    if words > limit:
+        raise _too_many(files, name, f"up to {words:,} words and merges", limit, ctx)
+
+
+def _too_many(
+    files: UntrustedFolder, name: str, what: str, limit: int, ctx: LoadContext
+) -> CheckpointError:
+    return files.refusal(
+        name,
+        f"it holds {what}, and a model of {_rows(ctx):,} rows bears {limit:,} at most",
+        "Check that tokenizer and model belong together.",
+    )
+
+
+def _words(folder: Path, ctx: LoadContext) -> int:
+    own = 4 * _rows(ctx) + _WORDS
+    return own if folder == ctx.folder else max(own, _NAMED_WORDS)
+
+
+def _rows(ctx: LoadContext) -> int:
+    """Return the rows that the embedding has at the most, by the headers if there are any."""
+    if ctx.checkpoint is None:
+        return min(getattr(ctx.config.get_text_config(), "vocab_size", 0) or 0, _NAMED_WORDS)
+    return max((max(t.shape, default=0) for t in ctx.checkpoint.tensors.values()), default=0)
