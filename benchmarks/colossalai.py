@@ -29,10 +29,10 @@ def theirs(folder: Path) -> Any:
     from transformers import AutoConfig, LlamaForCausalLM
 
     from llmload.builtin.colossalai import lazy_models
-    from llmload.hf import compat
+    from llmload.model.torch_defaults import default_dtype
 
     config = AutoConfig.from_pretrained(folder)
-    with compat.default_dtype(torch.bfloat16):
+    with default_dtype(torch.bfloat16):
         with lazy_models.lazily("the model"):
             model = LlamaForCausalLM(config)
         lazy_models.lazy_init().LazyInitContext.materialize(model)

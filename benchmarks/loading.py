@@ -34,9 +34,9 @@ def from_pretrained_as(dtype: str) -> Callable[[Path], Any]:
         import torch
         from transformers import AutoModelForCausalLM
 
-        from llmload.hf import compat
+        from llmload.hf import installed_transformers
 
-        options = compat.dtype_option(getattr(torch, dtype))
+        options = installed_transformers().dtype_option(getattr(torch, dtype))
         return AutoModelForCausalLM.from_pretrained(folder, **options)
 
     return run

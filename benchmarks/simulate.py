@@ -27,7 +27,7 @@ from llmload.checkpoint.header import TensorInfo
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Part, Source, Target
 from llmload.checkpoint.proof import Proof
-from llmload.hf import compat
+from llmload.hf import installed_transformers
 from llmload.host.registry import create_registry
 from llmload.loading import planning
 
@@ -182,7 +182,7 @@ def simulate(folder: Path, numbers: Sequence[int]) -> list[Simulated]:
     simulated = [Simulated([Rank() for _ in range(number)], {}) for number in numbers]
     model = ctx.model_to_fill()
     with _Recording(ctx.checkpoint) as files, Proof() as proof:
-        compat.seam().fill(
+        installed_transformers().fill(
             model,
             files,
             _Everyone(files, simulated, ctx.dtype),

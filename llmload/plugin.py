@@ -44,9 +44,9 @@ Loaders:
 - ``from_pretrained``: load as transformers does, and account for every key.
 - ``account``: refuse a checkpoint that does not fit, and list what is missing and unexpected;
   ``MISSING`` is the reason that ``strict`` must excuse.
-- ``loading_code``: transformers' own loading code behind one interface for all versions.
-- ``tied_names``: the parameters that the config ties to others.
-- ``default_dtype``, ``no_init_weights``: contexts to build modules in.
+- ``installed_transformers``: what differs between versions of transformers behind one interface,
+  ``Transformers``.
+- ``default_dtype``: a context to build modules in.
 - ``locate_files``, ``read_config``: of another model than the one that is loaded.
 
 What plugins declare:
@@ -66,8 +66,7 @@ Words and versions:
 
 - ``some``: the first few names, and how many more there are.
 - ``in_one_line``: what another library's error says, for a message.
-- ``version_of``, ``release_of``: an installed distribution's version, as text and as numbers;
-  ``installed_versions``: those of the stack.
+- ``version_of``: an installed distribution's version; ``installed_versions``: those of the stack.
 - ``name_and_version``: of a distribution whose metadata is at hand.
 """
 
@@ -96,15 +95,12 @@ if TYPE_CHECKING:
     from llmload.checkpoint.untrusted import read_file as read_file
     from llmload.context.peers import ABILITIES as ABILITIES
     from llmload.errors import in_one_line as in_one_line
-    from llmload.hf.compat import default_dtype as default_dtype
-    from llmload.hf.compat import no_init_weights as no_init_weights
-    from llmload.hf.compat import seam as loading_code
-    from llmload.hf.compat import tied_names as tied_names
+    from llmload.hf.interface import Transformers as Transformers
     from llmload.hf.locating import locate as locate_files
     from llmload.hf.locating import read_config as read_config
+    from llmload.hf.versions import installed_transformers as installed_transformers
     from llmload.host.distributions import installed_versions as installed_versions
     from llmload.host.distributions import name_and_version as name_and_version
-    from llmload.host.distributions import release_of as release_of
     from llmload.host.distributions import version_of as version_of
     from llmload.loading.audit import MISSING as MISSING
     from llmload.loading.audit import some as some
@@ -115,6 +111,7 @@ if TYPE_CHECKING:
     from llmload.model.dry_run import probe as probe
     from llmload.model.partitions import Span as Span
     from llmload.model.randomness import RandomOp as RandomOp
+    from llmload.model.torch_defaults import default_dtype as default_dtype
     from llmload.ranks.agreement import request_of as request_of
     from llmload.ranks.environment import rank as rank
     from llmload.ranks.environment import store_is_there as store_is_there
@@ -149,6 +146,7 @@ __all__ = [
     "Splitting",
     "Target",
     "TensorInfo",
+    "Transformers",
     "UntrustedFolder",
     "account",
     "closest",
@@ -157,14 +155,13 @@ __all__ = [
     "explain",
     "from_pretrained",
     "in_one_line",
+    "installed_transformers",
     "installed_versions",
-    "loading_code",
     "local_path",
     "locate_files",
     "main_file",
     "name_and_version",
     "nearest",
-    "no_init_weights",
     "parse_yaml",
     "partitions",
     "patterns",
@@ -172,12 +169,10 @@ __all__ = [
     "rank",
     "read_config",
     "read_file",
-    "release_of",
     "request_of",
     "some",
     "store_is_there",
     "tell",
-    "tied_names",
     "torch_dtype",
     "version_of",
     "world_size",
@@ -197,12 +192,10 @@ _HOME = {
         ("Part", "Placement", "Plain", "Source", "Splitting", "Target"), "checkpoint.placement"
     ),
     "in_one_line": "errors",
-    **dict.fromkeys(
-        ("installed_versions", "name_and_version", "release_of", "version_of"), "host.distributions"
-    ),
-    **dict.fromkeys(
-        ("default_dtype", "loading_code", "no_init_weights", "tied_names"), "hf.compat"
-    ),
+    **dict.fromkeys(("installed_versions", "name_and_version", "version_of"), "host.distributions"),
+    "Transformers": "hf.interface",
+    "installed_transformers": "hf.versions",
+    "default_dtype": "model.torch_defaults",
     **dict.fromkeys(("locate_files", "read_config"), "hf.locating"),
     **dict.fromkeys(("MISSING", "some"), "loading.audit"),
     **dict.fromkeys(("account", "from_pretrained"), "loading.loaders"),
@@ -223,7 +216,7 @@ _HOME = {
 }
 """Name -> the module that it is fetched from on first use."""
 _MODULES = ("partitions", "patterns")
-_THERE = {"loading_code": "seam", "locate_files": "locate", "parse_yaml": "parse"}
+_THERE = {"locate_files": "locate", "parse_yaml": "parse"}
 """Name -> what it is called there, where that differs."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmload.hf import compat
+from llmload.hf import installed_transformers
 
 
 def from_pretrained(model_class: Any, folder: Path, dtype: str = "auto", **options: Any) -> Any:
@@ -17,10 +17,10 @@ def from_pretrained(model_class: Any, folder: Path, dtype: str = "auto", **optio
     What the model's class freezes (fixed positions, biases of a router) is frozen again, which
     transformers 5 forgets for every parameter that it loads.
     """
-    name = next(iter(compat.dtype_option(torch.float32)))
+    name = next(iter(installed_transformers().dtype_option(torch.float32)))
     model = model_class.from_pretrained(folder, **{name: dtype}, **options)
     with torch.random.fork_rng(devices=[]):  # a few classes draw when they are built
-        blank = compat.build_on_meta(type(model), model.config, torch.float32)
+        blank = installed_transformers().blank(type(model), model.config, torch.float32)
     frozen = {name for name, p in blank.named_parameters() if not p.requires_grad}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in frozen:

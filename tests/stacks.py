@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import __version__
 
-from llmload.hf import compat
-
-IS_MODERN = compat.major("transformers") >= 5
+IS_MODERN = int(__version__.partition(".")[0]) >= 5
 
 needs_transformers_5 = pytest.mark.skipif(not IS_MODERN, reason="came with transformers 5")
 

@@ -17,7 +17,7 @@ from torch import nn
 import llmload
 from llmload import hookimpl
 from llmload.errors import AuditError
-from llmload.hf import compat
+from llmload.hf import installed_transformers
 from llmload.testing import save_checkpoint, tiny_llama, tiny_model
 
 pytest.importorskip("colossalai")
@@ -340,4 +340,4 @@ def test_a_recorded_dtype_outlives_the_load(tmp_path: Path) -> None:
     model = lazy(tiny_llama(tmp_path), dtype="bfloat16").model
     lazy_models.lazy_init().LazyInitContext.materialize(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert compat.config_dtype(model.config) == torch.bfloat16
+    assert installed_transformers().config_dtype(model.config) == torch.bfloat16

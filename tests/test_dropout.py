@@ -7,6 +7,7 @@ from typing import Any
 
 import architectures
 import pytest
+from stacks import IS_MODERN
 from torch import nn
 from transformers import LlamaForCausalLM, PretrainedConfig
 
@@ -14,7 +15,6 @@ import llmload
 from llmload import hookimpl
 from llmload.builtin.dropout import rates
 from llmload.errors import AuditError, PlanError, SpecError
-from llmload.hf import compat
 from llmload.host.registry import create_registry
 from llmload.model import dry_run
 from llmload.testing import edit_config, tiny_checkpoint, tiny_llama
@@ -243,7 +243,7 @@ def test_dropout_that_comes_back_later_fails_the_audit_by_name(gpt2: Path) -> No
     ]
 
 
-@pytest.mark.skipif(compat.major("transformers") < 5, reason="configs were not validated before 5")
+@pytest.mark.skipif(not IS_MODERN, reason="configs were not validated before 5")
 def test_a_rate_that_the_config_refuses_is_a_problem_of_the_plan(tmp_path: Path) -> None:
     architectures.build("causal_lm", "mpt").save_pretrained(tmp_path)
     with pytest.raises(PlanError) as error:

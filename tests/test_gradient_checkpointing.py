@@ -15,9 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llmload
-from llmload.builtin.gradient_checkpointing import versions
-from llmload.builtin.gradient_checkpointing.plugin import GradientCheckpointingPlugin
+from llmload.builtin.gradient_checkpointing.plugin import (
+    GradientCheckpointingPlugin,
+    _has_accelerator,
+)
 from llmload.builtin.gradient_checkpointing.section import GradientCheckpointingSection
+from llmload.plugin import installed_transformers
 from llmload.testing import context_of, save_checkpoint, tiny_checkpoint, tiny_llama
 
 REENTRANT = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not"])
@@ -192,7 +195,9 @@ def test_the_adapter_learns_what_it_learns_in_trls_order(folder: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     theirs = get_peft_model(theirs, LoraConfig(**LORA))
     theirs.enable_input_require_grads()
-    versions.enable_checkpointing(theirs, {"use_reentrant": True}, every_n_layers=1, offload=False)
+    installed_transformers().enable_checkpointing(
+        theirs, {"use_reentrant": True}, every_n_layers=1, offload=False
+    )
     ours = load(folder, {"use_reentrant": True}, lora=LORA).model
     theirs.load_state_dict(ours.state_dict())
     found, expected = gradients(ours), gradients(theirs)
@@ -218,7 +223,7 @@ def test_an_architecture_without_support_is_an_error_that_names_it(tmp_path: Pat
 
 
 @needs_transformers_5
-@pytest.mark.skipif(versions.has_accelerator(), reason="offloading works here")
+@pytest.mark.skipif(_has_accelerator(), reason="offloading works here")
 def test_offloading_without_an_accelerator_is_an_error(folder: Path) -> None:
     plan = llmload.plan({"model": str(folder), "gradient_checkpointing": {"offload": True}})
     assert [str(problem) for problem in plan.errors] == [
@@ -230,13 +235,9 @@ def test_offloading_without_an_accelerator_is_an_error(folder: Path) -> None:
 def test_what_an_older_transformers_does_not_know_is_an_error(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "llmload.builtin.gradient_checkpointing.versions.checkpoints_selectively", lambda: False
-    )
-    monkeypatch.setattr(
-        "llmload.builtin.gradient_checkpointing.versions.enable_checkpointing",
-        lambda *args, **kwargs: None,
-    )
+    transformers = installed_transformers()
+    monkeypatch.setattr(transformers, "checkpoints_selectively", lambda: False)
+    monkeypatch.setattr(transformers, "enable_checkpointing", lambda *args, **kwargs: None)
     section = {"every_n_layers": 2, "offload": False}
     plan = llmload.plan({"model": str(folder), "gradient_checkpointing": section})
     assert [str(problem) for problem in plan.errors] == [

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import llmload
 from llmload import Decline, hookimpl
 from llmload.errors import AuditError, CheckpointError, LoadFailedError, PlanError, PluginError
-from llmload.hf import compat
+from llmload.hf import installed_transformers
 from llmload.host.registry import create_registry
 from llmload.testing import edit_config, snapshot, tiny_checkpoint, tiny_llama
 
@@ -58,7 +58,7 @@ def test_a_loaded_model_is_what_from_pretrained_gives(folder: Path) -> None:
 def test_a_declared_dtype_is_cast_to(folder: Path) -> None:
     result = load_with(folder, dtype="bfloat16")
     assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
-    assert compat.config_dtype(result.model.config) == torch.bfloat16
+    assert installed_transformers().config_dtype(result.model.config) == torch.bfloat16
 
 
 def test_random_weights_read_no_weight_and_are_all_listed_as_new(folder: Path) -> None:
@@ -507,7 +507,7 @@ def test_an_error_at_any_hook_boundary_leaves_nothing_behind(
         "llmload.hf.model_classes.load_config",
         "llmload.hf.model_classes.resolve_class",
         "llmload.loading.planning.Checkpoint.open",
-        "llmload.hf.compat.Engine.blank",
+        "llmload.hf.engine.Engine.blank",
         "llmload.loading.audit.hold_to_strict",
         "llmload.loading.audit.compare_with_checkpoint",
         "llmload.loading.audit.prove",

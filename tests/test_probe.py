@@ -17,10 +17,10 @@ from stacks import needs_bitsandbytes
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from llmload.builtin.gradient_checkpointing import versions
 from llmload.model import dry_run as probe_module
 from llmload.model.dry_run import ProbeResult, probe
 from llmload.model.randomness import RandomOp
+from llmload.plugin import installed_transformers
 from llmload.testing import tiny_model
 
 
@@ -145,7 +145,7 @@ def test_reentrant_checkpointing_of_a_frozen_base_needs_input_gradients(
 ) -> None:
     model = with_lora(tiny_model("llama"))
     base = model.get_base_model()
-    versions.enable_checkpointing(
+    installed_transformers().enable_checkpointing(
         base, {"use_reentrant": reentrant}, every_n_layers=1, offload=False
     )
     if hasattr(base, "_require_grads_hooks"):

@@ -85,11 +85,11 @@ def test_a_built_in_plugin_imports_what_any_plugin_may(folder: Path) -> None:
         "from llmload.plugin import is_partitioned",
         "from llmload.builtin.lora.request import resolve",
         "from llmload.builtin import lora",
-        "import llmload.hf.compat",
+        "import llmload.hf.engine",
         "from ..lora import request",
         "if TYPE_CHECKING:\n    from llmload.errors import Problem",
         "def late():\n    from llmload.loading import audit",
-        'module = importlib.import_module("llmload.hf.compat")',
+        'module = importlib.import_module("llmload.hf.engine")',
         'module = importlib.import_module(f"llmload.hf.{name}")',
     ],
 )

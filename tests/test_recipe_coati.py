@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import llmload
-from llmload.hf import compat
+from llmload.hf import installed_transformers
 from llmload.testing import SENTENCES, tiny_checkpoint
 
 MODEL = "openai-community/gpt2"
@@ -29,7 +29,7 @@ class Actor(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        options = compat.dtype_option(torch.float32)
+        options = installed_transformers().dtype_option(torch.float32)
         self.model = GPT2LMHeadModel.from_pretrained(folder, **options)
 
 
@@ -46,7 +46,7 @@ def result(folder: Path) -> llmload.LoadResult:
 def test_the_model_is_the_one_inside_coatis_actor(result: llmload.LoadResult, folder: Path) -> None:
     theirs: Any = Actor(folder).to(torch.bfloat16).model
     # A cast of modules is no matter for the config, nor does Coati say there what pads.
-    (dtype,) = compat.dtype_option(torch.bfloat16)
+    (dtype,) = installed_transformers().dtype_option(torch.bfloat16)
     setattr(theirs.config, dtype, torch.bfloat16)
     for config in (theirs.config, theirs.generation_config):
         config.pad_token_id = 2

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmload
-from llmload.hf import compat
+from llmload.hf import installed_transformers
 from llmload.testing import IDS, SENTENCES, tiny_llama
 
 FILE = json.loads((EXAMPLES / "lora_config.json").read_text())
@@ -55,7 +55,7 @@ def as_colossalchat_does(
     folder: Path, factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
 ) -> Any:
     """Load in bfloat16, convert every layer whose own name is in a target, cast norms and gates."""
-    options = compat.dtype_option(torch.bfloat16)
+    options = installed_transformers().dtype_option(torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):

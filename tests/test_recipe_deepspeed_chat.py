@@ -16,7 +16,7 @@ from recipes import parameters, recipe, same, stored, trainable
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmload
-from llmload.hf import compat
+from llmload.hf import installed_transformers
 from llmload.testing import SENTENCES, tiny_checkpoint
 
 MODEL = "facebook/opt-1.3b"
@@ -24,7 +24,7 @@ MODEL = "facebook/opt-1.3b"
 
 def create_hf_model(folder: Path, tokenizer: Any) -> Any:
     """Load in float32, say which id ends a text, and round the rows up to a multiple of eight."""
-    options = compat.dtype_option(torch.float32)
+    options = installed_transformers().dtype_option(torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     model.config.end_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.config.eos_token_id

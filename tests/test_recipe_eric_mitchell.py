@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llmload
-from llmload.hf import compat
+from llmload.hf import installed_transformers
 from llmload.testing import IDS, SENTENCES, save_checkpoint, tiny_tokenizer
 
 MODEL = "EleutherAI/pythia-2.8b"
@@ -67,7 +67,9 @@ def place(snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def read(folder: Path, dtype: torch.dtype) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, **compat.dtype_option(dtype))
+    return AutoModelForCausalLM.from_pretrained(
+        folder, **installed_transformers().dtype_option(dtype)
+    )
 
 
 def get_local_dir(prefixes: list[str]) -> Path:

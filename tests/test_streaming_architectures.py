@@ -8,9 +8,9 @@ import architectures
 import pytest
 import torch
 from sameness import differences, from_pretrained
+from stacks import IS_MODERN
 
 import llmload
-from llmload.hf import compat
 from llmload.testing import save_checkpoint
 
 CAUSAL = architectures.causal_lm_types()
@@ -54,7 +54,7 @@ def both_folders(kind: str, model_type: str, tmp_path: Path) -> tuple[Path, Path
 
 
 def test_there_are_enough_architectures_to_speak_of_all() -> None:
-    assert len(CAUSAL) >= (150 if compat.major("transformers") >= 5 else 90)
+    assert len(CAUSAL) >= (150 if IS_MODERN else 90)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_an_architecture_loads_bit_equal_at_every_dtype(
             compare(folder, kind, dtype, registry)
 
 
-@pytest.mark.skipif(compat.major("transformers") < 5, reason="4.51.3 converts nothing")
+@pytest.mark.skipif(not IS_MODERN, reason="4.51.3 converts nothing")
 @pytest.mark.parametrize("model_type", CONVERTED)
 def test_experts_that_are_merged_on_the_way_are_read_once(
     model_type: str, tmp_path: Path, registry: llmload.Registry

@@ -20,7 +20,6 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from llmload.errors import LoadFailedError
-from llmload.hf import compat
 from llmload.model.partitions import is_partitioned
 
 
@@ -113,7 +112,7 @@ class AdapterView(nn.Module):
 
 
 def _switches(module: Any) -> bool:
-    return isinstance(module, BaseTunerLayer | compat.auxiliary_wrapper())
+    return isinstance(module, BaseTunerLayer | _auxiliary_wrapper())
 
 
 def unsuited(model: nn.Module) -> str | None:
@@ -157,7 +156,7 @@ def sizes(model: PeftModel) -> Sizes:
 
 
 def _of_adapters(model: PeftModel) -> Iterator[nn.Parameter]:
-    wrapper = compat.auxiliary_wrapper()
+    wrapper = _auxiliary_wrapper()
     for module in model.modules():
         if isinstance(module, wrapper):
             base = {id(p) for p in module.original_module.parameters()}
@@ -216,3 +215,11 @@ def _replaced(name: str, adapter: str, other: str) -> str:
     parts = name.split(".")
     at = len(parts) - 1 - parts[::-1].index(adapter)
     return ".".join([*parts[:at], other, *parts[at + 1 :]])
+
+
+def _auxiliary_wrapper() -> type[Any]:
+    """Return PEFT's class around what it trains beside its layers; before 0.16 there was but one,
+    for ``modules_to_save``."""
+    from peft.utils import other
+
+    return getattr(other, "AuxiliaryTrainingWrapper", other.ModulesToSaveWrapper)  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.group import memory as memory
-from llmload.hf import compat
+from llmload.hf import installed_transformers
 
 if TYPE_CHECKING:
     from llmload.context.context import LoadContext
@@ -132,7 +132,7 @@ def conversion(ctx: LoadContext) -> str:
 def _entries(ctx: LoadContext, loader: str, rehearsal: Rehearsal) -> dict[str, Entry]:
     assert ctx.checkpoint is not None
     accounting = ctx.accounting(ctx.blank)
-    dtypes = compat.seam().final_dtypes(ctx.blank, accounting, ctx.dtype)
+    dtypes = installed_transformers().final_dtypes(ctx.blank, accounting, ctx.dtype)
     stored, missing = accounting.as_stored, {*accounting.missing, *accounting.excused}
     aliases: dict[int, list[str]] = {}
     for name, parameter in rehearsal.base.items():

@@ -6,13 +6,13 @@ import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmload.errors import Problem, in_one_line
-from llmload.hf import compat
+from llmload.hf.versions import installed_transformers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 FILE = "generation_config.json"
 
@@ -45,20 +45,16 @@ def problems(folder: Path, model_class: type[PreTrainedModel]) -> Iterator[Probl
         )
 
 
-def _unsaved(config: Any) -> str | None:
+def _unsaved(config: GenerationConfig) -> str | None:
     """Return why ``save_pretrained`` refuses a generation config, or None.
 
-    It raises for what it only warns of otherwise: 5.x where the config has changed since it was
-    read, 4.51.3 always.
+    It raises for what it only warns of otherwise.
     """
     config = copy.deepcopy(config)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            if compat.major("transformers") >= 5:
-                config.validate(strict=True)
-            else:
-                config.validate()
+            installed_transformers().validate_to_save(config)
     except (ValueError, Warning) as error:
         return in_one_line(error).rstrip(".")
     return None

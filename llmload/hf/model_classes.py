@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.strict_json import short
 from llmload.errors import CheckpointError, Problem, SpecError, in_one_line
-from llmload.hf import bounds, compat, locating
+from llmload.hf import bounds, locating
+from llmload.hf.versions import installed_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +89,7 @@ def resolve_class(
     if ":" in spec.auto_class:
         return _imported_class(spec.auto_class), config
     try:
-        found = compat.concrete_class(AUTO_CLASSES[spec.auto_class], config, spec.trust_remote_code)
+        found = _concrete_class(AUTO_CLASSES[spec.auto_class], config, spec.trust_remote_code)
     except Exception as error:  # the folder's own code may raise anything
         message = f"no class can be chosen by this config: {in_one_line(error)}"
         fix = "Check `architectures` and `auto_map` in the config."
@@ -124,11 +125,34 @@ def own_code_failed(error: Exception) -> tuple[str, str]:
     )
 
 
+def _concrete_class(
+    auto_name: str, config: PretrainedConfig, trust_remote_code: bool
+) -> tuple[type[PreTrainedModel], PretrainedConfig] | None:
+    """Return what an ``Auto`` class would build, and the config it would build it from.
+
+    None where the model type has no such head. As in transformers' ``auto_factory``: remote code
+    wins where it is trusted, and among several classes the config's ``architectures`` decides.
+    """
+    import transformers
+    from transformers.models.auto import auto_factory
+
+    auto = getattr(transformers, auto_name)
+    remote = (getattr(config, "auto_map", None) or {}).get(auto_name)
+    if remote is not None and trust_remote_code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(remote, config._name_or_path), config
+    if type(config) not in auto._model_mapping:
+        return None
+    found = auto_factory._get_model_class(config, auto._model_mapping)
+    return found, installed_transformers().config_for(found, config)
+
+
 def _heads(config: PretrainedConfig) -> list[str]:
     return [
         name
         for name, auto in AUTO_CLASSES.items()
-        if compat.concrete_class(auto, config, trust_remote_code=False) is not None
+        if _concrete_class(auto, config, trust_remote_code=False) is not None
     ]
 
 
@@ -168,7 +192,7 @@ def resolve_dtype(
 
     if spec.dtype != "auto":
         return getattr(torch, spec.dtype)  # type: ignore[no-any-return]
-    declared = compat.config_dtype(config)
+    declared = installed_transformers().config_dtype(config)
     if isinstance(declared, torch.dtype) and declared.is_floating_point:
         return declared
     if declared is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmload.errors import Problem, in_one_line
-from llmload.hf import compat
+from llmload.hf.versions import installed_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,9 @@ def examine(config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype) -> Sto
     try:
         quantiser = AutoHfQuantizer.from_config(copy.deepcopy(content), pre_quantized=True)
         quantiser.validate_environment(
-            device_map=spec.device_map, weights_only=True, **compat.dtype_option(dtype)
+            device_map=spec.device_map,
+            weights_only=True,
+            **installed_transformers().dtype_option(dtype),
         )
         settings = quantiser.quantization_config
         dequantised = bool(getattr(settings, "dequantize", False))

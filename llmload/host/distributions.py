@@ -41,12 +41,6 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def release_of(distribution: str) -> tuple[int, ...]:
-    """Return the numbers of the installed release, as in (5, 24, 0); empty where there is none."""
-    numbers = re.match(r"\d+(\.\d+)*", version_of(distribution) or "")
-    return tuple(map(int, numbers.group().split("."))) if numbers else ()
-
-
 def installed_versions() -> dict[str, str]:
     """Return the versions of Python and of what is installed of the stack."""
     found = {name: version for name in STACK if (version := version_of(name))}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmload.checkpoint.accounting import as_quantised
 from llmload.errors import CheckpointError, Problem
-from llmload.hf import compat, generation, quantised
+from llmload.hf import generation, installed_transformers, quantised
 from llmload.loading import audit
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
     if stored is not None and not quantised.by_bitsandbytes(stored):  # which has its own section
         yield from quantised.problems(config, ctx.spec, ctx.dtype)
     yield from generation.problems(ctx.folder, ctx.model_class)
-    if compat.seam().unsuited() is not None:
+    if installed_transformers().unsuited() is not None:
         return
     if any(getattr(config, key, None) is not None for key in _ELSEWHERE):
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmload.errors import CheckpointError, Problem
-from llmload.hf import compat
+from llmload.hf import installed_transformers
 from llmload.hf.counted_reads import CountedReads
 from llmload.loading import audit
 
@@ -47,7 +47,9 @@ def from_pretrained(ctx: LoadContext) -> PreTrainedModel:
 
 
 def _random(ctx: LoadContext) -> PreTrainedModel:
-    model = ctx.model_class._from_config(ctx.config, **compat.dtype_option(ctx.dtype))
+    model = ctx.model_class._from_config(
+        ctx.config, **installed_transformers().dtype_option(ctx.dtype)
+    )
     for name, _ in model.named_parameters():
         ctx.newly_initialised[name] = "weights: random"
     return model.eval()
@@ -61,7 +63,7 @@ def _pretrained(ctx: LoadContext) -> PreTrainedModel:
         "trust_remote_code": ctx.spec.trust_remote_code,
         "local_files_only": True,
         "output_loading_info": True,
-        **compat.dtype_option(ctx.dtype),
+        **installed_transformers().dtype_option(ctx.dtype),
         **ctx.load_options,
     }
     assert checkpoint is not None
@@ -108,5 +110,7 @@ def _from_tensors(
         files.check()
     # Without a path it does not look for the folder's generation config.
     model.config.name_or_path = model.name_or_path = str(ctx.folder)
-    compat.seam().finish(model, ctx.folder, None, trust_remote_code=ctx.spec.trust_remote_code)
+    installed_transformers().finish(
+        model, ctx.folder, None, trust_remote_code=ctx.spec.trust_remote_code
+    )
     return model, info

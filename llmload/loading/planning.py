@@ -10,7 +10,9 @@ from llmload.checkpoint import Checkpoint
 from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.context.context import LoadContext
 from llmload.errors import Conflict, Decline, Note, PluginError, Problem, RequestError
-from llmload.hf import compat, locating, model_classes
+from llmload.hf import installed_transformers, locating, model_classes
+from llmload.hf.engine import Engine
+from llmload.hf.versions import refuse_unsupported
 from llmload.host.distributions import version_of
 from llmload.loading import fit, hook_calls, key_mapping
 from llmload.loading.garbage import collection_paused
@@ -65,7 +67,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
         dtype=model_classes.resolve_dtype(spec, config, checkpoint),
         checkpoint=checkpoint,
         wraps_adapter=bool(host.implementing("wrap_adapter")),
-        engine=compat.Engine(),
+        engine=Engine(installed_transformers()),
     )
     plan = Plan(
         model=str(spec.model),
@@ -95,13 +97,18 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
 
 
 def require_stack() -> None:
-    """Raise ``PluginError`` where torch or transformers is missing: nothing can be loaded."""
-    for name in ("torch", "transformers"):
-        if not version_of(name):
+    """Raise ``PluginError`` where nothing can be loaded.
+
+    torch or transformers is missing, or that transformers is not supported.
+    """
+    found = {name: version_of(name) for name in ("torch", "transformers")}
+    for name, version in found.items():
+        if not version:
             raise PluginError(
                 f"loading a model needs {name}, which is not installed",
                 fix="Install it with `pip install 'llmload[hf]'`.",
             )
+    refuse_unsupported(str(found["transformers"]))
 
 
 def missing_requirements(infos: Iterable[PluginInfo]) -> Iterator[Problem]:

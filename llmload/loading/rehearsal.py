@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmload.errors import LoadFailedError, Problem, RequestError
-from llmload.hf import compat
+from llmload.hf import installed_transformers
 from llmload.loading import hook_calls
 from llmload.loading.makers import Ledger
 from llmload.model import partitions
@@ -48,7 +48,7 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
         model: Any = ctx.blank
         base = dict(model.named_parameters(remove_duplicate=False))
         plan.frozen = [name for name, parameter in base.items() if not parameter.requires_grad]
-        tied = still_apart = compat.tied_names(ctx.blank)
+        tied = still_apart = installed_transformers().tied_names(ctx.blank)
         wider = _kept_in_float32(ctx)
         shaping = host.shaping("post_load") or host.shaping("wrap_adapter")
         if shaping or (tied and not ctx.spec.trainable):
@@ -94,7 +94,7 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
 
 def _kept_in_float32(ctx: LoadContext) -> set[str]:
     """Return names of the base model that a load leaves float32, which the blank does not show."""
-    if ctx.checkpoint is None or compat.seam().unsuited() is not None:
+    if ctx.checkpoint is None or installed_transformers().unsuited() is not None:
         return set()
-    found: set[str] = compat.seam().kept_in_float32(ctx.blank, ctx.dtype)
+    found: set[str] = installed_transformers().kept_in_float32(ctx.blank, ctx.dtype)
     return found

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 import llmload
 from llmload.checkpoint.untrusted import UntrustedFolder
-from llmload.hf import compat
+from llmload.hf import installed_transformers
+from llmload.hf.engine import Engine
 from llmload.plugin import Checkpoint
 
 
@@ -45,7 +46,7 @@ def context_of(
         dtype=torch.float32,
         checkpoint=None if folder is None else Checkpoint.open(folder),
         wraps_adapter=wraps_adapter,
-        engine=compat.Engine(),
+        engine=Engine(installed_transformers()),
     )
     ctx.rehearsing = rehearsing
     return ctx

@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from stacks import IS_MODERN
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from llmload.hf import compat
 from llmload.testing import tiny_model
 
-if compat.major("transformers") < 5:
+if not IS_MODERN:
     pytest.skip("this transformers only renames keys", allow_module_level=True)
 
 from transformers import conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from llmload.hf import rules
+from llmload.hf.v5 import conversion_rules as rules
 
 
 def described(found: list[Any] | None) -> Any:

@@ -15,7 +15,7 @@ from zero3.farm import Job, Outcome, launch
 import llmload
 from llmload import testing
 from llmload.builtin.zero3.shares import Forecast, forecast
-from llmload.hf import compat
+from llmload.hf import installed_transformers
 from llmload.host.registry import create_registry
 from llmload.loading import planning
 
@@ -65,7 +65,7 @@ def forecasts(folder: Path, ranks: int) -> list[Forecast]:
     spec = registry.validate({"model": str(folder), "dtype": "bfloat16", "zero3": {}})
     ctx = planning.prepare(spec, registry, weights=False).ctx
     assert ctx.checkpoint
-    accounting = compat.seam().rehearse(ctx.blank, ctx.checkpoint)
+    accounting = installed_transformers().account(ctx.blank, ctx.checkpoint)
     return [forecast(ctx, accounting, rank, ranks) for rank in range(ranks)]
 
 

@@ -23,7 +23,7 @@ from llmload.builtin.colossalai.lazy_models import (
     materialise,
 )
 from llmload.builtin.colossalai.section import MATERIALISE, ColossalaiSection
-from llmload.plugin import account, default_dtype, loading_code, main_file, some
+from llmload.plugin import account, default_dtype, installed_transformers, main_file, some
 
 if TYPE_CHECKING:
     from torch import nn
@@ -142,8 +142,8 @@ def hand_over(ctx: LoadContext, model: PreTrainedModel) -> PreTrainedModel:
     from colossalai.interface.pretrained import set_pretrained_path
 
     assert ctx.checkpoint is not None
-    seam = loading_code()
-    account(ctx, seam.rehearse(model, ctx.checkpoint))
+    transformers = installed_transformers()
+    account(ctx, transformers.account(model, ctx.checkpoint, tied=True))
     loaded = [name for name in model.state_dict() if name not in ctx.newly_initialised]
     with default_dtype(ctx.dtype):
         for name, lazy in list(lazy_tensors(model)):
@@ -156,7 +156,7 @@ def hand_over(ctx: LoadContext, model: PreTrainedModel) -> PreTrainedModel:
         if name in loaded:
             lazy._op_buffer.clear()  # the Booster overwrites what the constructor wrote
     set_pretrained_path(model, str(main_file(ctx.folder)))
-    seam.finish(model, ctx.folder, None, trust_remote_code=ctx.spec.trust_remote_code)
+    transformers.finish(model, ctx.folder, None, trust_remote_code=ctx.spec.trust_remote_code)
     return model
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from llmload import LlmloadError, LoadFailedError, RequestError
-from llmload.plugin import Plain, default_dtype, no_init_weights, release_of, some
+from llmload.plugin import Plain, default_dtype, installed_transformers, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +96,7 @@ def lazily(what: str) -> Iterator[None]:
         # Its own torch.FloatTensor and the like look here, where it never puts anything.
         context.overrides = module.ConstructorManager.overwrites
         try:
-            with context, no_init_weights():
+            with context, installed_transformers().no_init_weights():
                 yield
         except LlmloadError:
             raise
@@ -218,7 +218,8 @@ class LazyPlacement(Plain):
         if not is_lazy(lazy):
             return value
         like = stand_in(lazy)
-        trains = _trains_once_loaded(like) if isinstance(lazy, nn.Parameter) else None
+        asked = installed_transformers().trains_once_loaded
+        trains = asked(like) if isinstance(lazy, nn.Parameter) else None
         return materialise(lazy, value, requires_grad=trains)
 
     def finish(self, model: PreTrainedModel) -> None:
@@ -237,11 +238,3 @@ class LazyPlacement(Plain):
                 f"{some(left)} got no value",
                 fix="Remove the section `colossalai`, and report this.",
             )
-
-
-def _trains_once_loaded(like: torch.Tensor) -> bool:
-    """Say whether a parameter requires gradients when it is loaded in place of ``like``.
-
-    4.51.3 leaves it as the constructor made it; since 5.0 every one of floating point does.
-    """
-    return like.is_floating_point() if release_of("transformers") >= (5,) else like.requires_grad

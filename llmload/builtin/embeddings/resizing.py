@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llmload import Problem, RequestError
-from llmload.plugin import no_init_weights
+from llmload.plugin import installed_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def _uninitialised(model: PreTrainedModel) -> Iterator[None]:
     for name in _INITIALISERS:
         setattr(model, name, lambda *args: None)
     try:
-        with no_init_weights():
+        with installed_transformers().no_init_weights():
             yield
     finally:
         for name in _INITIALISERS:

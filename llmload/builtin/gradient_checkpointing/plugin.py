@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llmload import Conflict, Note, Problem, RequestError
-from llmload.builtin.gradient_checkpointing import versions
 from llmload.builtin.gradient_checkpointing.section import GradientCheckpointingSection
 from llmload.hookspecs import hookimpl
+from llmload.plugin import installed_transformers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,7 +42,7 @@ class GradientCheckpointingPlugin:
     @hookimpl
     def diagnose(self) -> Iterator[Problem]:
         """Say where transformers is too old for a part of the section."""
-        if not versions.checkpoints_selectively():
+        if not installed_transformers().checkpoints_selectively():
             yield Problem(
                 severity="warning",
                 message="the installed transformers does not know `every_n_layers` and `offload`",
@@ -53,16 +53,19 @@ class GradientCheckpointingPlugin:
     def check(self, ctx: LoadContext) -> Iterator[Note | Problem]:
         """Say whether the architecture and transformers can do what is asked."""
         section = ctx.section(GradientCheckpointingSection)
-        if not versions.checkpoints_gradients(ctx.model_class):
+        if not installed_transformers().checkpoints_gradients(ctx.model_class):
             yield _unsupported(ctx.model_class)
         for key in ("every_n_layers", "offload"):
-            if key in section.model_fields_set and not versions.checkpoints_selectively():
+            if (
+                key in section.model_fields_set
+                and not installed_transformers().checkpoints_selectively()
+            ):
                 yield Problem(
                     where=f"gradient_checkpointing.{key}",
                     message=f"the installed transformers does not know {key!r}",
                     fix="Remove the key, or install transformers 5.23 or newer.",
                 )
-        if section.offload and not versions.has_accelerator():
+        if section.offload and not _has_accelerator():
             yield Problem(
                 where="gradient_checkpointing.offload",
                 message="there is no accelerator here from which to move activations to the host",
@@ -80,7 +83,7 @@ class GradientCheckpointingPlugin:
         """Turn it on, and the cache off."""
         section = ctx.section(GradientCheckpointingSection)
         try:
-            versions.enable_checkpointing(
+            installed_transformers().enable_checkpointing(
                 model,
                 section.torch_options(),
                 every_n_layers=section.every_n_layers,
@@ -93,7 +96,7 @@ class GradientCheckpointingPlugin:
                 config.use_cache = False
         # transformers 5 does so itself for text models; a second hook could not be removed.
         if _needs_input_gradients(ctx) and not _has_input_hook(model):
-            versions.require_input_gradients(model)
+            installed_transformers().require_input_gradients(model)
         ctx.record(
             self.name,
             {"modules": len(_checkpointed(model)), "input_gradients": _has_input_hook(model)},
@@ -151,3 +154,14 @@ def _checkpointed(model: nn.Module) -> dict[str, Any]:
         if getattr(module, "gradient_checkpointing", False)
         and hasattr(module, "_gradient_checkpointing_func")
     }
+
+
+def _has_accelerator() -> bool:
+    """Say whether torch has an accelerator here. ``torch.accelerator`` came with torch 2.6."""
+    import torch
+
+    return (
+        torch.accelerator.is_available()
+        if hasattr(torch, "accelerator")
+        else torch.cuda.is_available()
+    )

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from llmload import Note, Problem
 from llmload.builtin.kbit.section import KbitSection
-from llmload.builtin.kbit.versions import quantises_weight_by_weight
-from llmload.plugin import in_one_line, version_of
+from llmload.plugin import in_one_line, installed_transformers, version_of
 
 if TYPE_CHECKING:
     from llmload import LoadContext
@@ -119,7 +118,7 @@ def backend() -> Iterator[Problem]:
         version = version_of("transformers")
         reason = in_one_line(error).partition(". ")[0].rstrip(".")
         fix = "Run on a device that bitsandbytes supports."
-        if not quantises_weight_by_weight():
+        if not installed_transformers().quantises_weight_by_weight():
             # Its own sentence lists sets, in an order that changes from run to run.
             reason = "it finds no accelerator, and does not take the CPU"
             fix = "Run on an accelerator, or use transformers 5, which takes bitsandbytes on a CPU."

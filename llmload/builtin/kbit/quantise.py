@@ -18,9 +18,9 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from llmload import Problem, RequestError
-from llmload.builtin.kbit import check, versions
+from llmload.builtin.kbit import check
 from llmload.builtin.kbit.casting import Casting
-from llmload.plugin import Part, Plain, default_dtype
+from llmload.plugin import Part, Plain, default_dtype, installed_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,10 @@ def configuration(
     """
     skip = None
     if section.skip_modules:
-        skip = [*sorted(versions.modules_left_unquantised(model)), *section.skip_modules]
+        skip = [
+            *sorted(installed_transformers().modules_left_unquantised(model)),
+            *section.skip_modules,
+        ]
     common = {
         "llm_int8_skip_modules": skip,
         "llm_int8_enable_fp32_cpu_offload": section.fp32_cpu_offload,
@@ -91,7 +94,7 @@ class KbitPlacement:
         self._others: Placement = ctx.placement or Plain()
         # Spreading a model over devices goes by the sizes of its quantised layers, which only
         # from_pretrained weighs; before transformers 5, it quantises in ways of its own.
-        one_by_one = versions.quantises_weight_by_weight()
+        one_by_one = installed_transformers().quantises_weight_by_weight()
         ours = ctx.spec.device_map not in check.SPREADING and one_by_one
         self.honours = frozenset({"quantization_config"}) if ours else frozenset[str]()
 
@@ -189,7 +192,7 @@ def rehearse(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> 
 
 def _hold_to_names(section: KbitSection, linear: list[str]) -> None:
     for position, name in enumerate(section.skip_modules):
-        if not any(versions.leaves_unquantised(name, module) for module in linear):
+        if not any(installed_transformers().leaves_unquantised(name, module) for module in linear):
             ends = sorted({module.rpartition(".")[2] for module in linear})
             raise RequestError(
                 Problem(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llmload import Decline, Note, Problem
 from llmload.builtin.streaming.section import StreamingSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import MISSING, account, loading_code, torch_dtype
+from llmload.plugin import MISSING, account, installed_transformers, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ class StreamingLoader:
     @hookimpl
     def diagnose(self) -> Iterator[Problem | Note]:
         """Hold transformers' private functions to what is needed of them."""
-        reason = loading_code().unsuited()
+        reason = installed_transformers().unsuited()
         if reason is None:
             yield Note(text="reads each tensor once, through transformers' own mapping")
         else:
@@ -69,10 +69,10 @@ class StreamingLoader:
                 "a DeepSpeed ZeRO-3 config is active, for from_pretrained to partition by"
             )
         assert ctx.checkpoint is not None
-        seam = loading_code()
+        transformers = installed_transformers()
         placement = ctx.placement or Plain()
         model = ctx.model_to_fill()
-        device_map = seam.resolve_device_map(
+        device_map = transformers.resolve_device_map(
             model, ctx.load_options.get("device_map", ctx.spec.device_map)
         )
         if device_map and "disk" in device_map.values():
@@ -82,7 +82,7 @@ class StreamingLoader:
         placement.prepare(model)
         proof = Proof(digests=ctx.section(StreamingSection).digests)
         with MappedCheckpoint(ctx.checkpoint) as files, proof:
-            missing = seam.fill(
+            missing = transformers.fill(
                 model,
                 files,
                 placement,
@@ -95,7 +95,7 @@ class StreamingLoader:
             ctx.record(self.name, proof.facts(files))
         for name in missing:
             ctx.newly_initialised.setdefault(name, MISSING)
-        return seam.finish(
+        return transformers.finish(
             model, ctx.folder, device_map, trust_remote_code=ctx.spec.trust_remote_code
         )
 
@@ -105,7 +105,7 @@ def _unfit(ctx: LoadContext) -> str | None:
     config, checkpoint = ctx.config, ctx.checkpoint
     if checkpoint is None:
         return "weights: random reads no checkpoint"
-    unsuited: str | None = loading_code().unsuited()
+    unsuited = installed_transformers().unsuited()
     if unsuited is not None:
         return unsuited
     if getattr(config, "quantization_config", None) is not None:

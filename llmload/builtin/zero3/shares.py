@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmload.plugin import Span, loading_code, tied_names
+from llmload.plugin import Span, installed_transformers
 
 if TYPE_CHECKING:
     import torch
@@ -56,8 +56,8 @@ def forecast(ctx: LoadContext, accounting: Accounting, rank: int, ranks: int) ->
         elements = getattr(module, attribute).numel()
         span = share(module, attribute, elements, rank, ranks)
         read += span.length * nbytes // max(elements, 1)
-    tied = tied_names(model)
-    dtypes = loading_code().final_dtypes(model, accounting, ctx.dtype)
+    tied = installed_transformers().tied_names(model)
+    dtypes = installed_transformers().final_dtypes(model, accounting, ctx.dtype)
     kept = sum(
         buffer.numel() * dtypes.get(name, buffer.dtype).itemsize
         for name, buffer in model.named_buffers()

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2Model
 
 import llmload
-from llmload.hf.compat import dtype_option
+from llmload.plugin import installed_transformers
 from llmload.testing import IDS, tiny_checkpoint
 
 GPT2 = "openai-community/gpt2"
@@ -28,7 +28,9 @@ class Wrapper(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.model = GPT2LMHeadModel.from_pretrained(folder, **dtype_option(torch.float32))
+        self.model = GPT2LMHeadModel.from_pretrained(
+            folder, **installed_transformers().dtype_option(torch.float32)
+        )
 
 
 class Critic(nn.Module):
@@ -36,7 +38,9 @@ class Critic(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.model = GPT2Model.from_pretrained(folder, **dtype_option(torch.float32))
+        self.model = GPT2Model.from_pretrained(
+            folder, **installed_transformers().dtype_option(torch.float32)
+        )
         self.value_head = nn.Linear(self.model.config.n_embd, 1)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import llmload
-from llmload.hf.compat import dtype_option
+from llmload.plugin import installed_transformers
 from llmload.testing import IDS, tiny_checkpoint
 
 RATES = ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout")
@@ -37,7 +37,9 @@ def create_hf_model(auto_class: Any, folder: Path, tokenizer: Any, dropout: floa
     for rate in RATES if dropout is not None else ():
         if hasattr(config, rate):
             setattr(config, rate, dropout)
-    model = auto_class.from_pretrained(folder, config=config, **dtype_option(torch.float32))
+    model = auto_class.from_pretrained(
+        folder, config=config, **installed_transformers().dtype_option(torch.float32)
+    )
     model.config.end_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.config.eos_token_id
     model.resize_token_embeddings(8 * math.ceil(len(tokenizer) / 8.0))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.patching import replaced
+from llmload.hf.v5.relied_on import unsuited
 
 if TYPE_CHECKING:
     import torch
@@ -18,10 +19,45 @@ _DRAWS = ("kaiming_uniform_", "normal_", "ones_", "uniform_", "xavier_uniform_",
 """What the constructors of torch's own modules initialise with."""
 
 
-def build(
+def blank(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    stored: Container[str] = (),
+    asked: bool = True,
+) -> PreTrainedModel:
+    """The model on the meta device with its buffers, weights not tied."""
+    if unsuited() is None:
+        return _build(model_class, config, dtype)
+    with ExitStack() as stack:
+        for context in model_class.get_init_context(dtype, False, False, None):
+            stack.enter_context(context)
+        return model_class(copy.deepcopy(config))
+
+
+def to_fill(blank: PreTrainedModel) -> PreTrainedModel:
+    """As it is: weights are tied once they are filled."""
+    return blank
+
+
+def built_under(
+    context: AbstractContextManager[Any],
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    asked: bool,
+) -> PreTrainedModel:
+    """With the meta device beneath the context, which every model is made for."""
+    with context:
+        return _build(model_class, config, dtype)
+
+
+def _build(
     model_class: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """The model on the meta device, weights not tied, as ``from_pretrained`` builds it."""
+    """Build as ``from_pretrained`` does."""
     from transformers.modeling_utils import _get_dtype
     from transformers.monkey_patching import patch_output_recorders
 
@@ -50,3 +86,26 @@ def _nothing_drawn_on_meta() -> AbstractContextManager[None]:
         return pass_over
 
     return replaced(init, {name: passing_over(getattr(init, name)) for name in _DRAWS})
+
+
+def no_init_weights() -> AbstractContextManager[Any]:
+    """transformers' own."""
+    from transformers.initialization import no_init_weights
+
+    found: AbstractContextManager[Any] = no_init_weights()
+    return found
+
+
+def is_post_initialised(model: PreTrainedModel) -> bool:
+    """It leaves the tied names behind."""
+    return hasattr(model, "all_tied_weights_keys")
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Each model has its pairs."""
+    return set(getattr(model, "all_tied_weights_keys", None) or ())
+
+
+def trains_once_loaded(like: torch.Tensor) -> bool:
+    """Every one of floating point does."""
+    return like.is_floating_point()

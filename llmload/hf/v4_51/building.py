@@ -1,4 +1,4 @@
-"""A model of transformers 4.51.3 without storage: as :mod:`llmload.hf.building`.
+"""A model of transformers 4.51.3 without storage, as ``from_pretrained`` builds it before it reads.
 
 Buffers have their values from the constructor and are not on the meta device.
 """
@@ -6,10 +6,13 @@ Buffers have their values from the constructor and are not on the meta device.
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.patching import replaced
+from llmload.hf.v4_51.relied_on import unsuited
+from llmload.model.torch_defaults import default_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +20,49 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def build(
+def blank(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    stored: Container[str] = (),
+    asked: bool = True,
+) -> PreTrainedModel:
+    """The model with its parameters on the meta device, weights not tied but by the constructor.
+
+    transformers freezes fixed positions (Marian's, which are never saved) when it initialises them:
+    so they are frozen here, unless they are among the ``stored`` names.
+    """
+    import torch
+
+    if unsuited() is None:
+        model = _build(model_class, config, dtype, asked=asked)
+    else:
+        with default_dtype(dtype), no_init_weights(), torch.device("meta"):
+            model = model_class(copy.deepcopy(config))
+    unsaved = set(model_class._keys_to_ignore_on_save or ())
+    for path, module in model.named_modules():
+        name = f"{path}.weight"
+        if hasattr(module, "_init_weight") and name in unsaved and name not in stored:
+            module.weight.requires_grad_(False)
+    return model
+
+
+def built_under(
+    context: AbstractContextManager[Any],
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    asked: bool,
+) -> PreTrainedModel:
+    """With the context in place of the meta device, to which each parameter would be moved."""
+    lazy = _build(model_class, config, dtype, context, asked=asked)
+    lazy.tie_weights()
+    return lazy
+
+
+def _build(
     model_class: type[PreTrainedModel],
     config: PretrainedConfig,
     dtype: torch.dtype,
@@ -31,7 +76,7 @@ def build(
     :param asked: whether the dtype was asked for; for ``auto`` the parts of a config keep theirs.
     """
     import torch
-    from transformers.modeling_utils import no_init_weights, restore_default_torch_dtype
+    from transformers.modeling_utils import restore_default_torch_dtype
 
     @restore_default_torch_dtype  # type: ignore[untyped-decorator]
     def construct(config: PretrainedConfig) -> PreTrainedModel:
@@ -65,21 +110,45 @@ def _parameters_on_meta() -> AbstractContextManager[None]:
     return replaced(nn.Module, {"register_parameter": register_on_meta})
 
 
-def tie(model: PreTrainedModel) -> PreTrainedModel:
-    """Tie a model that :func:`build` made as ``from_pretrained`` does: by the config alone.
+def to_fill(blank: PreTrainedModel) -> PreTrainedModel:
+    """Tie the model as ``from_pretrained`` does: by the config alone.
 
     It builds with ``init_empty_weights``, which takes apart what the constructor ties.
     """
     seen = set()
-    for module in model.modules():
+    for module in blank.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in seen:
                 module._parameters[name] = _anew(parameter, parameter.data)
             seen.add(id(parameter))
-    model.tie_weights()
-    return model
+    blank.tie_weights()
+    return blank
 
 
 def _anew(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
     """Another object like a parameter, over other data."""
     return type(parameter)(data, **vars(parameter), requires_grad=parameter.requires_grad)
+
+
+def no_init_weights() -> AbstractContextManager[Any]:
+    """transformers' own, where it was before 5.0."""
+    from transformers.modeling_utils import no_init_weights
+
+    found: AbstractContextManager[Any] = no_init_weights()
+    return found
+
+
+def is_post_initialised(model: PreTrainedModel) -> bool:
+    """Loading does without."""
+    return True
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Each class has a list, and the config one switch."""
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    return set((model._tied_weights_keys or ()) if tied else ())
+
+
+def trains_once_loaded(like: torch.Tensor) -> bool:
+    """It stays as the constructor made it."""
+    return like.requires_grad

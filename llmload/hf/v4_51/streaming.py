@@ -1,4 +1,4 @@
-"""Where transformers 4.51.3 hands over: as :mod:`llmload.hf.seam`, for the older library.
+"""Loading by transformers 4.51.3's own mapping of keys, with our reading and placement.
 
 That version only renames keys, it converts nothing, and it has no place to come in: reading and
 placement are one function. So the body of its ``_load_pretrained_model`` is gone through here with
@@ -8,6 +8,7 @@ are not on the meta device.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -18,7 +19,6 @@ from llmload.checkpoint.accounting import Accounting, is_parameter
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.placing import Placer
 from llmload.errors import CheckpointError
-from llmload.hf.signatures import first_difference
 
 if TYPE_CHECKING:
     import torch
@@ -29,43 +29,10 @@ if TYPE_CHECKING:
     from llmload.checkpoint.mapped import MappedCheckpoint
     from llmload.checkpoint.placement import Placement
     from llmload.checkpoint.proof import Proof
-
-_SIGNATURES = {
-    "modeling_utils:_find_missing_and_unexpected_keys": (
-        "cls model original_checkpoint_keys checkpoint_keys "
-        "loading_base_model_from_task_state_dict hf_quantizer device_map"
-    ),
-    "modeling_utils:_infer_parameter_dtype": (
-        "model param_name empty_param keep_in_fp32_regex hf_quantizer"
-    ),
-    "modeling_utils:_get_device_map": (
-        "model device_map max_memory hf_quantizer torch_dtype keep_in_fp32_regex"
-    ),
-    "modeling_utils:no_init_weights": "",
-    "modeling_utils:PreTrainedModel._autoset_attn_implementation": (
-        "config use_flash_attention_2 torch_dtype device_map check_device_map"
-    ),
-    "modeling_utils:PreTrainedModel._get_key_renaming_mapping": (
-        "self checkpoint_keys key_mapping loading_base_model_from_task_state_dict "
-        "loading_task_model_from_base_state_dict"
-    ),
-    "modeling_utils:PreTrainedModel._move_missing_keys_from_meta_to_cpu": (
-        "self missing_keys unexpected_keys dtype hf_quantizer"
-    ),
-    "modeling_utils:PreTrainedModel._initialize_missing_keys": (
-        "self loaded_keys ignore_mismatched_sizes is_quantized"
-    ),
-}
+    from llmload.hf.interface import DeviceMap
 
 
-def unsuited() -> str | None:
-    """The first private function of the installed transformers that is not as expected, or None."""
-    return first_difference(_SIGNATURES, "4.51")
-
-
-def resolve_device_map(
-    model: PreTrainedModel, requested: Any
-) -> dict[str, int | str | torch.device] | None:
+def resolve_device_map(model: PreTrainedModel, requested: Any) -> DeviceMap | None:
     """Module names and their devices, ``auto`` and the like resolved."""
     import torch
     from transformers.modeling_utils import _get_device_map
@@ -114,8 +81,15 @@ class _Keys:
         )
 
 
-def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
-    """Hold the checkpoint's names, dtypes and shapes against the model's. Changes nothing."""
+def account(model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool = False) -> Accounting:
+    """Hold the checkpoint's names, dtypes and shapes against the model's.
+
+    A weight whose tie, if there is one, does not show yet would be called missing: a model that is
+    not ``tied`` gets a tied copy.
+    """
+    if not tied:
+        model = copy.deepcopy(model)
+        model.tie_weights()
     keys = _Keys(model, checkpoint)
     state = model.state_dict()
     mismatched = []
@@ -193,7 +167,7 @@ def fill(
     accounting: Accounting,
     *,
     dtype: torch.dtype,
-    device_map: dict[str, Any] | None,
+    device_map: DeviceMap | None,
     name_or_path: str,
 ) -> list[str]:
     """Initialise what the checkpoint lacks, place every weight it has, tie what is tied.
@@ -275,7 +249,7 @@ def _refuse_contradictions(
                 files.drop(info)
 
 
-def _devices(model: PreTrainedModel, device_map: dict[str, Any] | None) -> dict[str, Any]:
+def _devices(model: PreTrainedModel, device_map: DeviceMap | None) -> dict[str, Any]:
     """Each name's device: by the entry of the device map that transformers' search finds first."""
     names = list(model.state_dict())
     if device_map is None:
@@ -288,7 +262,7 @@ def _devices(model: PreTrainedModel, device_map: dict[str, Any] | None) -> dict[
 def finish(
     model: PreTrainedModel,
     folder: Path,
-    device_map: dict[str, Any] | None,
+    device_map: DeviceMap | None,
     *,
     trust_remote_code: bool,
 ) -> PreTrainedModel:

@@ -1,11 +1,11 @@
-"""Where transformers 5 hands over: its key mapping and conversions, our reading and placement.
+"""Loading by transformers 5's own key mapping and conversions, with our reading and placement.
 
 ``from_pretrained`` renames and converts checkpoint keys with
 ``convert_and_load_state_dict_in_model``, which takes any object that can be indexed for a tensor
 and gives every finished tensor to a "quantiser" if there is one. We come in at these two ends: the
 values are views of mapped files, the quantiser is the placement. What that function does in between
-and what surrounds it in ``from_pretrained`` is private: :func:`unsuited` says where it differs from
-5.23.0, which this was written against.
+and what surrounds it in ``from_pretrained`` is private: :mod:`llmload.hf.v5.relied_on` says where
+it differs from 5.23.0, which this was written against.
 """
 
 from __future__ import annotations
@@ -17,19 +17,10 @@ from typing import TYPE_CHECKING, Any
 from llmload.checkpoint.accounting import Accounting, is_parameter
 from llmload.checkpoint.placement import Plain
 from llmload.checkpoint.placing import Placer
-from llmload.hf.converting import convert, leave_alone, no_progress_bar, place_by_name
-from llmload.hf.handover import (
-    AbortError,
-    Dtypes,
-    Outline,
-    Receiver,
-    Taken,
-    View,
-    as_stored,
-    assembled,
-)
-from llmload.hf.rules import rules_of
-from llmload.hf.signatures import first_difference
+from llmload.hf.v5.conversion import convert, leave_alone, no_progress_bar, place_by_name
+from llmload.hf.v5.conversion_rules import rules_of
+from llmload.hf.v5.lazy_tensors import Outline, Taken, View, as_stored, assembled
+from llmload.hf.v5.receiving import AbortError, Dtypes, Receiver
 
 if TYPE_CHECKING:
     import torch
@@ -40,63 +31,10 @@ if TYPE_CHECKING:
     from llmload.checkpoint.mapped import MappedCheckpoint
     from llmload.checkpoint.placement import Placement
     from llmload.checkpoint.proof import Proof
-
-_SIGNATURES = {
-    "core_model_loading:convert_and_load_state_dict_in_model": (
-        "model state_dict load_config disk_offload_index"
-    ),
-    "core_model_loading:build_glob_alternation": "globs",
-    "core_model_loading:dot_natural_key": "s",
-    "core_model_loading:rename_source_key": (
-        "source_key weight_renamings weight_converters base_model_prefix meta_state_dict reverse"
-    ),
-    "core_model_loading:spawn_materialize": (
-        "thread_pool tensor device dtype sharding_op tensor_idx"
-    ),
-    "core_model_loading:set_param_for_module": (
-        "model target_name param_value loading_info hf_quantizer"
-    ),
-    "conversion_mapping:_build_checkpoint_conversion_mapping": "",
-    "conversion_mapping:get_checkpoint_conversion_mapping": "model_type",
-    "conversion_mapping:get_model_conversion_mapping": "model key_mapping hf_quantizer add_legacy",
-    "monkey_patching:patch_output_recorders": "model",
-    "modeling_utils:_get_dtype": (
-        "dtype checkpoint_files config sharded_metadata state_dict weights_only hf_quantizer"
-    ),
-    "modeling_utils:caching_allocator_warmup": "model expanded_device_map hf_quantizer",
-    "modeling_utils:PreTrainedModel.get_init_context": (
-        "dtype is_quantized _is_ds_init_called allow_all_kernels"
-    ),
-    "modeling_utils:PreTrainedModel._get_dtype_plan": "self dtype",
-    "modeling_utils:PreTrainedModel._finalize_model_loading": "model load_config loading_info",
-    "modeling_utils:PreTrainedModel._adjust_missing_and_unexpected_keys": "self loading_info",
-    "modeling_utils:PreTrainedModel.set_use_kernels": "self use_kernels kernel_config mode",
-    "generation:GenerationMixin.adjust_generation_fn": (
-        "self generation_config from_auto_class from_pipeline pretrained_model_name_or_path "
-        "cache_dir force_download proxies local_files_only token revision subfolder "
-        "trust_remote_code kwargs"
-    ),
-    "integrations.accelerate:check_and_set_device_map": "device_map",
-    "integrations.accelerate:_get_device_map": "model device_map max_memory hf_quantizer",
-    "integrations.accelerate:expand_device_map": "device_map param_names",
-    "integrations.accelerate:accelerate_dispatch": (
-        "model hf_quantizer device_map offload_folder offload_index offload_buffers"
-    ),
-    "utils.logging:set_tqdm_hook": "hook",
-    "utils.loading_report:LoadStateDictInfo": (
-        "missing_keys unexpected_keys mismatched_keys error_msgs conversion_errors skipped_pp_keys"
-    ),
-}
+    from llmload.hf.interface import DeviceMap
 
 
-def unsuited() -> str | None:
-    """The first private function of the installed transformers that is not as expected, or None."""
-    return first_difference(_SIGNATURES, "5.23")
-
-
-def resolve_device_map(
-    model: PreTrainedModel, requested: Any
-) -> dict[str, int | str | torch.device] | None:
+def resolve_device_map(model: PreTrainedModel, requested: Any) -> DeviceMap | None:
     """Module names and their devices, ``auto`` and a ``torch.device`` context resolved."""
     from transformers.integrations.accelerate import _get_device_map, check_and_set_device_map
 
@@ -104,8 +42,11 @@ def resolve_device_map(
     return None if checked is None else _get_device_map(model, checked, None, None)
 
 
-def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
-    """Run transformers' mapping and conversion over the checkpoint's shapes. Changes nothing."""
+def account(model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool = False) -> Accounting:
+    """Run transformers' mapping and conversion over the checkpoint's shapes.
+
+    Which names the config ties, the model itself says: it need not be ``tied``.
+    """
     from transformers.utils.loading_report import LoadStateDictInfo
 
     state = model.state_dict()
@@ -142,9 +83,9 @@ def rehearse(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
         with no_progress_bar():
             info = convert(model, outlines, receive, "meta")
     absent = state.keys() - found.keys() - info.conversion_errors.keys()
-    for tied in _ties(model):
-        if not tied <= absent:
-            absent -= tied
+    for group in _ties(model):
+        if not group <= absent:
+            absent -= group
     info.missing_keys = set(absent)
     model._adjust_missing_and_unexpected_keys(info)
     return Accounting(
@@ -204,7 +145,7 @@ def fill(
     accounting: Accounting,
     *,
     dtype: torch.dtype,
-    device_map: dict[str, Any] | None,
+    device_map: DeviceMap | None,
     name_or_path: str,
 ) -> list[str]:
     """Place every weight the checkpoint has, initialise the others, tie what is tied.
@@ -244,7 +185,7 @@ def fill(
 def finish(
     model: PreTrainedModel,
     folder: Path,
-    device_map: dict[str, Any] | None,
+    device_map: DeviceMap | None,
     *,
     trust_remote_code: bool,
 ) -> PreTrainedModel:

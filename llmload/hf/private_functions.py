@@ -1,4 +1,4 @@
-"""Whether the private functions of transformers that a seam relies on are still the same."""
+"""Whether the private functions of transformers that a line relies on are still the same."""
 
 from __future__ import annotations
 

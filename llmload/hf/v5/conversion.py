@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmload.hf.handover import Handover, Receive, View
-from llmload.hf.rules import rules_of
+from llmload.hf.v5.conversion_rules import rules_of
+from llmload.hf.v5.lazy_tensors import View
+from llmload.hf.v5.receiving import Handover, Receive
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,60 @@
+"""transformers 5: the functions of ``llmload.hf.interface.Transformers``."""
+
+from llmload.hf.v5.building import (
+    blank,
+    built_under,
+    is_post_initialised,
+    no_init_weights,
+    tied_names,
+    to_fill,
+    trains_once_loaded,
+)
+from llmload.hf.v5.checkpointing import (
+    checkpoints_gradients,
+    checkpoints_selectively,
+    enable_checkpointing,
+    require_input_gradients,
+)
+from llmload.hf.v5.configs import config_dtype, config_for, dtype_option, validate_to_save
+from llmload.hf.v5.quantising import (
+    leaves_unquantised,
+    modules_left_unquantised,
+    quantises_weight_by_weight,
+)
+from llmload.hf.v5.relied_on import unsuited
+from llmload.hf.v5.streaming import (
+    account,
+    fill,
+    final_dtypes,
+    finish,
+    kept_in_float32,
+    resolve_device_map,
+)
+
+__all__ = [
+    "account",
+    "blank",
+    "built_under",
+    "checkpoints_gradients",
+    "checkpoints_selectively",
+    "config_dtype",
+    "config_for",
+    "dtype_option",
+    "enable_checkpointing",
+    "fill",
+    "final_dtypes",
+    "finish",
+    "is_post_initialised",
+    "kept_in_float32",
+    "leaves_unquantised",
+    "modules_left_unquantised",
+    "no_init_weights",
+    "quantises_weight_by_weight",
+    "require_input_gradients",
+    "resolve_device_map",
+    "tied_names",
+    "to_fill",
+    "trains_once_loaded",
+    "unsuited",
+    "validate_to_save",
+]

@@ -1,0 +1,28 @@
+"""bitsandbytes as transformers 5 calls it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def quantises_weight_by_weight() -> bool:
+    """It does, and on a CPU too."""
+    return True
+
+
+def modules_left_unquantised(model: PreTrainedModel) -> list[str]:
+    """As transformers finds them."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    found: list[str] = get_keys_to_not_convert(model)
+    return found
+
+
+def leaves_unquantised(pattern: str, module: str) -> bool:
+    """As transformers matches it."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    return not should_convert_module(module, [pattern])
