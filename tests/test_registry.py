@@ -612,3 +612,10 @@ def test_discovery_imports_no_machine_learning_library() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_a_section_with_null_names_no_plugin() -> None:
+    registry = create_registry(block=["lora"], environ={})
+    assert registry.validate({"model": "gpt2", "lora": None}).sections == {}
+    with pytest.raises(PluginError, match="the plugin 'lora' "):
+        registry.validate({"model": "gpt2", "lora": {}})

@@ -97,11 +97,18 @@ def test_a_bad_spec_file_is_refused_with_every_fault_and_its_place(
     assert caught.value.exit_code == 2
 
 
+def test_null_is_as_if_the_key_were_not_there_in_a_spec_as_in_a_group() -> None:
+    null = dict.fromkeys(LoadSpec.model_fields.keys() - {"model"} | SECTIONS.keys())
+    spec = validate(files.read({"model": "gpt2", **null}), SECTIONS)
+    assert spec == validate(files.read({"model": "gpt2"}), SECTIONS)
+    assert (spec.sections, spec.model_fields_set) == ({}, {"model"})
+    with pytest.raises(SpecError, match="lorra: unknown key"):
+        validate(files.read({"model": "gpt2", "lorra": None}), SECTIONS)
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        (None, ": expected a mapping, found nothing (null). Write `adapter: {}` for its defaults,"
-         " or remove the key."),
         (True, ": expected a mapping, found true. Write `adapter: {}` for its defaults."),
         ("on", ": expected a mapping, found 'on'. Write `adapter: {}` for its defaults."),
         (False, ": expected a mapping, found false. Remove the key."),

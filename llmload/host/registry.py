@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import pluggy
@@ -230,8 +231,9 @@ class Registry:
                 fix="Use `llmload.load_group` or `llmload.plan_group`.",
             )
             raise SpecError(document.placed([problem]))
-        self._refuse_unusable(document.data)
-        return validate(document, self.sections)
+        self._refuse_unusable(_said(document.data))
+        data = self._without_idle_nulls(document.data)
+        return validate(replace(document, data=data), self.sections)
 
     def validate_group(self, source: files.Source) -> GroupSpec:
         """Read a group of models and check it, sections included; ``like`` is resolved.
@@ -250,8 +252,18 @@ class Registry:
         members = document.data[groupspec.MODELS]
         for name, keys in members.items() if isinstance(members, Mapping) else ():
             with groupspec.naming(name):
-                self._refuse_unusable(keys if isinstance(keys, Mapping) else ())
-        return groupspec.validate(document, self.sections)
+                self._refuse_unusable(_said(keys))
+        if isinstance(members, Mapping):
+            members = {name: self._without_idle_nulls(keys) for name, keys in members.items()}
+        data = {**document.data, groupspec.MODELS: members}
+        return groupspec.validate(replace(document, data=data), self.sections)
+
+    def _without_idle_nulls(self, keys: Any) -> Any:
+        """Leave out nulls for plugins that take no part here: that is what they ask for."""
+        if not isinstance(keys, Mapping):
+            return keys
+        idle = {info.name for info in self._plugins} - self.sections.keys()
+        return {key: value for key, value in keys.items() if value is not None or key not in idle}
 
     def activate(self, spec: LoadSpec) -> Host:
         """Return the plugins that take part in a load of ``spec``, ordered and ready to be called.
@@ -358,7 +370,7 @@ def _members(asked: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _own(asked: Mapping[str, Any], plugin: str) -> Mapping[str, Any] | None:
     """Return the first spec that has a plugin's section."""
-    return next((spec for spec in _members(asked) if plugin in spec), None)
+    return next((spec for spec in _members(asked) if plugin in _said(spec)), None)
 
 
 def _any(asked: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -420,3 +432,9 @@ def create_registry(
         if info.status == "broken":
             raise PluginError(f"plugin {info.name!r} breaks the hook contract: {info.reason}")
     return Registry(infos)
+
+
+def _said(keys: object) -> list[str]:
+    """Return the keys of a spec or member; one with null is left out."""
+    found = keys.items() if isinstance(keys, Mapping) else ()
+    return [key for key, value in found if value is not None]

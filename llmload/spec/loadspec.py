@@ -132,6 +132,8 @@ def _as_text(value: object) -> object:
 class LoadSpec(Section):
     """One model to load. Keys that are not listed here belong to plugins, one key each.
 
+    In a file, null for a key means the same as leaving it out: ``lora: null`` is "without LoRA".
+
     The constructor checks the core keys; sections are kept as given until a registry, which knows
     the plugins, validates the whole.
 
@@ -256,9 +258,12 @@ def check(
 ) -> LoadSpec:
     """Return the spec that plain data holds, sections checked by their plugins' models.
 
+    A key with null is as if it were not there, wherever one can be left out.
+
     :param beside: keys that could have stood there too, for "did you mean".
     :raises SpecError: with every fault at once, none of them with its place in a file.
     """
+    data = {key: value for key, value in data.items() if not _is_left_out(key, value, sections)}
     core = {key: value for key, value in data.items() if key in LoadSpec.model_fields}
     places = {key: list(fields_of(model)) for key, model in sections.items()}
     places[""] = [*LoadSpec.model_fields, *sections]
@@ -285,3 +290,8 @@ def check(
     if problems:
         raise SpecError(problems)
     return spec.model_copy(update=checked)
+
+
+def _is_left_out(key: str, value: object, sections: Mapping[str, object]) -> bool:
+    field = LoadSpec.model_fields.get(key)
+    return value is None and (key in sections or (field is not None and not field.is_required()))

@@ -277,11 +277,8 @@ def _wrong_kind(path: Path, value: object, faults: list[ErrorDetails]) -> Proble
 def _fix_of_kind(path: Path, value: object, kinds: list[str]) -> str:
     """Return what to write instead, where the value shows what was meant."""
     switch = _SWITCHES.get(value.lower()) if isinstance(value, str) else value
-    if kinds == ["a mapping"] and len(path) == 1 and (value is None or isinstance(switch, bool)):
-        if switch is False:
-            return "Remove the key."
-        defaults = f"Write `{path[0]}: {{}}` for its defaults"
-        return f"{defaults}." if switch else f"{defaults}, or remove the key."
+    if kinds == ["a mapping"] and len(path) == 1 and isinstance(switch, bool):
+        return f"Write `{path[0]}: {{}}` for its defaults." if switch else "Remove the key."
     if value is None:
         return "Remove the key, or give it a value."
     if isinstance(value, str):

@@ -24,13 +24,11 @@ def file_schema(sections: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     spec = json_schema(sections)
     dialect, definitions = spec.pop("$schema"), spec.pop("$defs")
     adapter = AdapterSpec.model_json_schema()
-    # Like another member, none is required, and null takes a key of the other's away.
-    nullable = {key: {"anyOf": [value, {"type": "null"}]} for key, value in _keys(spec).items()}
     other = {"type": "string", "description": "The member that this one is like."}
     like = {
         "description": "A member like another one, and the keys in which it differs.",
         "type": "object",
-        "properties": {LIKE: other, **nullable},
+        "properties": {LIKE: other, **spec["properties"]},
         "required": [LIKE],
         "additionalProperties": False,
     }
@@ -62,9 +60,11 @@ def _by_key(key: str, with_it: dict[str, Any], without: dict[str, Any]) -> dict[
     return {"if": {"required": [key]}, "then": with_it, "else": without}
 
 
-def _keys(spec: dict[str, Any]) -> dict[str, Any]:
-    properties: dict[str, Any] = spec["properties"]
-    return properties
+def _or_null(value: dict[str, Any]) -> dict[str, Any]:
+    """Allow null, which is as if the key were not there."""
+    about = {name: value[name] for name in ("description", "default", "title") if name in value}
+    bare = {name: part for name, part in value.items() if name not in about}
+    return {**about, "anyOf": [bare, {"type": "null"}]}
 
 
 def _first_paragraph(text: str | None) -> str:
@@ -84,7 +84,11 @@ def json_schema(sections: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
     core = definitions.pop(references[LoadSpec, "validation"]["$ref"].rpartition("/")[2])
     properties = dict(core["properties"])
     for key, model in sections.items():
-        properties[key] = references[model, "validation"]
+        reference = references[model, "validation"]
+        described = definitions[reference["$ref"].rpartition("/")[2]].get("description", "")
+        properties[key] = {**reference, "description": _first_paragraph(described)}
+    for key in properties.keys() - set(core["required"]):
+        properties[key] = _or_null(properties[key])
     return {
         "$schema": DIALECT,
         "title": "llmload spec",
