@@ -13,6 +13,7 @@ from llmload.spec.groupspec import ADAPTER_OF, LIKE, MODELS, NAME, AdapterSpec, 
 from llmload.spec.loadspec import LoadSpec
 
 _SPEC: Final = {"$ref": "#/$defs/LoadSpec"}
+_ABOUT: Final = ("description", "default", "title")
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -62,8 +63,8 @@ def _by_key(key: str, with_it: dict[str, Any], without: dict[str, Any]) -> dict[
 
 def _or_null(value: dict[str, Any]) -> dict[str, Any]:
     """Allow null, which is as if the key were not there."""
-    about = {name: value[name] for name in ("description", "default", "title") if name in value}
-    bare = {name: part for name, part in value.items() if name not in about}
+    about = {name: part for name, part in value.items() if name in _ABOUT}
+    bare = {name: part for name, part in value.items() if name not in _ABOUT}
     return {**about, "anyOf": [bare, {"type": "null"}]}
 
 
