@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmload.errors import CheckpointError as CheckpointError
     from llmload.errors import Conflict as Conflict
     from llmload.errors import Decline as Decline
+    from llmload.errors import Line as Line
     from llmload.errors import LlmloadError as LlmloadError
     from llmload.errors import LoadFailedError as LoadFailedError
     from llmload.errors import Note as Note
@@ -65,7 +66,7 @@ _HOME = {
         "errors",
     ),
     "InvalidValueError": "spec.refusals",
-    **dict.fromkeys(("Conflict", "Decline", "Note"), "errors"),
+    **dict.fromkeys(("Conflict", "Decline", "Line", "Note"), "errors"),
     **dict.fromkeys(("Group", "GroupReport", "load_group", "plan_group"), "group.loading"),
     "GroupPlan": "group.planning",
     **dict.fromkeys(("AdapterSpec", "GroupSpec"), "spec.groupspec"),

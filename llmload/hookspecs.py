@@ -32,6 +32,10 @@ do the same. What holds of a plugin in every load it declares in ``provides``; w
 turns out in a load it states on ``ctx``, such as ``placed_by`` and ``splits``, ``cast_later_by`` or
 ``changed_base``.
 
+**What people see.** ``ctx.record(self.name, {...})`` keeps JSON-able facts for plan and report;
+``ctx.show(self.name, "rank", "8 in 14 layers")`` adds a line to what ``llmload plan`` prints, or,
+said while loading, ``llmload load``.
+
 **Hooks of plugins.** A class ``Hooks`` declares hooks for others to implement. They exist in loads
 that the plugin takes part in, and are called through ``ctx.hooks``, one plugin after the other, or
 until the first that answers, wrappers included (``hookimpl(wrapper=True)``)::

@@ -64,6 +64,7 @@ Several processes of one load:
 
 Words and versions:
 
+- ``size_text``: bytes in KiB, MiB or GiB; ``alike``: names that differ in their numbers, once.
 - ``some``: the first few names, and how many more there are.
 - ``in_one_line``: what another library's error says, for a message.
 - ``version_of``: an installed distribution's version; ``installed_versions``: those of the stack.
@@ -106,6 +107,8 @@ if TYPE_CHECKING:
     from llmload.loading.audit import some as some
     from llmload.loading.loaders import account as account
     from llmload.loading.loaders import from_pretrained as from_pretrained
+    from llmload.loading.wording import alike as alike
+    from llmload.loading.wording import size_text as size_text
     from llmload.model import partitions as partitions
     from llmload.model.dry_run import ProbeResult as ProbeResult
     from llmload.model.dry_run import probe as probe
@@ -149,6 +152,7 @@ __all__ = [
     "Transformers",
     "UntrustedFolder",
     "account",
+    "alike",
     "closest",
     "connect",
     "default_dtype",
@@ -170,6 +174,7 @@ __all__ = [
     "read_config",
     "read_file",
     "request_of",
+    "size_text",
     "some",
     "store_is_there",
     "tell",
@@ -199,6 +204,7 @@ _HOME = {
     **dict.fromkeys(("locate_files", "read_config"), "hf.locating"),
     **dict.fromkeys(("MISSING", "some"), "loading.audit"),
     **dict.fromkeys(("account", "from_pretrained"), "loading.loaders"),
+    **dict.fromkeys(("alike", "size_text"), "loading.wording"),
     "partitions": "model.partitions",
     "patterns": "patterns",
     "Span": "model.partitions",

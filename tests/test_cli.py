@@ -105,6 +105,7 @@ PUBLIC = [
     "GroupReport",
     "GroupSpec",
     "InvalidValueError",
+    "Line",
     "LlmloadError",
     "LoadContext",
     "LoadFailedError",

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import llmload
 import llmload.plugin
 from llmload import hookspecs
 from llmload.builtin.lora.hooks import Hooks
-from llmload.cli import doctor
+from llmload.cli import doctor, show
 from llmload.errors import PlanError, SpecError
 from llmload.testing import tiny_checkpoint
 
@@ -63,6 +64,30 @@ def example_in(text: str, start: str) -> dict[str, Any]:
     namespace: dict[str, Any] = {}
     exec(compile(textwrap.dedent(block[1]), f"<{start}>", "exec"), namespace)
     return namespace
+
+
+def test_what_a_plugin_shows_is_printed_with_plan_and_report(folder: Path) -> None:
+    class Shows:
+        name = "shows"
+
+        @llmload.hookimpl
+        def post_load(self, ctx: llmload.LoadContext, model: Any) -> Any:
+            when = "planned" if ctx.rehearsing else "done"
+            ctx.show(self.name, "mood", f"{when} with joy")
+            return model
+
+    registry = llmload.create_registry([Shows], environ={})
+    result = llmload.load({"model": str(folder)}, registry=registry)
+    console = Console(width=100)
+    for part, text in (
+        (show.plan(result.plan), "planned with joy"),
+        (show.report(result.report), "done with joy"),
+    ):
+        with console.capture() as printed:
+            console.print(part)
+        assert re.search(rf"^mood +{text} *$", printed.get(), re.MULTILINE)
+    (line,) = result.report.lines
+    assert (line.plugin, line.label) == ("shows", "mood")
 
 
 def test_a_hook_of_a_plugin_is_called_as_the_manual_says(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,8 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from llmload.loading.wording import size_text
 
 if TYPE_CHECKING:
     from llmload.cli.demo import Demonstration, FineTuning
@@ -42,7 +43,7 @@ def plan(plan: Plan) -> RenderableType:
     facts.add_row("model", f"{plan.model_class}, {plan.dtype}")
     facts.add_row("folder", plan.folder)
     if plan.checkpoint_tensors:
-        size = f"{plan.checkpoint_tensors} tensors, {_size(plan.checkpoint_bytes)}"
+        size = f"{plan.checkpoint_tensors} tensors, {size_text(plan.checkpoint_bytes)}"
         facts.add_row("checkpoint", size)
     for line in plan.keys:
         facts.add_row("keys", line)
@@ -51,12 +52,10 @@ def plan(plan: Plan) -> RenderableType:
     for name, reason in plan.declined.items():
         facts.add_row("declined", f"{name}: {reason}")
     if plan.parameters:
-        facts.add_row("parameters", f"{plan.parameters:,}, {_size(plan.parameter_bytes)}")
+        facts.add_row("parameters", f"{plan.parameters:,}, {size_text(plan.parameter_bytes)}")
         facts.add_row("trainable", _trainable(plan))
-    for line in _quantised(plan):
-        facts.add_row("k-bit", line)
-    for name in _grouped(plan.facts.get("lora", {}).get("targets", ())):
-        facts.add_row("LoRA on", name)
+    for shown in plan.lines:
+        facts.add_row(shown.label, shown.text)
     for name in _made_by(plan.new_parameters):
         facts.add_row("new", name)
 
@@ -84,9 +83,11 @@ def report(report: Report) -> RenderableType:
         facts.add_row("loader", report.loader)
     for name, reason in report.declined.items():
         facts.add_row("declined", f"{name}: {reason}")
-    facts.add_row("parameters", f"{report.parameters:,}, {_size(report.parameter_bytes)}")
+    facts.add_row("parameters", f"{report.parameters:,}, {size_text(report.parameter_bytes)}")
     for name in _made_by(report.newly_initialised):
         facts.add_row("new", name)
+    for shown in report.lines:
+        facts.add_row(shown.label, shown.text)
     for name in _made_by(report.left_out):
         facts.add_row("left out", name)
     if report.compared:
@@ -122,7 +123,7 @@ def _shared(shared: Iterable[Sharing]) -> Table:
     for found in shared:
         what = _SHARED[found.how].format(member=found.member, of=found.of)
         until = "" if found.lasting else ", until a training step writes them"
-        facts.add_row("shared", f"{what}: {_size(found.saved_bytes)} saved{until}")
+        facts.add_row("shared", f"{what}: {size_text(found.saved_bytes)} saved{until}")
     return facts
 
 
@@ -158,7 +159,7 @@ def environment(environment: Environment) -> str:
     lines = [f"{name}: {version}" for name, version in environment.versions.items()]
     lines.append(f"platform: {environment.platform}")
     lines.append(f"processors: {environment.processors}")
-    lines.append(f"memory: {_size(environment.memory_bytes)}")
+    lines.append(f"memory: {size_text(environment.memory_bytes)}")
     lines += [f"device: {device}" for device in environment.devices or ["none beside the CPU"]]
     lines += [f"{name}={value}" for name, value in environment.variables.items()]
     for entry in environment.plugins:
@@ -238,30 +239,6 @@ def _trainable(plan: Plan) -> str:
     return f"{plan.trainable:,} ({share:.2f} %)"
 
 
-def _quantised(plan: Plan) -> Iterable[str]:
-    """Yield what the codes take, and what each group of the other parameters takes and why."""
-    facts = plan.facts.get("kbit")
-    if facts is None:
-        return
-    yield (
-        f"{facts['parameters']:,} values in {_size(facts['bytes'])}, and"
-        f" {_size(facts['statistics_bytes'])} of statistics"
-    )
-    for group, takes in facts["unquantised"].items():
-        cast = takes["cast_bytes"]
-        line = f"{group}: {takes['parameters']:,} values in {_size(takes['bytes'])}"
-        if cast:
-            change = "more" if cast > 0 else "less"
-            line += f", {_size(abs(cast))} {change} than in {plan.dtype}"
-        yield line
-
-
-def _grouped(names: Iterable[str]) -> list[str]:
-    """Return names that differ in their numbers once, with how many there are."""
-    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
-    return [f"{name} ({count})" if count > 1 else name for name, count in counts.items()]
-
-
 def _made_by(makers: Mapping[str, Any]) -> list[str]:
     """Return one line per maker: how many tensors are new, and the names of a few."""
     counts = Counter(str(maker) for maker in makers.values())
@@ -270,11 +247,3 @@ def _made_by(makers: Mapping[str, Any]) -> list[str]:
         names = [name for name, by in makers.items() if str(by) == maker]
         lines.append(f"{count} tensors: {maker}" if count > 3 else f"{', '.join(names)}: {maker}")
     return lines
-
-
-def _size(count: int) -> str:
-    """Return bytes in the largest binary unit that leaves at least one before the point."""
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from llmload.errors import CheckpointError, Problem
 from llmload.hf import installed_transformers
-from llmload.hf.counted_reads import CountedReads
 from llmload.loading import audit
 
 if TYPE_CHECKING:
@@ -56,6 +55,8 @@ def _random(ctx: LoadContext) -> PreTrainedModel:
 
 
 def _pretrained(ctx: LoadContext) -> PreTrainedModel:
+    from llmload.hf.counted_reads import CountedReads  # what no loader of ours needs
+
     checkpoint = ctx.checkpoint
     options: dict[str, Any] = {
         "config": ctx.config,

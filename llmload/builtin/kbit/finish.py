@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from llmload import CheckpointError, Problem, RequestError
 from llmload.builtin.kbit import check
 from llmload.builtin.kbit.casting import Casting, is_quantised, parameters
 from llmload.builtin.kbit.quantise import quantised_layers, rehearse
-from llmload.plugin import partitions, some
+from llmload.plugin import partitions, size_text, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +46,11 @@ def finish(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> No
         parameter.data = parameter.data.to(casting.dtype(name, owner, parameter))
     if check.fsdp_announced():
         _refuse_mixed_dtypes(casting, model)
-    ctx.record("kbit", _facts(ctx, casting, model, layers))
+    facts = _facts(ctx, casting, model, layers)
+    ctx.record("kbit", facts)
+    if ctx.rehearsing:
+        for line in _lines(ctx, facts):
+            ctx.show("kbit", "k-bit", line)
 
 
 def _refuse_unquantised(
@@ -149,6 +153,22 @@ def _facts(
         "statistics_bytes": sum(map(_statistics_bytes, layers.values())),
         "unquantised": left,
     }
+
+
+def _lines(ctx: LoadContext, facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the codes take, and what each group of the other parameters takes and why."""
+    yield (
+        f"{facts['parameters']:,} values in {size_text(facts['bytes'])}, and"
+        f" {size_text(facts['statistics_bytes'])} of statistics"
+    )
+    for group, takes in facts["unquantised"].items():
+        cast = takes["cast_bytes"]
+        line = f"{group}: {takes['parameters']:,} values in {size_text(takes['bytes'])}"
+        if cast:
+            change = "more" if cast > 0 else "less"
+            dtype = str(ctx.dtype).removeprefix("torch.")
+            line += f", {size_text(abs(cast))} {change} than in {dtype}"
+        yield line
 
 
 def _code_bytes(layer: QuantisedLayer) -> int:

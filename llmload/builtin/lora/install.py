@@ -18,7 +18,7 @@ from llmload.builtin.lora.layers import adapter_parameters, lora_layers, own_nam
 from llmload.builtin.lora.matching import within_budget
 from llmload.builtin.lora.names import translate_targets
 from llmload.builtin.lora.request import Request, heard, refused, resolve
-from llmload.plugin import partitions
+from llmload.plugin import alike, partitions
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -90,6 +90,9 @@ def _install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
             "warnings": warned,
         },
     )
+    if ctx.rehearsing:
+        for line in alike(layers):
+            ctx.show("lora", "LoRA on", line)
     if section.inference_mode:
         # peft 0.13 leaves the modules to save trainable.
         wrapped.requires_grad_(False)
