@@ -559,11 +559,6 @@ def test_what_only_from_pretrained_carries_out_is_left_to_it(tmp_path: Path) -> 
         (folder / "config.json").write_text(before)
     edit_config(folder, quantization_config={"quant_method": "fp8"})
     assert why_not(folder) == "the checkpoint is quantised already"
-    (folder / "config.json").write_text(before)
-    (folder / "adapter_config.json").write_text("{}")
-    assert why_not(folder) == (
-        "the folder holds an adapter, which from_pretrained loads along with the model"
-    )
 
 
 def test_tensors_that_torch_or_the_model_cannot_take_are_left_to_from_pretrained(

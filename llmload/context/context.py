@@ -111,6 +111,9 @@ class LoadContext:
         self.reads = ""
         """What of the checkpoint this process will read, in words, as the ``check`` of the plugin
         says that splits the weights; empty for all of it."""
+        self.adapter_from: Path | None = None
+        """The folder of the saved adapter that is resumed or merged, as the ``check`` of the plugin
+        says that does it."""
         self.new_tokens: dict[str, int] = {}
         """Token -> id of those that the checkpoint's own tokenizer lacks, set with ``tokenizer``:
         their embedding rows are untrained, even where the checkpoint has rows to spare."""

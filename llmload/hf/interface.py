@@ -99,6 +99,11 @@ class Transformers(Protocol):
         """Say whether the constructor did at its end what loading needs: ``self.post_init()``."""
         ...
 
+    def adapters_left_alone(self) -> AbstractContextManager[None]:
+        """Return a context in which ``from_pretrained`` loads no adapter that lies beside the
+        weights. It looks for one in any folder that it is given, and has no option not to."""
+        ...
+
     def tied_names(self, model: PreTrainedModel) -> set[str]:
         """Return the parameters that the config ties to another one, which keeps its own name."""
         ...

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from llmload.checkpoint.accounting import Accounting
     from llmload.context.context import LoadContext
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""By this file transformers finds an adapter."""
+
 _ELSEWHERE = ("fusion_config", "transformers_weights")
 """Keys of a config by which transformers reads other tensors than those of the checkpoint."""
 
@@ -27,6 +30,7 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
     """
     if ctx.checkpoint is None:
         return
+    yield from _undecided_adapter(ctx)
     config = ctx.config
     stored = quantised.declared(config)
     if stored is not None and not quantised.by_bitsandbytes(stored):  # which has its own section
@@ -50,6 +54,35 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
         )
     yield from found.misfits()
     yield from _keys(ctx, found)
+
+
+def adapter_beside(ctx: LoadContext) -> bool:
+    """Whether an adapter lies beside the weights, where transformers would load it along."""
+    checkpoint = ctx.checkpoint
+    return checkpoint is not None and (checkpoint.root / ADAPTER_CONFIG).exists()
+
+
+def _undecided_adapter(ctx: LoadContext) -> Iterator[Problem]:
+    if not adapter_beside(ctx):
+        return
+    assert ctx.checkpoint is not None
+    folder = ctx.checkpoint.root
+    taken = ctx.adapter_from is not None and ctx.adapter_from.resolve() == folder.resolve()
+    if not taken and not ctx.spec.ignore_adapter:
+        yield Problem(
+            where="ignore_adapter",
+            message=f"the folder {str(folder)!r} holds an adapter beside the model's weights, and"
+            " the spec does not say what becomes of it",
+            fix=f"Write `lora: {{adapter: {folder}}}` to resume it, with `merge: true` to merge it,"
+            " or `ignore_adapter: true` to leave it out.",
+        )
+    elif taken and ctx.spec.ignore_adapter:
+        yield Problem(
+            where="ignore_adapter",
+            message=f"the adapter in {str(folder)!r} is to be left out, and it is named as the one"
+            " to resume",
+            fix="Remove `ignore_adapter`, or `adapter`.",
+        )
 
 
 def _keys(ctx: LoadContext, found: Accounting) -> Iterator[Problem]:

@@ -72,7 +72,7 @@ def _pretrained(ctx: LoadContext) -> PreTrainedModel:
     try:
         if checkpoint.as_stored and ctx.spec.weights_from is None:
             options["use_safetensors"] = checkpoint.format == "safetensors"
-            with counts:
+            with counts, installed_transformers().adapters_left_alone():
                 model, info = ctx.model_class.from_pretrained(ctx.folder, **options)
         else:
             model, info = _from_tensors(ctx, checkpoint, options)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmload.errors import CheckpointError, Decline
 from llmload.host.distributions import installed_versions
 from llmload.host.registry import Registry, create_registry
-from llmload.loading import audit, hook_calls, turns, warned
+from llmload.loading import audit, fit, hook_calls, turns, warned
 from llmload.loading.makers import Ledger
 from llmload.loading.plan import Plan
 from llmload.loading.planning import Prepared, no_loader, prepare
@@ -189,6 +189,8 @@ def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger
     made = ledger.new(model, report.loader, ctx)
     report.newly_initialised = made | ctx.newly_initialised
     report.left_out = dict.fromkeys(ctx.unexpected, "no place in the model") | ctx.left_out
+    if ctx.spec.ignore_adapter and fit.adapter_beside(ctx):
+        report.left_out[fit.ADAPTER_CONFIG] = "the spec ignores the adapter"
     warnings = [*prepared.plan.warnings, *audit.excused(ctx)]  # which the plan may have had
     report.warnings = list(dict.fromkeys(map(str, warnings)))
     report.facts, report.lines = ctx.facts, ctx.lines

@@ -200,6 +200,8 @@ def _check(host: Host, ctx: LoadContext, plan: Plan) -> None:
     plan.steps = looking + spine
     for step in plan.steps:
         step.notes = notes.pop(step.plugin, [])
+        if step.hook == "load" and ctx.spec.ignore_adapter and fit.adapter_beside(ctx):
+            step.notes.append("leave out the adapter that lies beside the weights")
 
 
 def no_loader(declined: Mapping[str, str]) -> Problem:

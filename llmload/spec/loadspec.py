@@ -176,6 +176,9 @@ class LoadSpec(Section):
     the model's own choice."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+    ignore_adapter: bool = False
+    """Leave out an adapter that lies in the folder beside the model's weights. Without this, such a
+    folder is refused unless `lora` resumes or merges it."""
     allow_pickle: bool = False
     """Read weights from pickle files, restricted to tensors, where there are no safetensors."""
     local_files_only: bool = False

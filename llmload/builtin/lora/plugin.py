@@ -54,6 +54,8 @@ class LoraPlugin:
         from llmload.builtin.lora.request import heard, resolve
 
         request = resolve(ctx)
+        if request.saved is not None:
+            ctx.adapter_from = request.saved.folder
         with heard() as warned:
             request.config()
         for text in warned:

@@ -115,8 +115,6 @@ def _unfit(ctx: LoadContext) -> str | None:
             return f"the config sets {key}, which only from_pretrained carries out"
     if getattr(type(config), "extra_files", ()):
         return "this model type keeps weights in further files"
-    if (ctx.folder / "adapter_config.json").exists():
-        return "the folder holds an adapter, which from_pretrained loads along with the model"
     for tensor in checkpoint.tensors.values():
         if torch_dtype(tensor.dtype) is None:
             return f"{tensor.name!r} is stored as {tensor.dtype}, for which torch has no dtype"

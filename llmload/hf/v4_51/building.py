@@ -143,6 +143,13 @@ def is_post_initialised(model: PreTrainedModel) -> bool:
     return True
 
 
+def adapters_left_alone() -> AbstractContextManager[None]:
+    """Let ``from_pretrained`` find no adapter beside the weights."""
+    from transformers import modeling_utils
+
+    return replaced(modeling_utils, {"find_adapter_config_file": lambda *args, **options: None})
+
+
 def tied_names(model: PreTrainedModel) -> set[str]:
     """Each class has a list, and the config one switch."""
     tied = getattr(model.config, "tie_word_embeddings", False)

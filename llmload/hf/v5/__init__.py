@@ -1,6 +1,7 @@
 """transformers 5: the functions of ``llmload.hf.interface.Transformers``."""
 
 from llmload.hf.v5.building import (
+    adapters_left_alone,
     blank,
     built_under,
     is_post_initialised,
@@ -33,6 +34,7 @@ from llmload.hf.v5.streaming import (
 
 __all__ = [
     "account",
+    "adapters_left_alone",
     "blank",
     "built_under",
     "checkpoints_gradients",

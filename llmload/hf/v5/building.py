@@ -101,6 +101,13 @@ def is_post_initialised(model: PreTrainedModel) -> bool:
     return hasattr(model, "all_tied_weights_keys")
 
 
+def adapters_left_alone() -> AbstractContextManager[None]:
+    """Let ``from_pretrained`` find no adapter beside the weights."""
+    from transformers.integrations import peft
+
+    return replaced(peft, {"find_adapter_config_file": lambda *args, **options: None})
+
+
 def tied_names(model: PreTrainedModel) -> set[str]:
     """Each model has its pairs."""
     return set(getattr(model, "all_tied_weights_keys", None) or ())
