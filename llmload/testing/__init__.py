@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from llmload.testing.checkpoints import tiny_llama as tiny_llama
     from llmload.testing.checkpoints import tiny_model as tiny_model
     from llmload.testing.checkpoints import tiny_tokenizer as tiny_tokenizer
+    from llmload.testing.conformance import RULES as RULES
+    from llmload.testing.conformance import Finding as Finding
+    from llmload.testing.conformance import assert_plugin as assert_plugin
+    from llmload.testing.conformance import findings as findings
     from llmload.testing.contexts import context_of as context_of
     from llmload.testing.distributions import FakeDistributions as FakeDistributions
     from llmload.testing.distributions import fake_distributions as fake_distributions
@@ -55,6 +59,7 @@ _HOME = {
         ),
         "checkpoints",
     ),
+    **dict.fromkeys(("RULES", "Finding", "assert_plugin", "findings"), "conformance"),
     "context_of": "contexts",
     **dict.fromkeys(("FakeDistributions", "fake_distributions"), "distributions"),
     **dict.fromkeys(("changes", "nothing_left_behind", "snapshot"), "leftovers"),

@@ -181,6 +181,8 @@ def _call(
         os.close(sink)
     # pytest may have put its own in their place, where this process was forked from it.
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    # So that locks of libraries need no name, which this process would leave behind.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.clear()
     os.environ.update(environment)
     try:

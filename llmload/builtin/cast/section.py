@@ -19,6 +19,6 @@ class CastSection(Section):
     A forward through them needs ``torch.autocast``, unless the model's own code casts.
     """
 
-    modules: Annotated[Mapping[Regex, Dtype], Field(min_length=1)]
+    modules: Annotated[Mapping[Regex, Dtype], Field(min_length=1, examples=[{"norm": "float32"}])]
     """Regular expression, found anywhere in a module's name -> dtype of the module and all in it.
     Where several are found, the first holds."""
