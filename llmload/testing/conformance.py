@@ -385,12 +385,6 @@ def _of_trials(
             return
         told, seen = ended.value
         yield from (Finding(*one) for one in told)
-        if ended.stdout.strip() and part is trials.once:
-            yield Finding(
-                "silence",
-                f"it writes to standard output: {ended.stdout.strip().splitlines()[0]!r}",
-                "Use logging, or a Note of the plan.",
-            )
         if part is trials.once:
             if any(rule in ("example", "load") for rule, _, _ in told):
                 return
