@@ -84,7 +84,8 @@ class Finding:
     """What to do about it, in one imperative sentence."""
 
     def __str__(self) -> str:
-        return f"[{self.rule}] {self.message}. {self.fix}"
+        stop = "" if self.message.endswith("?") else "."
+        return f"[{self.rule}] {self.message}{stop} {self.fix}"
 
 
 def assert_plugin(
@@ -225,7 +226,7 @@ def _of_spelling(plugin: Any) -> Iterator[Finding]:
         if meant and not inspect.isroutine(value):
             yield Finding(
                 "declarations",
-                f"`{attribute}` is no attribute that the host reads. {meant}".rstrip(".?") + "?",
+                f"`{attribute}` is no attribute that the host reads. {meant}",
                 "Spell it so, or choose a name that is less alike.",
             )
     for attribute in ("always_active", "rehearsed"):
@@ -242,7 +243,7 @@ def _of_spelling(plugin: Any) -> Iterator[Finding]:
         if meant and conflict.key not in keys:
             yield Finding(
                 "declarations",
-                f"one of its `conflicts` is with {conflict.key!r}, which is no key. {meant}"[:-1],
+                f"one of its `conflicts` is with {conflict.key!r}, which is no key. {meant}",
                 "Name a core key of the spec, or a plugin.",
             )
 
@@ -295,7 +296,7 @@ def _of_order(plugin: Any) -> Iterator[Finding]:
             elif other not in {*known, ordering.LAST} and meant:
                 yield Finding(
                     "order",
-                    f"its `{attribute}` names {other!r}, which is not installed. {meant}"[:-1],
+                    f"its `{attribute}` names {other!r}, which is not installed. {meant}",
                     "Spell the name as that plugin does; a name of nobody is ignored.",
                 )
             elif other == ordering.LAST and attribute == "before":
@@ -386,8 +387,8 @@ def _of_trials(
         told, seen = ended.value
         yield from (Finding(*one) for one in told)
         if part is trials.once:
-            if any(rule in ("example", "load") for rule, _, _ in told):
-                return
+            if seen is None:
+                return  # it does not load at all
             modules = seen
     yield from _of_ranks(tried, timeout)
 

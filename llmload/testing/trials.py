@@ -6,6 +6,7 @@ trial needs.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import inspect
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import llmload
-from llmload.errors import LlmloadError, RequestError, first_line
+from llmload.errors import LlmloadError, RequestError
+from llmload.plugin import first_line
 from llmload.testing import examples, ranks
 
 Found = tuple[str, str, str]
@@ -74,15 +76,19 @@ def _make(folder: Path) -> None:
 # --- one load ---------------------------------------------------------------------------------
 
 
-def once(case: Case) -> tuple[list[Found], list[str]]:
-    """Plan and load twice, and hold one against the other; also returns what was imported."""
+def once(case: Case) -> tuple[list[Found], list[str] | None]:
+    """Plan and load twice, and hold one against the other.
+
+    Also returns the modules that are imported by now, or None where the plugin does not load.
+    """
     listener = _Listener(type(case.made).__module__)
     with redirect_stdout(listener):
         found = list(_once(case))
     for line in listener.heard[:1]:
         fix = "Use logging, or a Note of the plan."
         found.append(("silence", f"it writes {line!r} to standard output", fix))
-    return found, sorted(sys.modules)
+    fails = any(rule == "example" or "does not load" in message for rule, message, _ in found)
+    return found, None if fails else sorted(sys.modules)
 
 
 class _Listener(io.StringIO):
@@ -118,7 +124,7 @@ def _once(case: Case) -> Iterator[Found]:
             plan.raise_for_errors()
     except LlmloadError as error:
         fix = "Give `spec=` with what the plugin wants, and mend what it says."
-        yield "example", f"the plan of {_shown(case)} fails: {first_line(error).rstrip('.')}", fix
+        yield "example", f"the plan of {_shown(case)} fails: {_told_by(error)}", fix
         return
     if case.name not in plan.plugins:
         yield "example", f"it takes no part in {_shown(case)}", "Give `spec=` with its section."
@@ -134,14 +140,14 @@ def _once(case: Case) -> Iterator[Found]:
         plan.model_dump_json()
     except Exception as error:
         fix = "Record numbers, texts, lists and mappings of them."
-        yield "report", f"the plan cannot be written as JSON: {first_line(error)}", fix
+        yield "report", f"the plan cannot be written as JSON: {_told_by(error)}", fix
     torch.manual_seed(0)
     try:
         result = llmload.load(case.spec, registry=registry)
     except Exception as error:
         rule = "plan-equals-load" if isinstance(error, llmload.AuditError) else "load"
         fix = "Mend it, or yield a Problem from `check`: what was planned is expected to load."
-        yield rule, f"{_shown(case)} was planned and does not load: {first_line(error)}", fix
+        yield rule, f"{_shown(case)} was planned and does not load: {_told_by(error)}", fix
         return
     assert isinstance(result, LoadResult)
     yield from _unforetold(plan, result)
@@ -153,7 +159,8 @@ def _once(case: Case) -> Iterator[Found]:
         result.report.model_dump_json()
     except Exception as error:
         fix = "Record numbers, texts, lists and mappings of them."
-        yield "report", f"the report cannot be written as JSON: {first_line(error)}", fix
+        yield "report", f"the report cannot be written as JSON: {_told_by(error)}", fix
+        return
     yield from _unrepeatable(case, registry, plan, result)
 
 
@@ -197,7 +204,7 @@ def _unrepeatable(
         torch.manual_seed(0)
         second = llmload.load(case.spec, registry=registry)
     except Exception as error:
-        yield "repeatable", f"the second load fails: {first_line(error)}", fix
+        yield "repeatable", f"the second load fails: {_told_by(error)}", fix
         return
     for key in type(plan).model_fields:
         if getattr(plan, key) != getattr(again, key):
@@ -205,6 +212,10 @@ def _unrepeatable(
             return
     for what in disagreements({"model": wanted}, {"model": _digests(second.model)}):
         yield "repeatable", f"the second load of one seed gives other {what}", fix
+
+
+def _told_by(error: BaseException) -> str:
+    return first_line(error).rstrip(".")
 
 
 def _shown(case: Case) -> str:
@@ -328,7 +339,7 @@ def _unrefused(case: Case, section: Any) -> Iterator[Found]:
             if error is not None:
                 yield (
                     "bad-sections",
-                    f"with {what} the plan has no errors, and the load fails: {first_line(error)}",
+                    f"with {what} the plan has no errors, and the load fails: {_told_by(error)}",
                     "Refuse it in the section, or yield a Problem from `check`.",
                 )
                 return
@@ -355,7 +366,7 @@ def _told(what: str, error: BaseException | None) -> Found:
     fix = "Refuse it in the section (llmload.InvalidValueError), or yield a Problem from `check`."
     if error is None:
         return "bad-sections", f"it takes {what}", fix
-    return "bad-sections", f"{what} ends in {type(error).__name__}: {first_line(error)}", fix
+    return "bad-sections", f"{what} ends in {type(error).__name__}: {_told_by(error)}", fix
 
 
 # --- leftovers and failures -------------------------------------------------------------------
@@ -373,7 +384,10 @@ def afterwards(case: Case, modules: list[str]) -> tuple[list[Found], None]:
             warnings.simplefilter("ignore")
             importlib.import_module(name)
     with suppress(LlmloadError):
-        llmload.load(case.without(), registry=case.registry())
+        alone = llmload.create_registry(block={case.made.name}, environ={})
+        llmload.load(case.without(), registry=alone)
+    gc.collect()
+    gc.freeze()  # a snapshot looks for garbage, which takes long among all that was imported
     found: list[Found] = []
     before = snapshot()
 
@@ -400,7 +414,7 @@ def afterwards(case: Case, modules: list[str]) -> tuple[list[Found], None]:
     try:
         different = list(disagreements({"model": wanted}, {"model": _seeded(case)}))
     except Exception as error:
-        different = [f"an error: {first_line(error)}"]
+        different = [f"an error: {_told_by(error)}"]
     for what in different:
         fix = "Undo in the contexts of `init_context` what a failed load must not leave."
         found.append(("failures", f"the load after those that failed gives other {what}", fix))
@@ -412,9 +426,9 @@ def _failing(
 ) -> Iterator[Found]:
     """Load beside a plugin that fails, and hold what comes to what it raised."""
     came = _error_of(llmload.load, case.spec, registry=case.registry(saboteur))
-    if came is None or SABOTAGE not in f"{came}{came.__cause__}{came.__context__}":
+    if came is None or SABOTAGE not in str(came):
         fix = "Let contexts and `audit` be deaf to errors that are not theirs, and re-raise."
-        told = "nothing" if came is None else f"{type(came).__name__}: {first_line(came)}"
+        told = "nothing" if came is None else f"{type(came).__name__}: {_told_by(came)}"
         yield "failures", f"when another plugin's {hook} fails, {told} comes", fix
     elif error is KeyboardInterrupt and not isinstance(came, KeyboardInterrupt):
         fix = "Catch Exception, not BaseException."
