@@ -211,6 +211,11 @@ class ConflictsWithNobody:
     conflicts = (llmload.Conflict(key="loar", reason="one adapter", fix="Remove it."),)
 
 
+class ActsNowhere:
+    name = "faulty"
+    stage = "adaptor"
+
+
 class WantsArguments:
     name = "faulty"
 
@@ -659,6 +664,7 @@ FAULTS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
     "a text for a tuple": (TextForTuple, "declarations", "its `after` is the text 'lora'", {}),
     "a requirement of nothing": (RequiresNothing, "declarations", "names no distribution", {}),
     "a conflict with nobody": (ConflictsWithNobody, "declarations", "Did you mean 'lora'?", {}),
+    "a stage that is none": (ActsNowhere, "declarations", "Did you mean 'adapter'?", {}),
     "a class that wants arguments": (WantsArguments, "declarations", "it cannot be made", {}),
     "a flag that is a text": (Truthy, "declarations", "its `always_active` is 'yes'", {}),
     "a section that takes anything": (LooseSection, "section", "does not forbid unknown keys", {}),

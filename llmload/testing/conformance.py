@@ -22,6 +22,7 @@ import llmload
 from llmload.errors import LlmloadError
 from llmload.host import ordering
 from llmload.host.contract import (
+    building_faults,
     declaration_faults,
     hook_faults,
     manager_of,
@@ -69,6 +70,7 @@ _DECLARATIONS: Final = (
     "provides",
     "rehearsed",
     "requires",
+    "stage",
 )
 
 
@@ -169,7 +171,7 @@ def _of_declarations(plugin: object) -> Iterator[Finding]:
         return
     for text in hook_faults(made, manager_of([*_others(made), made])):
         yield Finding("hooks", text, "See llmload.hookspecs for every hook and its arguments.")
-    faults = list(section_faults(made))
+    faults = list(section_faults(made)) or list(building_faults(made))
     for text in faults:
         yield Finding("section", text, "Let `Section` be a subclass of llmload.Section.")
     wrong = list(declaration_faults(made))
