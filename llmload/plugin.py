@@ -24,6 +24,9 @@ Files of a checkpoint:
 - ``Proof``: what a loader read, and the digest of what it placed.
 - ``UntrustedFolder``: configs and other small files of a folder, each read by strict rules;
   ``local_path`` and ``read_file``: a path that a spec names, and a small file there.
+- ``hold_adapter``: a saved adapter's config held to what its weights bear;
+  ``matching_within_budget``: PEFT's matching of names held to a budget of time;
+  ``replicated_layers``: how many a ``layer_replication`` makes.
 - ``main_file``: the file that another library wants to be pointed to.
 
 Where and how a weight is stored:
@@ -96,6 +99,9 @@ if TYPE_CHECKING:
     from llmload.checkpoint.untrusted import read_file as read_file
     from llmload.context.peers import ABILITIES as ABILITIES
     from llmload.errors import in_one_line as in_one_line
+    from llmload.hf.adapters import hold_adapter as hold_adapter
+    from llmload.hf.adapters import matching_within_budget as matching_within_budget
+    from llmload.hf.adapters import replicated_layers as replicated_layers
     from llmload.hf.interface import Transformers as Transformers
     from llmload.hf.locating import locate as locate_files
     from llmload.hf.locating import read_config as read_config
@@ -158,12 +164,14 @@ __all__ = [
     "default_dtype",
     "explain",
     "from_pretrained",
+    "hold_adapter",
     "in_one_line",
     "installed_transformers",
     "installed_versions",
     "local_path",
     "locate_files",
     "main_file",
+    "matching_within_budget",
     "name_and_version",
     "nearest",
     "parse_yaml",
@@ -173,6 +181,7 @@ __all__ = [
     "rank",
     "read_config",
     "read_file",
+    "replicated_layers",
     "request_of",
     "size_text",
     "some",
@@ -198,6 +207,7 @@ _HOME = {
     ),
     "in_one_line": "errors",
     **dict.fromkeys(("installed_versions", "name_and_version", "version_of"), "host.distributions"),
+    **dict.fromkeys(("hold_adapter", "matching_within_budget", "replicated_layers"), "hf.adapters"),
     "Transformers": "hf.interface",
     "installed_transformers": "hf.versions",
     "default_dtype": "model.torch_defaults",

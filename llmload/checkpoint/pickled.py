@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from llmload.checkpoint.folder import refuse
 from llmload.checkpoint.header import TensorInfo, check_name
+from llmload.checkpoint.strict_json import short
 
 if TYPE_CHECKING:
     from llmload.errors import CheckpointError
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 MIN_TORCH = (2, 10)
 """First torch whose restricted unpickler has no known hole (CVE-2025-32434, CVE-2026-24747)."""
 
+_MAX_PICKLE_BYTES = 64 * 2**20
+"""Of the pickle in an archive, which holds names and shapes: a hundred bytes for each tensor."""
+_SHOWN = 200
 _CONVERT = "Save it again as safetensors, on a machine that may open pickles."
 
 
@@ -52,12 +56,12 @@ def read_pickle(path: Path, file: IO[bytes], size: int) -> list[TensorInfo]:
     """
     import torch
 
-    _check_archive(path, file)
+    _check_archive(path, file, size)
     file.seek(0)
     try:
         content = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # the restricted unpickler raises many kinds
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0][:_SHOWN]
         raise refuse(path, f"the pickle cannot be read safely: {reason}", _CONVERT) from error
     if _is_dpo_archive(content):
         content = content["state"]
@@ -74,28 +78,43 @@ def _is_dpo_archive(content: Any) -> bool:
     return isinstance(content, dict) and content.keys() == {"step_idx", "state", "metrics"}
 
 
-def _check_archive(path: Path, file: IO[bytes]) -> None:
+def _check_archive(path: Path, file: IO[bytes], size: int) -> None:
+    """Refuse an archive unless all in it lies there once, as it is: nothing is to be unpacked."""
     try:
         with zipfile.ZipFile(file) as archive:
-            stored = all(item.compress_type == zipfile.ZIP_STORED for item in archive.infolist())
-            orders = [name for name in archive.namelist() if name.endswith("/byteorder")]
-            native = all(archive.read(name).decode() == sys.byteorder for name in orders)
-    except (zipfile.BadZipFile, UnicodeDecodeError):
+            items = archive.infolist()
+            stored = all(item.compress_type == zipfile.ZIP_STORED for item in items)
+            fits = sum(item.file_size for item in items) <= size
+            pickles = [item for item in items if item.filename.endswith(".pkl")]
+            small = all(item.file_size <= _MAX_PICKLE_BYTES for item in pickles)
+            orders = [item for item in items if item.filename.endswith("/byteorder")]
+            native = stored and all(
+                item.file_size < _SHOWN and archive.read(item).decode() == sys.byteorder
+                for item in orders
+            )
+    except Exception:  # zipfile raises many kinds for what is no archive, or half of one
         raise refuse(path, "the file is cut off or of torch's oldest layout", _CONVERT) from None
     if not (stored and native):
         raise refuse(path, "the archive is compressed or of another byte order", _CONVERT)
+    if not (fits and small):
+        raise refuse(path, f"the archive holds more than its {size:,} bytes", _CONVERT)
 
 
 def _locate(path: Path, name: str, tensor: Any, size: int) -> TensorInfo:
     from llmload.checkpoint.dtypes import safetensors_dtype
 
-    check_name(name)
-    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if offset is None or not tensor.is_contiguous():
-        raise refuse(path, f"tensor {name!r} does not lie in one piece in the file", _CONVERT)
+    try:
+        check_name(name)
+        offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        in_one_piece = offset is not None and tensor.is_contiguous()
+        dtype = safetensors_dtype(tensor.dtype)
+    except Exception as error:  # sparse ones have no storage, quantised ones no dtype of ours
+        reason = str(error).partition("\n")[0][:_SHOWN]
+        raise refuse(path, f"tensor {short(name)} is not a plain one: {reason}", _CONVERT) from None
+    if not in_one_piece:
+        raise refuse(path, f"tensor {short(name)} does not lie in one piece in the file", _CONVERT)
     start = offset + tensor.storage_offset() * tensor.element_size()
     stop = start + tensor.numel() * tensor.element_size()
     if stop > size:
-        raise refuse(path, f"tensor {name!r} ends at byte {stop} of a file of {size} bytes")
-    dtype = safetensors_dtype(tensor.dtype)
+        raise refuse(path, f"tensor {short(name)} ends at byte {stop} of a file of {size} bytes")
     return TensorInfo(name, path, dtype, tuple(tensor.shape), start, stop)

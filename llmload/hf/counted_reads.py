@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.patching import replaced
+from llmload.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,12 +26,16 @@ class CountedReads(AbstractContextManager["CountedReads"]):
     It stands before the two functions by which transformers opens weights, ``safe_open`` and
     ``torch.load``, and sees what they hand out: of safetensors each tensor or slice that is asked
     for, of a pickle all tensors in it that are not on the meta device. Both map the files, so the
-    bytes that a process copies from them tell nothing. Other files are opened as ever.
+    bytes that a process copies from them tell nothing. Another file is refused: only what was
+    checked is opened.
+
+    :param further: files of weights beside the checkpoint's that were checked too.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, further: Iterable[Path] = ()) -> None:
         self._checkpoint = checkpoint
         self._paths = {os.path.realpath(file.path): file.path for file in checkpoint.files}
+        self._further = {os.path.realpath(path) for path in further}
         self._bytes = dict.fromkeys((file.path for file in checkpoint.files), 0)
         self._reads = dict.fromkeys(self._bytes, 0)
         self._opened: set[Path] = set()
@@ -58,8 +63,8 @@ class CountedReads(AbstractContextManager["CountedReads"]):
     def _load(self, load: Any, *args: Any, **options: Any) -> Any:
         import torch
 
-        content = load(*args, **options)
         path = self.opened(args[0] if args else options.get("f"))
+        content = load(*args, **options)
         if path is not None and isinstance(content, Mapping):
             for value in content.values():
                 if isinstance(value, torch.Tensor) and not value.is_meta:
@@ -67,12 +72,22 @@ class CountedReads(AbstractContextManager["CountedReads"]):
         return content
 
     def opened(self, file: Any) -> Path | None:
-        """Note that a file is open; returns its name in the checkpoint, None for another file."""
+        """Note that a file is opened; returns its path in the checkpoint, None for a further."""
         if not isinstance(file, str | os.PathLike):
             return None
-        path = self._paths.get(os.path.realpath(file))
+        real = os.path.realpath(file)
+        path = self._paths.get(real)
         if path is not None:
             self._opened.add(path)
+        elif real not in self._further:
+            raise CheckpointError(
+                Problem(
+                    where=str(file),
+                    message="transformers was about to open this file of weights, which is not"
+                    " among those that were checked",
+                    fix="Keep the model's weights under their plain names, and load again.",
+                )
+            )
         return path
 
     def count(self, path: Path | None, nbytes: int) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from llmload.checkpoint import Checkpoint
 from llmload.errors import CheckpointError, Problem
 from llmload.hf import installed_transformers
 from llmload.loading import audit
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
-    from llmload.checkpoint import Checkpoint
     from llmload.checkpoint.accounting import Accounting
     from llmload.context.context import LoadContext
 
@@ -68,7 +70,7 @@ def _pretrained(ctx: LoadContext) -> PreTrainedModel:
         **ctx.load_options,
     }
     assert checkpoint is not None
-    counts = CountedReads(checkpoint)
+    counts = CountedReads(checkpoint, _further_files(ctx))
     try:
         if checkpoint.as_stored and ctx.spec.weights_from is None:
             options["use_safetensors"] = checkpoint.format == "safetensors"
@@ -93,6 +95,16 @@ def _pretrained(ctx: LoadContext) -> PreTrainedModel:
         ctx.newly_initialised[name] = ctx.to_initialise.get(name, audit.MISSING)
     ctx.unexpected += sorted(info["unexpected_keys"])
     return model
+
+
+def _further_files(ctx: LoadContext) -> list[Path]:
+    """Return the weights that transformers opens beside the model's own, all of them checked."""
+    further = []
+    for name in getattr(type(ctx.config), "extra_files", ()):
+        if ctx.files.holds(name):
+            further.append(ctx.files.path(name))
+            Checkpoint.open(ctx.files.root / name)
+    return further
 
 
 def _from_tensors(

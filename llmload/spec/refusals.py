@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sized
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 
@@ -252,12 +252,19 @@ def _wrong_value(path: Path, value: object, faults: list[ErrorDetails]) -> Probl
     if cause is not None:
         message = str(cause)
     elif fault["type"] in _RULES:
-        message = _RULES[fault["type"]].format(found=found, **fault["ctx"])
+        message = _RULES[fault["type"]].format(found=found, **_context(fault, value))
     elif asked != fault["msg"]:
         message = f"expected {asked}, found {found}"
     else:
         message = f"{asked[0].lower()}{asked[1:]}, found {found}"
     return _problem(path, message, getattr(cause, "fix", ""))
+
+
+def _context(fault: ErrorDetails, value: object) -> dict[str, Any]:
+    context = dict(fault.get("ctx", {}))
+    if context.get("actual_length", ...) is None and isinstance(value, Sized):
+        context["actual_length"] = len(value)  # pydantic does not count a mapping
+    return context
 
 
 def _wrong_kind(path: Path, value: object, faults: list[ErrorDetails]) -> Problem:

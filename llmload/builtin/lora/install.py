@@ -15,10 +15,9 @@ from llmload import Problem, RequestError
 from llmload.builtin.lora import resume, targets, ties
 from llmload.builtin.lora.dispatch import Dispatcher, record
 from llmload.builtin.lora.layers import adapter_parameters, lora_layers, own_name
-from llmload.builtin.lora.matching import within_budget
 from llmload.builtin.lora.names import translate_targets
 from llmload.builtin.lora.request import Request, heard, refused, resolve
-from llmload.plugin import alike, partitions
+from llmload.plugin import alike, matching_within_budget, partitions
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -39,7 +38,7 @@ def install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
     :raises RequestError: PEFT refuses the adapter, a name matches nothing, the adapter reaches tied
         weights without a choice, or a saved adapter does not fit.
     """
-    with within_budget():
+    with matching_within_budget():
         return _install(ctx, model)
 
 
@@ -195,7 +194,7 @@ def _wrap(ctx: LoadContext, request: Request, model: nn.Module, config: LoraConf
                 adapter_name=section.adapter_name,
                 autocast_adapter_dtype=section.adapter_dtype == "auto",
             )
-    except (ImportError, TypeError, ValueError) as error:
+    except (ImportError, LookupError, TypeError, ValueError) as error:
         raise refused(error) from error
     dispatcher.finish()
     _name_base(ctx, request, config)

@@ -11,7 +11,14 @@ from pydantic import ValidationError
 
 from llmload import CheckpointError, Problem
 from llmload.builtin.lora.section import LEFT_TO_PEFT, OWN_FIELDS, LoraSection
-from llmload.plugin import Checkpoint, MappedCheckpoint, UntrustedFolder, explain, local_path
+from llmload.plugin import (
+    Checkpoint,
+    MappedCheckpoint,
+    UntrustedFolder,
+    explain,
+    hold_adapter,
+    local_path,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -98,6 +105,7 @@ def open_adapter(path: str) -> SavedAdapter:
         )
     files.path(WEIGHTS)  # which no link may lead out of the folder
     checkpoint = Checkpoint.open(folder / WEIGHTS)
+    hold_adapter(files, fields, checkpoint)
     return SavedAdapter(
         folder=folder,
         fields=fields,
@@ -119,7 +127,10 @@ def _read_config(files: UntrustedFolder) -> tuple[dict[str, Any], tuple[str, ...
         content = files.config(CONFIG, CONFIG)
     except CheckpointError as error:
         raise CheckpointError(
+            # What is wrong with the file itself has its path there.
             problem.model_copy(update={"where": f"lora.adapter.{problem.where}".rstrip(".")})
+            if problem.file
+            else problem
             for problem in error.problems
         ) from None
     kind = content.get("peft_type")

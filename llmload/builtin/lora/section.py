@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 from pydantic import AfterValidator, Field, model_validator
 
 from llmload import InvalidValueError, Section
-from llmload.plugin import Regex, nearest
+from llmload.plugin import Regex, nearest, replicated_layers
 
 OWN_FIELDS: Final = frozenset(
     {"adapter", "adapter_dtype", "adapter_name", "lora_config", "merge", "tied_weights"}
@@ -63,7 +63,14 @@ FIELDS_SINCE: Final[Mapping[str, str]] = MappingProxyType(
 
 _FAST_PISSA: Final = r"pissa_niter_\d+"
 
-Names: TypeAlias = tuple[Annotated[str, Field(min_length=1)], ...]
+_MOST: Final = 10_000
+"""Names that PEFT holds against each module in turn."""
+_MOST_PATTERNS: Final = 4096
+_MOST_LAYERS: Final = 4096
+
+Names: TypeAlias = Annotated[
+    tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=_MOST)
+]
 Options: TypeAlias = Mapping[str, Any]
 """A nested configuration of PEFT, by its own field names."""
 
@@ -99,6 +106,20 @@ def _initialisation(value: bool | str) -> bool | str:
 
 
 Targets: TypeAlias = Annotated[Regex, AfterValidator(_one_pattern)] | Names
+
+
+def _replication(
+    ranges: tuple[tuple[int, int], ...] | None,
+) -> tuple[tuple[int, int], ...] | None:
+    layers = replicated_layers(ranges)
+    if layers > _MOST_LAYERS:
+        raise InvalidValueError(
+            f"{layers:,} layers are more than the {_MOST_LAYERS:,} that a stack may have",
+            fix="Give ranges of the model's own layers.",
+        )
+    return ranges
+
+
 Rank: TypeAlias = Annotated[int, AfterValidator(_rank)]
 Alpha: TypeAlias = Annotated[int | float, Field(gt=0)]
 
@@ -130,13 +151,15 @@ class LoraSection(Section):
     )
     """How the adapter starts: true (no effect at first), gaussian, pissa, pissa_niter_N, olora,
     orthogonal, eva, corda, loftq, lora_ga, mica; false: at random, with an effect."""
-    layers_to_transform: int | tuple[int, ...] | None = None
+    layers_to_transform: int | Annotated[tuple[int, ...], Field(max_length=_MOST_LAYERS)] | None = (
+        None
+    )
     """Numbers of the layers that get adapters; null for all."""
-    layers_pattern: str | Names | None = None
+    layers_pattern: Regex | Annotated[tuple[Regex, ...], Field(max_length=_MOST)] | None = None
     """Name of the list of layers, such as ``layers`` or ``h``, for ``layers_to_transform``."""
-    rank_pattern: Mapping[Regex, Rank] = Field(default={})
+    rank_pattern: Mapping[Regex, Rank] = Field(default={}, max_length=_MOST_PATTERNS)
     """Module name (its end, or a regular expression for it) -> rank other than ``r``."""
-    alpha_pattern: Mapping[Regex, Alpha] = Field(default={})
+    alpha_pattern: Mapping[Regex, Alpha] = Field(default={}, max_length=_MOST_PATTERNS)
     """Module name (its end, or a regular expression for it) -> alpha other than ``lora_alpha``."""
     megatron_config: Options | None = None
     """Arguments of Megatron's TransformerConfig, for its parallel linear layers."""
@@ -164,7 +187,10 @@ class LoraSection(Section):
     """Group size for ``use_qalora``."""
     monteclora_config: Options | None = None
     """``MontecloraConfig``: Monte Carlo sampling on top of the adapter."""
-    layer_replication: tuple[tuple[int, int], ...] | None = None
+    layer_replication: Annotated[
+        Annotated[tuple[tuple[int, int], ...], Field(max_length=_MOST_LAYERS)] | None,
+        AfterValidator(_replication),
+    ] = None
     """Ranges of layers, end excluded, of which a new stack is made; weights are shared."""
     runtime_config: Options = Field(default={})
     """``LoraRuntimeConfig``; not saved with the adapter."""
