@@ -287,8 +287,8 @@ BAD_LOADS = [
         (
             "{folder}: the folder holds neither model.safetensors nor"
             " model.safetensors.index.json; found config.json, generation_config.json,"
-            f" {TOKENIZER_FILES}. Give a folder written by save_pretrained,"
-            " or the weights file itself."
+            f" {TOKENIZER_FILES}. Give a folder written by save_pretrained, or name where the"
+            " weights are in `weights_from`."
         ),
         removed("*.safetensors*"),
     ),
@@ -512,7 +512,17 @@ BAD_LOADS = [
         "tokenizer: {chat_template: nowhere.jinja}",
         (
             "tokenizer.chat_template: the chat template file 'nowhere.jinja' does not exist."
-            " Give the path of a .jinja file, or the template itself."
+            " Write the template itself, the path of a file that holds it, or a folder or hub id"
+            " whose tokenizer has one."
+        ),
+    ),
+    BadLoad(
+        "name of a template in another tool",
+        "tokenizer: {chat_template: chatml}",
+        (
+            "tokenizer.chat_template: 'chatml' is no chat template: it has no `{{` and no `{%`, and"
+            " no file or folder is called so. Write the template itself, the path of a file that"
+            " holds it, or a folder or hub id whose tokenizer has one."
         ),
     ),
     BadLoad(

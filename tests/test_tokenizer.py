@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import socket
@@ -413,6 +414,10 @@ def test_a_tokenizer_that_cannot_leave_out_eos_is_an_error(tmp_path: Path) -> No
 
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+WAYS = (
+    "Write the template itself, the path of a file that holds it, or a folder or hub id whose"
+    " tokenizer has one."
+)
 CONVERSATION = [{"role": "user", "content": "the fox"}]
 
 
@@ -441,8 +446,50 @@ def test_a_chat_template_that_is_no_jinja_or_no_file_is_an_error(folder: Path) -
         " expression, got 'end of statement block'. Mend the template."
     ]
     assert problems(folder, chat_template="no/such.jinja") == [
-        "error tokenizer.chat_template: the chat template file 'no/such.jinja' does not exist. Give"
-        " the path of a .jinja file, or the template itself."
+        "error tokenizer.chat_template: the chat template file 'no/such.jinja' does not exist."
+        f" {WAYS}"
+    ]
+
+
+@pytest.mark.parametrize("asked", ["chatml", "a sentence", "llama3", "some/deep/path", "[INST]"])
+def test_what_would_render_every_conversation_as_itself_is_refused(
+    asked: str, folder: Path
+) -> None:
+    assert problems(folder, chat_template=asked) == [
+        f"error tokenizer.chat_template: {asked!r} is no chat template: it has no `{{{{` and no"
+        f" `{{%`, and no file or folder is called so. {WAYS}"
+    ]
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_refused_as_one(folder: Path) -> None:
+    (text,) = problems(folder, chat_template="org/name")
+    assert text.startswith("error tokenizer.chat_template: 'org/name' is not a folder, and the hub")
+
+
+def test_a_file_without_a_template_is_refused(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chat.txt"
+    file.write_text("chatml")
+    assert problems(folder, chat_template=str(file)) == [
+        f"error tokenizer.chat_template: the file {str(file)!r} holds no chat template: it has no"
+        f" `{{{{` and no `{{%`. {WAYS}"
+    ]
+    file.write_text(TEMPLATE)
+    assert tokenizer(folder, chat_template=str(file)).chat_template == TEMPLATE
+
+
+def test_another_models_tokenizer_gives_its_template(folder: Path, tmp_path: Path) -> None:
+    chatty = tiny_checkpoint(tmp_path / "chatty", chat_template=TEMPLATE)
+    assert tokenizer(folder, chat_template=str(chatty)).chat_template == TEMPLATE
+    # Before 4.52 the template was saved in the tokenizer's config, alone or by name.
+    (chatty / "chat_template.jinja").unlink(missing_ok=True)
+    file = chatty / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": "{{ x }}"}, {"name": "default", "template": TEMPLATE}]
+    for stored in (TEMPLATE, named):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": stored}))
+        assert tokenizer(folder, chat_template=str(chatty)).chat_template == TEMPLATE
+    assert problems(folder, chat_template=str(folder)) == [
+        f"error tokenizer.chat_template: the tokenizer in {str(folder)!r} has no chat template."
+        f" {WAYS}"
     ]
 
 
@@ -609,3 +656,21 @@ def without_tokenizer_in_place(folder: Path) -> Path:
 
 def without_tokenizer(folder: Path, tmp_path: Path) -> Path:
     return without_tokenizer_in_place(copied(folder, tmp_path))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is installed"
+)
+@pytest.mark.skipif(not IS_MODERN, reason="4.51.3 says so itself")
+def test_a_missing_sentencepiece_is_not_called_a_missing_tiktoken(tmp_path: Path) -> None:
+    llama = tiny_llama(tmp_path)
+    (llama / "tokenizer.json").unlink()
+    (llama / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\0\0\0\0\x18\x02")
+    file = llama / "tokenizer_config.json"
+    content = json.loads(file.read_text()) | {"tokenizer_class": "LlamaTokenizer"}
+    file.write_text(json.dumps(content))
+    assert problems(llama) == [
+        "error tokenizer.name_or_path: the vocabulary in"
+        f" {str(llama / 'tokenizer.model')!r} is read by sentencepiece, which is not installed. Install it with `pip install sentencepiece"
+        " protobuf`."
+    ]

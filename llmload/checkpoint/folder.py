@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from llmload.checkpoint import strict_json
+from llmload.checkpoint import mistaken, strict_json
 from llmload.errors import CheckpointError, Problem
 
 SINGLE = "model.safetensors"
@@ -40,7 +40,7 @@ def main_file(folder: Path) -> Path:
     raise refuse(
         folder,
         f"the folder holds neither {SINGLE} nor {INDEX}; found {listing}",
-        "Give a folder written by save_pretrained, or the weights file itself.",
+        mistaken.without_weights(folder),
     )
 
 

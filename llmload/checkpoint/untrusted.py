@@ -60,6 +60,9 @@ _NOT_OPENED = frozenset({"special_tokens_map_file", "added_tokens_file", "tokeni
 _MEGATRON = (None, "megatron.core")
 
 _AGAIN = "Save or download the folder again."
+_LFS = b"version https://git-lfs"
+_POINTER_BYTES = 1024
+"""Below which a file may be a pointer; they have less than 200."""
 _SHOWN = 20
 _Identity = tuple[int, int, int, int, int]
 
@@ -138,7 +141,7 @@ class UntrustedFolder:
         :raises CheckpointError: not a plain file of the folder, or of more than ``limit`` bytes.
         """
         with regular_file(self.path(name)) as (descriptor, state):
-            self._hold_to_size(name, state, limit)
+            self._hold(name, descriptor, state, limit)
             with os.fdopen(os.dup(descriptor), "rb") as file:
                 data = file.read(limit + 1)
             if len(data) != state.st_size:
@@ -162,8 +165,8 @@ class UntrustedFolder:
 
         :raises CheckpointError: not a plain file of the folder, or of more than ``limit`` bytes.
         """
-        with regular_file(self.path(name)) as (_, state):
-            self._hold_to_size(name, state, limit)
+        with regular_file(self.path(name)) as (descriptor, state):
+            self._hold(name, descriptor, state, limit)
             return state.st_size
 
     def check(self) -> None:
@@ -184,10 +187,16 @@ class UntrustedFolder:
         """Return the error about one file, to be raised by the caller."""
         return CheckpointError(Problem(file=str(self.root / name), message=message, fix=fix))
 
-    def _hold_to_size(self, name: str, state: os.stat_result, limit: int) -> None:
+    def _hold(self, name: str, descriptor: int, state: os.stat_result, limit: int) -> None:
         if state.st_size > limit:
             raise self.refusal(
                 name, f"the file has {state.st_size:,} bytes, more than the {limit:,} allowed"
+            )
+        if state.st_size < _POINTER_BYTES and os.pread(descriptor, len(_LFS), 0) == _LFS:
+            raise self.refusal(
+                name,
+                "a Git LFS pointer lies where the file should be",
+                "Fetch the files first, for example with git lfs pull.",
             )
         self._seen[self.root / name] = _identity(state)
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmload.checkpoint import mistaken
 from llmload.checkpoint.folder import member
 from llmload.checkpoint.strict_json import short
 from llmload.checkpoint.untrusted import UntrustedFolder, local_path
@@ -42,12 +43,10 @@ def resolve(spec: LoadSpec, *, weights: bool) -> Path:
     if spec.subfolder:
         folder = local_path(os.path.join(folder, spec.subfolder), "subfolder")
     if not os.path.lexists(folder / CONFIG):
+        what, fix = mistaken.without_config(folder)
+        message = f"the folder {str(folder)!r} holds no {CONFIG}"
         raise CheckpointError(
-            Problem(
-                where="model",
-                message=f"the folder {str(folder)!r} holds no {CONFIG}",
-                fix="Give a folder written by save_pretrained.",
-            )
+            Problem(where="model", message=f"{message}, {what}" if what else message, fix=fix)
         )
     return folder
 
@@ -70,6 +69,15 @@ def locate(spec: LoadSpec, *, weights: bool) -> Path:
                 )
             )
         return folder
+    if folder.exists():
+        raise CheckpointError(
+            Problem(
+                where="model",
+                message=f"{str(folder)!r} is a file, and a model is a folder",
+                fix="Give the folder that holds config.json; name a file of weights in"
+                " `weights_from`.",
+            )
+        )
     if _is_hub_id(str(spec.model)):
         return _snapshot(spec, weights=weights)
     raise CheckpointError(

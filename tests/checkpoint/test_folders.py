@@ -86,7 +86,7 @@ def test_a_missing_path_is_refused(tmp_path: Path) -> None:
     ("found", "listing"),
     [
         ([], "nothing"),
-        (["config.json", "tf_model.h5"], "config.json, tf_model.h5"),
+        (["config.json", "vocab.txt"], "config.json, vocab.txt"),
         ([f"{n}.txt" for n in range(9)], ", ".join(f"{n}.txt" for n in range(8)) + ", ..."),
     ],
 )
@@ -97,7 +97,8 @@ def test_a_folder_without_weights_is_refused_with_what_it_holds(
         (tmp_path / name).touch()
     assert refusal(tmp_path) == (
         f"{tmp_path}: the folder holds neither model.safetensors nor {INDEX}; found {listing}. "
-        "Give a folder written by save_pretrained, or the weights file itself."
+        "Give a folder written by save_pretrained, or name where the weights are in"
+        " `weights_from`."
     )
 
 

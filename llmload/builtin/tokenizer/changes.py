@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmload import Problem
-from llmload.plugin import closest, local_path, read_file
+from llmload.plugin import closest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,8 +17,13 @@ if TYPE_CHECKING:
     from llmload.builtin.tokenizer.section import TokenizerSection
 
 
-def change(tokenizer: PreTrainedTokenizerBase, section: TokenizerSection) -> Iterator[Problem]:
-    """Change ``tokenizer`` in place as ``section`` says."""
+def change(
+    tokenizer: PreTrainedTokenizerBase, section: TokenizerSection, template: str | None
+) -> Iterator[Problem]:
+    """Change ``tokenizer`` in place as ``section`` says.
+
+    :param template: what ``chat_template`` leads to.
+    """
     _add_tokens(tokenizer, section)
     yield from _set_pad_token(tokenizer, section)
     for attribute in ("padding_side", "truncation_side", "model_max_length"):
@@ -26,7 +31,7 @@ def change(tokenizer: PreTrainedTokenizerBase, section: TokenizerSection) -> Ite
         if value is not None:
             setattr(tokenizer, attribute, value)
     yield from _frame(tokenizer, section)
-    yield from _set_chat_template(tokenizer, section)
+    yield from _set_chat_template(tokenizer, template)
     if section.eos_config_fields and tokenizer.eos_token is None:
         yield Problem(
             where="tokenizer.eos_config_fields",
@@ -176,34 +181,22 @@ def _framed(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
 
 
 def _set_chat_template(
-    tokenizer: PreTrainedTokenizerBase, section: TokenizerSection
+    tokenizer: PreTrainedTokenizerBase, template: str | None
 ) -> Iterator[Problem]:
     import jinja2
 
-    text = section.chat_template
-    if text is None:
+    if template is None:
         return
-    where = "tokenizer.chat_template"
-    if text.endswith(".jinja") and "\n" not in text:
-        path = local_path(text, where)
-        if not path.exists():
-            yield Problem(
-                where=where,
-                message=f"the chat template file {text!r} does not exist",
-                fix="Give the path of a .jinja file, or the template itself.",
-            )
-            return
-        text = read_file(path, where, "the chat template").decode("utf-8", "replace")
     conversation = [{"role": "user", "content": ""}]
     try:
-        tokenizer.apply_chat_template(conversation, chat_template=text, tokenize=False)
+        tokenizer.apply_chat_template(conversation, chat_template=template, tokenize=False)
     except jinja2.TemplateSyntaxError as error:
         yield Problem(
-            where=where,
+            where="tokenizer.chat_template",
             message=f"the chat template has a Jinja error in line {error.lineno}: {error.message}",
             fix="Mend the template.",
         )
         return
     except Exception:
         pass  # It compiles, which is all that counts: it may well refuse this conversation.
-    tokenizer.chat_template = text
+    tokenizer.chat_template = template

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # Any of these makes a folder one with a tokenizer; the first alone holds no vocabulary.
 _CONFIG = "tokenizer_config.json"
+_PIECES = "tokenizer.model"
 _FILES = (_CONFIG, "tokenizer*", "vocab.*", "*.model", "tekken.json")
 
 
@@ -77,6 +79,13 @@ def load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTraine
         except Exception as error:  # transformers raises many kinds for a bad file
             if names(folder) == {_CONFIG}:
                 raise _no_vocabulary(folder, []) from error
+            if _wants_sentencepiece(folder):
+                raise refusal(
+                    "name_or_path",
+                    f"the vocabulary in {str(folder / _PIECES)!r} is read by sentencepiece, which"
+                    " is not installed",
+                    "Install it with `pip install sentencepiece protobuf`.",
+                ) from error
             raise _cannot_be_loaded(folder, in_one_line(error)) from error
     files.check()
     if tokenizer is False:  # what transformers 4.51 gives where a slow one's files are missing
@@ -104,10 +113,20 @@ def faults_refused(folder: Path) -> Iterator[None]:
         raise _cannot_be_loaded(folder, f"its Rust code panics: {in_one_line(error)}") from None
 
 
+def _wants_sentencepiece(folder: Path) -> bool:
+    """Whether the vocabulary is of sentencepiece, which transformers takes for one of tiktoken
+    where it finds no sentencepiece."""
+    if importlib.util.find_spec("sentencepiece") is not None or not (folder / _PIECES).is_file():
+        return False
+    with (folder / _PIECES).open("rb") as file:
+        # A protobuf that begins with a piece, where tiktoken has lines of base64.
+        return file.read(1) == b"\n" and not (folder / "tokenizer.json").exists()
+
+
 def _cannot_be_loaded(folder: Path, reason: str) -> RequestError:
     return refusal(
         "name_or_path",
-        f"the tokenizer in {str(folder)!r} cannot be loaded: {reason}",
+        f"the tokenizer in {str(folder)!r} cannot be loaded: {reason.rstrip('.')}",
         "Save or download it again, or name another in `tokenizer.name_or_path`.",
     )
 

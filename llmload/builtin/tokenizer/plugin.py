@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from llmload import Note, Problem
-from llmload.builtin.tokenizer import files, ids
+from llmload.builtin.tokenizer import chat_template, files, ids
 from llmload.builtin.tokenizer.changes import change
 from llmload.builtin.tokenizer.section import TokenizerSection
 from llmload.hookspecs import hookimpl
@@ -57,8 +57,9 @@ class TokenizerPlugin:
                 " that the installed transformers has, and it is a fast one",
                 fix="Remove `tokenizer.use_fast`.",
             )
+        template = chat_template.find(section.chat_template, ctx)
         with files.faults_refused(folder):
-            yield from change(tokenizer, section)
+            yield from change(tokenizer, section, template)
         trained = before
         if folder != ctx.folder and files.names(ctx.folder):
             trained = files.load(ctx.folder, ctx, section).get_vocab()

@@ -75,7 +75,8 @@ class TokenizerSection(Section):
     add_special_tokens: SpecialTokens = SpecialTokens()
     """Special tokens to set, by name."""
     chat_template: str | None = None
-    """A Jinja template, or the path of a ``.jinja`` file; null keeps."""
+    """A Jinja template, the path of a file that holds one, or a folder or hub id whose tokenizer
+    has one; null keeps."""
     add_bos_token: bool | None = None
     """Begin every text with the bos token; null keeps."""
     add_eos_token: bool | None = None
