@@ -85,6 +85,8 @@ def test_help_answers_in_less_than_300_ms() -> None:
 # --- surface ------------------------------------------------------------------------------------
 
 OPTIONS = {
+    "lock": ["--json", "--output", "--plugin", "-o", "-p", "SPEC"],
+    "verify": ["--json", "--lock", "--plugin", "-p", "SPEC"],
     "load": ["--json", "--plugin", "-p", "SPEC"],
     "plan": ["--json", "--plugin", "-p", "SPEC"],
     "validate": ["--json", "--plugin", "-p", "SPEC"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,15 +40,16 @@ def of_samples(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def of_file(path: Path) -> str:
+def of_file(path: Path, stop: threading.Event | None = None) -> str:
     """Return the SHA-256 of all bytes of a plain file; links are resolved already.
 
+    :param stop: ends it early, with a digest of what was read by then.
     :raises CheckpointError: it is gone, or no plain file.
     """
     digest = hashlib.sha256()
     buffer = bytearray(_CHUNK)
     with regular_file(path) as (descriptor, _), os.fdopen(os.dup(descriptor), "rb", 0) as file:
-        while count := file.readinto(buffer):
+        while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
 

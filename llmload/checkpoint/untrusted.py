@@ -87,7 +87,17 @@ class UntrustedFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.others: dict[str, UntrustedFolder] = {}
+        """Further folders that the same load opens files of, by what they are for."""
         self._seen: dict[Path, _Identity] = {}
+
+    def adopt(self, role: str, folder: UntrustedFolder) -> UntrustedFolder:
+        """Count another folder among those of this load, and return it.
+
+        :param role: what it is for in one word, such as ``tokenizer``; the last one of it counts.
+        """
+        self.others[role] = folder
+        return folder
 
     def holds(self, name: str) -> bool:
         """Say whether the folder has an entry of that name, of whatever kind."""
@@ -182,6 +192,8 @@ class UntrustedFolder:
                     "the file changed while it was being loaded",
                     "Load again when nothing writes to the folder.",
                 )
+        for folder in self.others.values():
+            folder.check()
 
     def refusal(self, name: str, message: str, fix: str = _AGAIN) -> CheckpointError:
         """Return the error about one file, to be raised by the caller."""

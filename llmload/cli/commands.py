@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from llmload.host.registry import Registry
+    from llmload.loading.prepared import Prepared
     from llmload.spec.files import Source
     from llmload.spec.groupspec import GroupSpec
     from llmload.spec.loadspec import LoadSpec
@@ -184,6 +185,61 @@ def validate(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answe
 
 
 @_command
+def lock(
+    *,
+    spec: Spec,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path(
+        "llmload.lock"
+    ),
+    plugin: Plugins = None,
+    json: Json = False,
+) -> Answer:
+    """Write down what a load of the spec opens: size and SHA-256 of every file, and its plugins.
+
+    Set `lock: FILE` in the spec, and a load that differs in anything is refused.
+    """
+    from llmload.loading import lock as locking
+
+    registry = _registry(plugin)
+    made = locking.make(_prepared(_one_model(spec, registry), registry))
+    locking.write(made, output)
+    size = sum(file.size for file in made.files.values())
+    return Answer(made, lambda: f"{output}: {len(made.files)} files, {size:,} bytes")
+
+
+@_command
+def verify(
+    *,
+    spec: Spec,
+    lock: Annotated[
+        str | None, typer.Option("--lock", help="Lock file; by default the spec's `lock`.")
+    ] = None,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> Answer:
+    """Hold every byte that a load of the spec would read to a lock file, without loading.
+
+    Exit code 1 where anything differs.
+    """
+    from llmload.loading import lock as locking
+
+    registry = _registry(plugin)
+    wanted = _one_model(spec, registry)
+    path = lock or wanted.lock
+    if path is None:
+        raise RequestError(
+            "there is no lock to verify: the spec has no `lock`, and `--lock` was not given",
+            fix="Make one with `llmload lock`.",
+        )
+    locked = locking.read(path)
+    prepared = _prepared(wanted, registry)
+    found = [*locking.differences(locked, prepared), *locking.wrong_weights(locked, prepared)]
+    data = {"lock": path, "files": len(locked.files), "differences": found}
+    text = "\n".join(found) or f"{path}: all {len(locked.files)} files are as locked"
+    return Answer(data, lambda: text, LlmloadError.exit_code if found else 0)
+
+
+@_command
 def plugins(*, plugin: Plugins = None, json: Json = False) -> Answer:
     """List the plugins: built in, installed, left out, broken."""
     from llmload.cli import environment, show
@@ -296,6 +352,27 @@ def _wanted(spec: str, registry: Registry) -> LoadSpec | GroupSpec:
     if groupspec.is_group(document.data):
         return registry.validate_group(document)
     return registry.validate(document)
+
+
+def _one_model(spec: str, registry: Registry) -> LoadSpec:
+    from llmload.spec.groupspec import GroupSpec
+
+    wanted = _wanted(spec, registry)
+    if isinstance(wanted, GroupSpec):
+        raise RequestError(
+            f"{spec!r} is a group of models, and a lock is of one",
+            fix="Lock each member by a spec of its own, and name the lock in the member's `lock`.",
+        )
+    return wanted
+
+
+def _prepared(wanted: LoadSpec, registry: Registry) -> Prepared:
+    """Plan a load without holding it to a lock; raise what stands in its way."""
+    from llmload.loading.planning import prepare
+
+    prepared = prepare(wanted.model_copy(update={"lock": None}), registry, weights=True)
+    prepared.plan.raise_for_errors()
+    return prepared
 
 
 def _source(spec: str) -> Source:

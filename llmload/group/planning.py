@@ -13,7 +13,8 @@ from llmload.group import sharing
 from llmload.group.sharing import Sharing
 from llmload.loading.audit import some
 from llmload.loading.plan import Plan
-from llmload.loading.planning import Prepared, prepare
+from llmload.loading.planning import prepare
+from llmload.loading.prepared import Prepared
 from llmload.spec.groupspec import ADAPTER_OF, AdapterSpec, GroupSpec, in_member, naming
 
 if TYPE_CHECKING:

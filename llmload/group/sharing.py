@@ -22,7 +22,7 @@ from llmload.hf import installed_transformers
 
 if TYPE_CHECKING:
     from llmload.context.context import LoadContext
-    from llmload.loading.planning import Prepared
+    from llmload.loading.prepared import Prepared
     from llmload.loading.rehearsal import Rehearsal
 
 How: TypeAlias = Literal["checkpoint pages", "one cast", "adapter off", "frozen copy"]

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from llmload.errors import CheckpointError, Decline
 from llmload.host.distributions import installed_versions
 from llmload.host.registry import Registry, create_registry
-from llmload.loading import audit, fit, hook_calls, turns, warned
+from llmload.loading import audit, fit, hook_calls, lock, turns, warned
 from llmload.loading.makers import Ledger
 from llmload.loading.plan import Plan
-from llmload.loading.planning import Prepared, no_loader, prepare
+from llmload.loading.planning import no_loader, prepare
+from llmload.loading.prepared import Prepared
 from llmload.loading.report import Report
 from llmload.model import partitions
 from llmload.spec import files
@@ -111,7 +112,8 @@ def execute(
     if scope is not None:
         ctx.scope = scope
     ledger = Ledger()
-    with undone_on_error(), ctx.until_end if scope is None else nullcontext():
+    until_end = ctx.until_end if scope is None else nullcontext()
+    with undone_on_error(), until_end, lock.held_to(prepared):
         with ExitStack() as contexts:
             for plugin in host.implementing("init_context"):
                 begun.update(host.names[: host.names.index(plugin) + 1])

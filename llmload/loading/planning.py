@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint import Checkpoint
@@ -14,26 +13,16 @@ from llmload.hf import installed_transformers, locating, model_classes
 from llmload.hf.engine import Engine
 from llmload.hf.versions import refuse_unsupported
 from llmload.host.distributions import version_of
-from llmload.loading import fit, hook_calls, key_mapping
+from llmload.loading import fit, hook_calls, key_mapping, lock
 from llmload.loading.garbage import collection_paused
 from llmload.loading.plan import Plan, Step
-from llmload.loading.rehearsal import Rehearsal, rehearse
+from llmload.loading.prepared import Prepared
+from llmload.loading.rehearsal import rehearse
 
 if TYPE_CHECKING:
     from llmload.host.discovery import PluginInfo
     from llmload.host.registry import Host, Registry
     from llmload.spec.loadspec import LoadSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A plan together with what the pipeline needs to carry it out."""
-
-    plan: Plan
-    host: Host
-    ctx: LoadContext
-    rehearsal: Rehearsal | None
-    """None where the load could not be rehearsed."""
 
 
 @collection_paused()
@@ -93,7 +82,10 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
         except RequestError as error:
             plan.problems += error.problems
         rehearsal = rehearse(host, ctx, plan)
-    return Prepared(plan=plan, host=host, ctx=ctx, rehearsal=rehearsal)
+    prepared = Prepared(plan=plan, host=host, ctx=ctx, rehearsal=rehearsal)
+    if not plan.errors:
+        plan.problems += lock.problems(prepared)
+    return prepared
 
 
 def require_stack() -> None:

@@ -164,6 +164,9 @@ class LoadSpec(Section):
     """File or folder of weights to fill the model with, instead of those in ``model``, which then
     gives config and tokenizer. Also the archive of the DPO reference code, behind
     ``allow_pickle``."""
+    lock: Annotated[str | None, BeforeValidator(_as_text)] = None
+    """Lock file that ``llmload lock`` wrote: a load that opens any other file, or is made of other
+    plugins, is refused."""
     device_map: (
         Annotated[int | str, AfterValidator(device_or_spread)]
         | Mapping[str, Annotated[int | str, AfterValidator(device_name)]]

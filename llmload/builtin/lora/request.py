@@ -110,6 +110,7 @@ def resolve(ctx: LoadContext) -> Request:
     base: dict[str, Any] = {}
     if section.adapter is not None:
         adapter = saved.open_adapter(section.adapter)
+        ctx.files.adopt("adapter", adapter.files)
         base = adapter.fields
         _refuse_contradictions(given, base, f"the adapter in {section.adapter!r}")
         section = _as_it_was_tied(section, adapter)

@@ -42,9 +42,10 @@ def locate(ctx: LoadContext, section: TokenizerSection) -> Path:
     place = {"model": section.name_or_path, "revision": section.revision}
     try:
         folder = locate_files(ctx.spec.model_copy(update=place), weights=False)
+        files = ctx.files.adopt("tokenizer", UntrustedFolder(folder))
         if (folder / "config.json").is_file():
             # transformers reads it to choose the tokenizer's class.
-            read_config(UntrustedFolder(folder), ctx.spec)
+            read_config(files, ctx.spec)
     except CheckpointError as error:
         keys = {"model": "tokenizer.name_or_path", "revision": "tokenizer.revision"}
         raise RequestError(
