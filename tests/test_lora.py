@@ -259,17 +259,69 @@ def test_targets_are_reported_by_name_and_what_is_left_out_by_kind(llama: Path) 
     }
 
 
-def test_names_that_match_nothing_are_reported_beside_those_that_do(llama: Path) -> None:
-    section = QV | {
-        "target_modules": ["q_proj", "query"],
-        "modules_to_save": ["lm_head", "score"],
-        "rank_pattern": {"q_proj": 2, "k_prj": 2},
-    }
-    assert load(llama, section).report.facts["lora"]["unmatched"] == [
-        "target_modules: query",
-        "modules_to_save: score",
-        "rank_pattern: k_prj",
-    ]
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"target_modules": ["q_porj", "v_proj"]},
+            "lora.target_modules: no module of LlamaForCausalLM is called 'q_porj'. The nearest:"
+            " q_proj, v_proj.",
+        ),
+        (
+            {"modules_to_save": ["lm_head", "scores"]},
+            "lora.modules_to_save: no module of LlamaForCausalLM is called 'scores'. Names are"
+            " down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj,"
+            " v_proj.",
+        ),
+        (
+            {"rank_pattern": {"q_proj": 2, "k_prj": 2}},
+            "lora.rank_pattern: no module of LlamaForCausalLM is called 'k_prj'. The nearest:"
+            " k_proj, v_proj.",
+        ),
+        (
+            {"alpha_pattern": {"q_proj": 2, "up_proj": 2}},
+            "lora.alpha_pattern: no layer that gets an adapter is called 'up_proj'. Adapted are"
+            " model.layers.*.self_attn.q_proj, model.layers.*.self_attn.v_proj.",
+        ),
+        (
+            {"layers_to_transform": [0, 2]},
+            "lora.layers_to_transform: no layer of LlamaForCausalLM that gets an adapter has the"
+            " number 2. Numbers go from 0 on, one less than there are layers.",
+        ),
+    ],
+)
+def test_one_wrong_name_among_several_is_refused(
+    llama: Path, keys: dict[str, Any], message: str
+) -> None:
+    assert refusal(llama, QV | keys) == message
+
+
+@needs_peft("0.15.0")
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([], "no token id is named, so that no row would be trained. List ids of tokens, or"),
+        ([-1], "-1 is no token id: PEFT would count from the last row, padding included. Give ids"),
+        ([5, 5], "5 is named twice, and of two trained rows for one token one is lost. Name each"),
+        ({}, "no module is named, so that no row would be trained. Write module: [ids], or"),
+        ([5, 128], "the token id 128 has no row: 'the embedding' has 128. Give ids below that;"),
+        ({"lm_head": [500]}, "the token id 500 has no row: 'lm_head' has 128. Give ids below"),
+        ({"lm_head": []}, "no token id is named"),
+    ],
+)
+def test_token_ids_without_a_row_are_refused(llama: Path, ids: Any, message: str) -> None:
+    found = refusal(llama, QV | {"trainable_token_indices": ids})
+    assert found.startswith("lora.trainable_token_indices")
+    assert message in found
+
+
+@needs_peft("0.15.0")
+def test_rows_of_tokens_that_are_added_can_be_trained(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path, vocab_size=51)
+    section = QV | {"trainable_token_indices": [51]}
+    core: dict[str, Any] = {"tokenizer": {"add_tokens": ["<y>"]}, "embeddings": {}}
+    result = load(folder, section, **core)
+    assert result.model.get_input_embeddings().weight.shape[0] == 52
 
 
 @needs_peft("0.14.0")

@@ -657,3 +657,14 @@ def test_a_plain_load_imports_no_library_of_a_plugin_that_takes_no_part(tmp_path
     )
     assert ours <= theirs
     assert not ours or not IS_MODERN  # where transformers imports DeepSpeed
+
+
+def test_a_place_for_a_module_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    llmload.load({"model": str(folder), "device_map": {"model": "cpu", "lm_head": "cpu"}})
+    with pytest.raises(llmload.RequestError) as caught:
+        llmload.load({"model": str(folder), "device_map": {"model": "cpu", "lm_haed": "cpu"}})
+    assert str(caught.value) == (
+        "device_map.lm_haed: no module of LlamaForCausalLM is called 'lm_haed'. The nearest:"
+        " lm_head."
+    )

@@ -674,3 +674,23 @@ def test_a_missing_sentencepiece_is_not_called_a_missing_tiktoken(tmp_path: Path
         f" {str(llama / 'tokenizer.model')!r} is read by sentencepiece, which is not installed. Install it with `pip install sentencepiece"
         " protobuf`."
     ]
+
+
+@pytest.mark.parametrize("name", ["pad", "eos", "bos"])
+def test_a_special_token_of_the_folder_that_has_no_row_is_refused(
+    tmp_path: Path, name: str
+) -> None:
+    folder = tiny_llama(tmp_path, vocab_size=51)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({f"{name}_token": "<beyond>"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(llmload.RequestError) as caught:
+        llmload.load({"model": str(folder)})
+    assert str(caught.value) == (
+        "tokenizer: the tokenizer has ids up to 51, the model's embedding has 51 rows: the"
+        f" {name} token '<beyond>' has id 51. Add the section `embeddings: {{}}`, or name other"
+        " tokens in `tokenizer.add_special_tokens`."
+    )
+    model = llmload.load({"model": str(folder), "embeddings": {}}).model
+    model.save_pretrained(tmp_path / "saved")
+    llmload.load({"model": str(tmp_path / "saved")})

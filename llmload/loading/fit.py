@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from llmload.checkpoint.accounting import as_quantised
 from llmload.errors import CheckpointError, Problem
 from llmload.hf import generation, installed_transformers, quantised
 from llmload.loading import audit
+from llmload.spec.suggest import closest
 
 if TYPE_CHECKING:
     from llmload.checkpoint.accounting import Accounting
@@ -31,6 +32,7 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
     if ctx.checkpoint is None:
         return
     yield from _undecided_adapter(ctx)
+    yield from _unknown_places(ctx)
     config = ctx.config
     stored = quantised.declared(config)
     if stored is not None and not quantised.by_bitsandbytes(stored):  # which has its own section
@@ -54,6 +56,25 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
         )
     yield from found.misfits()
     yield from _keys(ctx, found)
+
+
+def _unknown_places(ctx: LoadContext) -> Iterator[Problem]:
+    """Refuse keys of ``device_map`` that no module or parameter takes."""
+    asked = ctx.spec.device_map
+    if not isinstance(asked, Mapping):
+        return
+    names = {name for name, _ in ctx.blank.named_modules()} | ctx.blank.state_dict().keys()
+    for key in asked:
+        if key not in names:
+            close = closest(key, names)
+            yield Problem(
+                where=f"device_map.{key}",
+                message=f"no module of {ctx.model_class.__name__} is called {key!r}",
+                fix=f"The nearest: {', '.join(close)}."
+                if close
+                else "Give names of modules as they are in the model, such as"
+                f" {next(name for name in names if name)!r}.",
+            )
 
 
 def adapter_beside(ctx: LoadContext) -> bool:

@@ -48,7 +48,8 @@ def _install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
     untied = ties.untie(model) if section.tied_weights == "untie" else {}
     with heard():  # what it warns of, `check` has told
         config = _config(ctx, request, model)
-    unmatched = targets.hold_to_names(request.fields, config, model)
+    unmatched = targets.hold_to_names(request, config, model)
+    targets.refuse_rows_beyond(request, model)
     linear = targets.linear_layers(model)
     tied = ties.tied_embeddings(model)
     trial = _trial(ctx, request, model)
@@ -67,6 +68,7 @@ def _install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
     if section.ensure_weight_tying:
         ties.tie_again(wrapped, section.adapter_name)
     layers = lora_layers(wrapped, section.adapter_name)
+    targets.hold_to_layers(request, model, layers)
     if trial is not None:
         _refuse_other_targets(request, set(layers), trial)
 

@@ -105,6 +105,39 @@ def _initialisation(value: bool | str) -> bool | str:
     )
 
 
+def _token_ids(value: tuple[int, ...]) -> tuple[int, ...]:
+    if not value:
+        raise InvalidValueError(
+            "no token id is named, so that no row would be trained",
+            fix="List ids of tokens, or remove the key.",
+        )
+    wrong = [number for number in value if number < 0]
+    if wrong:
+        raise InvalidValueError(
+            f"{wrong[0]} is no token id: PEFT would count from the last row, padding included",
+            fix="Give ids from 0 on, as the tokenizer has them.",
+        )
+    twice = sorted({number for number in value if value.count(number) > 1})
+    if twice:
+        raise InvalidValueError(
+            f"{twice[0]} is named twice, and of two trained rows for one token one is lost",
+            fix="Name each id once.",
+        )
+    return value
+
+
+def _some_modules(
+    value: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None,
+) -> tuple[int, ...] | Mapping[str, tuple[int, ...]] | None:
+    if isinstance(value, Mapping) and not value:
+        raise InvalidValueError(
+            "no module is named, so that no row would be trained",
+            fix="Write module: [ids], or [ids] for the input embedding, or remove the key.",
+        )
+    return value
+
+
+TokenIds: TypeAlias = Annotated[tuple[int, ...], AfterValidator(_token_ids)]
 Targets: TypeAlias = Annotated[Regex, AfterValidator(_one_pattern)] | Names
 
 
@@ -165,7 +198,9 @@ class LoraSection(Section):
     """Arguments of Megatron's TransformerConfig, for its parallel linear layers."""
     megatron_core: str | None = "megatron.core"
     """Module from which Megatron's core is imported."""
-    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
+    trainable_token_indices: Annotated[
+        TokenIds | Mapping[str, TokenIds] | None, AfterValidator(_some_modules)
+    ] = None
     """Token ids whose embedding rows are trained, or embedding module -> token ids."""
     loftq_config: Options = Field(default={})
     """``LoftQConfig``, for ``init_lora_weights: loftq``."""

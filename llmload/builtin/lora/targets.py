@@ -10,11 +10,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmload import Problem, RequestError
+from llmload.builtin.lora.layers import own_name
 from llmload.builtin.lora.request import ALL_LINEAR
-from llmload.plugin import closest, patterns
+from llmload.plugin import closest, partitions, patterns
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
+    from transformers import PreTrainedModel
+
+    from llmload.builtin.lora.request import Request
 
 _ADAPTABLE: Final = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LINEAR: Final = (nn.Linear, Conv1D)
@@ -25,23 +30,23 @@ _SHOWN: Final = 12
 _Matcher: TypeAlias = Callable[[str, str], bool]
 
 
-def hold_to_names(fields: Mapping[str, Any], config: LoraConfig, model: nn.Module) -> list[str]:
+def hold_to_names(request: Request, config: LoraConfig, model: nn.Module) -> list[str]:
     """Find the names in a request that match nothing in ``model``.
 
-    :param fields: the request's fields of ``LoraConfig``.
-    :param config: the configuration made of them, translated to today's names. Names that the
+    :param config: the configuration made of it, translated to today's names. Names that the
         translation dropped or brought are PEFT's affair.
     :param model: the base model before it is wrapped.
-    :returns: ``field: name`` for each such name.
-    :raises RequestError: a field of which not one name matches; PEFT itself speaks up for
-        ``target_modules`` only.
+    :returns: ``field: name`` for each such name that is no error: to exclude what is not there is
+        idle, and a saved adapter is held to the names of its weights.
+    :raises RequestError: any other name that matches nothing; PEFT itself speaks up for
+        ``target_modules`` only, and where none of them matches.
     """
     modules = [name for name, _ in model.named_modules() if name]
     parameters = [name for name, _ in model.named_parameters()]
     unmatched: list[str] = []
     problems: list[Problem] = []
     for field, entries, matches in _named(config):
-        given = fields.get(field) or ()
+        given = request.fields.get(field) or ()
         asked = [entry for entry in entries if entry in _listed(given)]
         among = {
             "target_parameters": parameters,
@@ -51,8 +56,8 @@ def hold_to_names(fields: Mapping[str, Any], config: LoraConfig, model: nn.Modul
         }.get(field, modules)
         misses = [entry for entry in asked if not any(matches(entry, name) for name in among)]
         unmatched += [f"{field}: {entry}" for entry in misses]
-        # To exclude what is not there is idle, not wrong.
-        if misses and len(misses) == len(asked) and field != "exclude_modules":
+        from_file = request.saved is not None and len(misses) < len(asked)
+        if misses and field != "exclude_modules" and not from_file:
             what = "parameter" if among is parameters else "module"
             problems.append(
                 Problem(
@@ -65,6 +70,85 @@ def hold_to_names(fields: Mapping[str, Any], config: LoraConfig, model: nn.Modul
     if problems:
         raise RequestError(problems)
     return unmatched
+
+
+def hold_to_layers(request: Request, model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
+    """Refuse what is said of layers that got no adapter: their rank, their alpha, their number.
+
+    :param model: the base model.
+    :param layers: those that carry the adapter, by their names in the base model.
+    :raises RequestError: names what nothing took.
+    """
+    if request.saved is not None:
+        return  # held to its weights
+    names = {own_name(name) for name in layers}
+    names |= {
+        f"{own_name(name)}.{layer.parameter_name}"
+        for name, layer in layers.items()
+        if hasattr(layer, "parameter_name")
+    }
+    problems = []
+    for field in ("rank_pattern", "alpha_pattern"):
+        idle = [
+            entry
+            for entry in request.fields.get(field) or ()
+            if not any(_pattern(entry, name) for name in names)
+        ]
+        if idle:
+            problems.append(
+                Problem(
+                    where=f"lora.{field}",
+                    message=f"no layer that gets an adapter is called"
+                    f" {' or '.join(map(repr, idle))}",
+                    fix=f"Adapted are {', '.join(by_kind(names)[:_SHOWN])}.",
+                )
+            )
+    asked = request.fields.get("layers_to_transform")
+    numbers = [asked] if isinstance(asked, int) else asked or ()
+    parts = {part for name in names for part in name.split(".")}
+    beyond = [number for number in numbers if str(number) not in parts]
+    if beyond:
+        problems.append(
+            Problem(
+                where="lora.layers_to_transform",
+                message=f"no layer of {type(model).__name__} that gets an adapter has the number"
+                f" {' or '.join(map(str, beyond))}",
+                fix="Numbers go from 0 on, one less than there are layers.",
+            )
+        )
+    if problems:
+        raise RequestError(problems)
+
+
+def refuse_rows_beyond(request: Request, model: PreTrainedModel) -> None:
+    """Refuse token ids to train for which an embedding or head has no row.
+
+    :raises RequestError: names each module with the rows it has.
+    """
+    asked = request.fields.get("trainable_token_indices") or {}
+    if not isinstance(asked, Mapping):
+        asked = {"": asked}
+    problems = []
+    for name, ids in asked.items():
+        if name:
+            found = [module for path, module in model.named_modules() if _bare_end(name, path)]
+        else:
+            found = [model.get_input_embeddings()]
+        for module in found:
+            weight = getattr(module, "weight", None)
+            beyond = [number for number in ids if number >= partitions.shape(weight)[0]]
+            if weight is not None and beyond:
+                problems.append(
+                    Problem(
+                        where="lora.trainable_token_indices",
+                        message=f"the token id {beyond[0]} has no row: {name or 'the embedding'!r}"
+                        f" has {partitions.shape(weight)[0]}",
+                        fix="Give ids below that; for tokens that are added, `embeddings: {}` makes"
+                        " rows.",
+                    )
+                )
+    if problems:
+        raise RequestError(problems)
 
 
 def _listed(value: Any) -> Any:

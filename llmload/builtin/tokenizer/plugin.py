@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from llmload import LoadContext
 
 _SHOWN = 3
+_IN_EVERY_TEXT = ("pad", "bos", "eos", "unk", "sep", "cls")
+"""Special tokens that texts and configs get, whatever they say."""
 
 
 class TokenizerPlugin:
@@ -134,14 +136,21 @@ def _rows(ctx: LoadContext) -> Iterator[Problem]:
         return
     needed = max(ctx.tokenizer.get_vocab().values()) + 1
     new = [token for token, token_id in ctx.new_tokens.items() if token_id < rows]
+    used = {
+        f"{name} token {getattr(ctx.tokenizer, f'{name}_token')!r}": token_id
+        for name in _IN_EVERY_TEXT
+        if (token_id := getattr(ctx.tokenizer, f"{name}_token_id")) is not None
+    }
+    beyond = [f"the {token} has id {number}" for token, number in used.items() if number >= rows]
     if needed > rows:
         yield Problem(
             where="tokenizer",
             # The model's own tokenizer may well have ids that its texts never use.
-            severity="error" if len(ctx.new_tokens) > len(new) else "warning",
+            severity="error" if beyond or len(ctx.new_tokens) > len(new) else "warning",
             message=f"the tokenizer has ids up to {needed - 1}, the model's embedding has"
-            f" {rows} rows",
-            fix="Add the section `embeddings: {}`.",
+            f" {rows} rows" + (f": {', '.join(beyond)}" if beyond else ""),
+            fix="Add the section `embeddings: {}`"
+            + (", or name other tokens in `tokenizer.add_special_tokens`." if beyond else "."),
         )
     elif new:
         yield Problem(
