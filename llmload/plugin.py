@@ -12,6 +12,9 @@ Values of a section:
 
 - ``Regex``: a field that holds a regular expression, refused where it is none; ``patterns``:
   matching one within a budget of time, as it is somebody else's.
+- ``Spelling``: what another tool calls a key, for ``Section.spellings``; ``switch``, ``words`` and
+  ``listed`` turn its value into ours, ``DTYPE_WORDS`` are others' names of dtypes, and ``Removal``
+  says that there is nothing to write.
 - ``explain``: pydantic's error as problems, for a file of the plugin's own.
 - ``nearest``: "Did you mean 'x'?"; ``closest``: the known words most like one.
 - ``parse_yaml``: a YAML or JSON text, read as strictly as a spec, as plain data.
@@ -129,6 +132,12 @@ if TYPE_CHECKING:
     from llmload.ranks.launcher import tell as tell
     from llmload.ranks.meeting import Ranks as Ranks
     from llmload.ranks.presence import Presence as Presence
+    from llmload.spec.foreign_keys import DTYPE_WORDS as DTYPE_WORDS
+    from llmload.spec.foreign_keys import Removal as Removal
+    from llmload.spec.foreign_keys import Spelling as Spelling
+    from llmload.spec.foreign_keys import listed as listed
+    from llmload.spec.foreign_keys import switch as switch
+    from llmload.spec.foreign_keys import words as words
     from llmload.spec.loadspec import Regex as Regex
     from llmload.spec.refusals import explain as explain
     from llmload.spec.suggest import closest as closest
@@ -137,6 +146,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ABILITIES",
+    "DTYPE_WORDS",
     "MISSING",
     "Accounting",
     "Checkpoint",
@@ -150,8 +160,10 @@ __all__ = [
     "RandomOp",
     "Ranks",
     "Regex",
+    "Removal",
     "Source",
     "Span",
+    "Spelling",
     "Splitting",
     "Target",
     "TensorInfo",
@@ -168,6 +180,7 @@ __all__ = [
     "in_one_line",
     "installed_transformers",
     "installed_versions",
+    "listed",
     "local_path",
     "locate_files",
     "main_file",
@@ -186,9 +199,11 @@ __all__ = [
     "size_text",
     "some",
     "store_is_there",
+    "switch",
     "tell",
     "torch_dtype",
     "version_of",
+    "words",
     "world_size",
 ]
 
@@ -225,6 +240,9 @@ _HOME = {
     **dict.fromkeys(("connect", "tell"), "ranks.launcher"),
     "Ranks": "ranks.meeting",
     "Presence": "ranks.presence",
+    **dict.fromkeys(
+        ("DTYPE_WORDS", "Removal", "Spelling", "listed", "switch", "words"), "spec.foreign_keys"
+    ),
     "Regex": "spec.loadspec",
     "explain": "spec.refusals",
     **dict.fromkeys(("closest", "nearest"), "spec.suggest"),

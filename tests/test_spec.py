@@ -8,16 +8,18 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import SimpleNamespace
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import yaml
 from bad_specs import BAD_SPECS, BadSpec
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+import llmload
 from llmload import LoadSpec, Section, SpecError, create_registry
 from llmload.spec import files
-from llmload.spec.foreign_keys import SPELLINGS, VALUES
+from llmload.spec.foreign_keys import VALUES, Spelling, of_sections
 from llmload.spec.loadspec import KeyExceptions, validate
 from llmload.spec.refusals import InvalidValueError, fields_of
 from llmload.spec.schema import json_schema
@@ -34,6 +36,10 @@ class Nested(Section):
 
 class Adapter(Section):
     """Stands for a plugin's section, with one field of each kind."""
+
+    spellings: ClassVar[Mapping[str, Spelling]] = {
+        "lora_r": Spelling("TRL and axolotl", "adapter.r")
+    }
 
     r: Annotated[int, Field(gt=0)] = 8
     scale: Annotated[float, Field(ge=0, lt=2)] = 1.0
@@ -92,7 +98,7 @@ def test_a_bad_spec_file_is_refused_with_every_fault_and_its_place(
     content = bad.text if isinstance(bad.text, bytes) else bad.text.encode()
     Path(bad.file).write_bytes(content)
     with pytest.raises(SpecError) as caught:
-        validate(files.read(bad.file), {})
+        validate(files.read(bad.file), create_registry(environ={}).sections)
     assert str(caught.value) == bad.message
     assert caught.value.exit_code == 2
 
@@ -156,7 +162,8 @@ def test_null_is_as_if_the_key_were_not_there_in_a_spec_as_in_a_group() -> None:
         ({"path": 5}, ".path: expected a path, found 5"),
         ({"model": "gpt2"}, ".model: unknown key. Move it to the top level."),
         ({"p": 0.1}, ".p: unknown key. Move it to dropout."),
-        ({"lora_r": 4}, ".lora_r: unknown key, known from TRL and axolotl. Write `lora: {r: 4}`."),
+        ({"lora_r": 4},
+         ".lora_r: unknown key, known from TRL and axolotl. Write `adapter: {r: 4}`."),
         ({"unheard_of": 4},
          ".unheard_of: unknown key. Known keys are: r, scale, bias, bits, mode, target_modules,"
          " names, class, nested, many, by_name, path, api_key."),
@@ -367,8 +374,51 @@ def test_a_hub_token_is_not_shown_wherever_it_stands(data: dict[str, Any]) -> No
     assert SECRET not in refusal(data)
 
 
+def spellings() -> Mapping[str, Spelling]:
+    return of_sections(create_registry(environ={}).sections.values())
+
+
+def test_a_section_carries_what_other_tools_call_its_keys() -> None:
+    class Ours:
+        name = "ours"
+
+        class Section(llmload.Section):
+            rank: int = 8
+            spellings: ClassVar[Mapping[str, Spelling]] = {
+                "their_rank": Spelling("their tool", "ours.rank"),
+                "ours.r": Spelling("their tool", "ours.rank"),
+            }
+
+    registry = create_registry([Ours], environ={})
+    with pytest.raises(SpecError) as caught:
+        registry.validate({"model": "m", "their_rank": 4, "ours": {"r": 4}})
+    assert [str(problem) for problem in caught.value.problems] == [
+        "ours.r: unknown key, known from their tool. Write `ours: {rank: 4}`.",
+        "their_rank: unknown key, known from their tool. Write `ours: {rank: 4}`.",
+    ]
+    with pytest.raises(SpecError, match=r"their_rank: unknown key\. Known keys are: "):
+        create_registry(environ={}).validate({"model": "m", "their_rank": 4})
+
+
+@pytest.mark.parametrize(
+    ("spellings", "fault"),
+    [
+        ({"r": "rank"}, "its `Section.spellings` must map keys to llmload.plugin.Spelling"),
+        (
+            {"r": Spelling("their tool", "lora.r")},
+            "its `Section.spellings` leads from 'r' to 'lora.r', which is no key of 'ours'",
+        ),
+    ],
+)
+def test_spellings_that_lead_nowhere_break_the_plugin(spellings: Any, fault: str) -> None:
+    section = type("Section", (llmload.Section,), {"spellings": spellings})
+    with pytest.raises(llmload.PluginError) as caught:
+        create_registry([SimpleNamespace(name="ours", Section=section)], environ={})
+    assert caught.value.problems[0].message.endswith(fault)
+
+
 def test_every_spelling_is_answered_with_yaml_or_with_a_sentence() -> None:
-    for theirs, spelling in SPELLINGS.items():
+    for theirs, spelling in spellings().items():
         assert theirs not in LoadSpec.model_fields, theirs
         assert bool(spelling.ours) != bool(spelling.instead), theirs
         for value in (True, False, None, 4, "bf16", "lora", ["a"], {"a": 1}, "x" * 100):
@@ -384,7 +434,7 @@ def test_every_spelling_is_answered_with_yaml_or_with_a_sentence() -> None:
 def test_every_spelling_leads_to_a_key_that_exists() -> None:
     sections = create_registry().sections
     known = json_schema(sections)["properties"].keys() | {"kbit", "zero3"}
-    for theirs, spelling in SPELLINGS.items():
+    for theirs, spelling in spellings().items():
         first, *rest = spelling.ours.split(".") if spelling.ours else ["model"]
         assert first in known, theirs
         if rest and first in sections:

@@ -671,8 +671,8 @@ def test_a_missing_sentencepiece_is_not_called_a_missing_tiktoken(tmp_path: Path
     file.write_text(json.dumps(content))
     assert problems(llama) == [
         "error tokenizer.name_or_path: the vocabulary in"
-        f" {str(llama / 'tokenizer.model')!r} is read by sentencepiece, which is not installed. Install it with `pip install sentencepiece"
-        " protobuf`."
+        f" {str(llama / 'tokenizer.model')!r} is read by sentencepiece, which is not"
+        " installed. Install it with `pip install sentencepiece protobuf`."
     ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from llmload import hookspecs
 from llmload.context.peers import ABILITIES
 from llmload.errors import Conflict
 from llmload.host.discovery import GROUP, PluginInfo
+from llmload.spec.foreign_keys import Spelling
 from llmload.spec.loadspec import LoadSpec
 from llmload.spec.suggest import nearest
 
@@ -105,11 +106,28 @@ def section_faults(plugin: object) -> Iterator[str]:
     elif section.model_config.get("extra") != "forbid":
         yield 'its `Section` does not forbid unknown keys: set `extra="forbid"`'
     else:
+        yield from _spelling_faults(section, str(getattr(plugin, "name", "")))
         needed = [name for name, field in section.model_fields.items() if field.is_required()]
         if needed and getattr(plugin, "always_active", False):
             yield (
                 "it is `always_active`, and its `Section` cannot be made without"
                 f" {', '.join(map(repr, needed))}: give each a default"
+            )
+
+
+def _spelling_faults(section: type[BaseModel], name: str) -> Iterator[str]:
+    """Find foreign spellings that are none, or lead out of the section that carries them."""
+    spellings = getattr(section, "spellings", {})
+    if not isinstance(spellings, Mapping) or not all(
+        isinstance(spelling, Spelling) for spelling in spellings.values()
+    ):
+        yield "its `Section.spellings` must map keys to llmload.plugin.Spelling"
+        return
+    for theirs, spelling in spellings.items():
+        if spelling.ours and spelling.ours.partition(".")[0] != name:
+            yield (
+                f"its `Section.spellings` leads from {theirs!r} to {spelling.ours!r}, which is no"
+                f" key of {name!r}"
             )
 
 

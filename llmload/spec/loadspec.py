@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -27,6 +27,8 @@ from pydantic_core import CoreSchema
 
 from llmload import patterns
 from llmload.errors import Problem, SpecError
+from llmload.spec import foreign_keys
+from llmload.spec.foreign_keys import Spelling
 from llmload.spec.refusals import (
     SHOWN,
     InvalidValueError,
@@ -74,6 +76,10 @@ class Section(BaseModel):
     field asks for a tuple or set, and text where it asks for a path or enum. A spec is written to
     files and reports: let a field name an environment variable rather than hold a secret.
     """
+
+    spellings: ClassVar[Mapping[str, Spelling]] = {}
+    """What other tools call the section or its keys, as key or dotted path from the top of a spec
+    -> what to write here. Looked up only for keys that nothing here knows."""
 
     # Built when a spec has the section: most loads have few of the installed plugins'.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
@@ -273,6 +279,7 @@ def check(
     core = {key: value for key, value in data.items() if key in LoadSpec.model_fields}
     places = {key: list(fields_of(model)) for key, model in sections.items()}
     places[""] = [*LoadSpec.model_fields, *sections]
+    spellings = foreign_keys.of_sections(sections.values())
     checked: dict[str, BaseModel] = {}
     problems: list[Problem] = []
     unknown: list[str] = []
@@ -285,11 +292,14 @@ def check(
             try:
                 checked[key] = sections[key].model_validate(value)
             except ValidationError as error:
-                problems += explain(error, sections[key], value, within=(key,), places=places)
+                problems += explain(
+                    error, sections[key], value, within=(key,), places=places, spellings=spellings
+                )
         elif key not in core:
             unknown.append(key)
     problems += [
-        unknown_key((key,), data[key], [*places[""], *beside], places) for key in unknown[:SHOWN]
+        unknown_key((key,), data[key], [*places[""], *beside], places, spellings)
+        for key in unknown[:SHOWN]
     ]
     if len(unknown) > SHOWN:
         problems.append(more_faults((unknown[SHOWN],), len(unknown) - SHOWN))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 from pydantic import BaseModel
 
 from llmload.errors import Problem
-from llmload.spec.foreign_keys import SPELLINGS, VALUES
+from llmload.spec.foreign_keys import SPELLINGS, VALUES, Spelling
 from llmload.spec.suggest import nearest
 from llmload.spec.yaml_read import Path, dotted
 from llmload.spec.yaml_write import dump_inline
@@ -103,12 +103,14 @@ def explain(
     *,
     within: Path = (),
     places: Places = MappingProxyType({}),
+    spellings: Mapping[str, Spelling] = SPELLINGS,
 ) -> list[Problem]:
     """Return one problem per faulty value, in pydantic's order.
 
     :param model: the model that refused ``data``.
     :param within: where ``data`` stands in the whole spec; goes before each path.
     :param places: the keys of the whole spec, for keys that stand in the wrong place.
+    :param spellings: what other tools call the keys of the whole spec.
     """
     by_path: dict[Path, list[ErrorDetails]] = {}
     for details in error.errors(include_url=False)[: 4 * SHOWN]:
@@ -127,7 +129,7 @@ def explain(
         value = _value_at(data, path)
         fields = _fields_at(model, path[:-1])
         if faults[0]["type"] == "extra_forbidden":
-            problems.append(unknown_key(where, value, fields, places))
+            problems.append(unknown_key(where, value, fields, places, spellings))
         elif faults[0]["type"] == "missing":
             problems.append(_missing(where, fields.get(str(path[-1]))))
         else:
@@ -135,7 +137,13 @@ def explain(
     return problems
 
 
-def unknown_key(path: Path, value: object, known: Iterable[str], places: Places) -> Problem:
+def unknown_key(
+    path: Path,
+    value: object,
+    known: Iterable[str],
+    places: Places,
+    spellings: Mapping[str, Spelling] = SPELLINGS,
+) -> Problem:
     """Return the problem of a key that nothing knows there, with the key that was meant.
 
     :param path: where the key stands; its last part is the key.
@@ -143,7 +151,7 @@ def unknown_key(path: Path, value: object, known: Iterable[str], places: Places)
     """
     key = str(path[-1])
     homes = [place or TOP_LEVEL for place, keys in places.items() if key in keys]
-    foreign = SPELLINGS.get(dotted(path)) or SPELLINGS.get(key)
+    foreign = spellings.get(dotted(path)) or spellings.get(key)
     if foreign is not None:
         fix = foreign.fix("..." if _is_secret(path, value) else value)
         return _problem(path, f"unknown key, known from {foreign.tools}", fix)

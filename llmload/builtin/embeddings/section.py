@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from llmload import Section
+from llmload.builtin.embeddings.spellings import SPELLINGS
 
 InitNew = Literal["mean", "normal", "zero"]
 
@@ -16,6 +17,8 @@ class EmbeddingsSection(Section):
 
     DeepSpeed-Chat's rule is ``{pad_to_multiple_of: 8, allow_shrink: true}``.
     """
+
+    spellings = SPELLINGS
 
     pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
     """Round the number of rows up to a multiple of this; 8, 64 or 128 suit tensor cores."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmload import InvalidValueError, Section
+from llmload.builtin.gradient_checkpointing.spellings import SPELLINGS
 
 
 class GradientCheckpointingSection(Section):
@@ -14,6 +15,8 @@ class GradientCheckpointingSection(Section):
 
     The first three keys are those of ``torch.utils.checkpoint.checkpoint``.
     """
+
+    spellings = SPELLINGS
 
     use_reentrant: bool = False
     """Use torch's older variant. DeepSpeed ZeRO-3 with an adapter needs it."""

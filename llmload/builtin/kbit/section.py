@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from llmload import InvalidValueError, Section
+from llmload.builtin.kbit.spellings import SPELLINGS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,6 +44,8 @@ class Casts(Section):
 
 class KbitSection(Section):
     """Linear layers in 8 or 4 bits, the base model frozen: what QLoRA trains adapters on."""
+
+    spellings = SPELLINGS
 
     bits: Literal[4, 8] = 4
     """4: NF4 or FP4 in blocks; 8: LLM.int8(), row by row."""

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 from pydantic import AfterValidator, Field, model_validator
 
 from llmload import InvalidValueError, Section
+from llmload.builtin.lora.spellings import SPELLINGS
 from llmload.plugin import Regex, nearest, replicated_layers
 
 OWN_FIELDS: Final = frozenset(
@@ -159,6 +160,8 @@ Alpha: TypeAlias = Annotated[int | float, Field(gt=0)]
 
 class LoraSection(Section):
     """A LoRA adapter by PEFT: a new one, or one that is resumed."""
+
+    spellings = SPELLINGS
 
     r: Rank = 8
     """Rank of the adapter."""

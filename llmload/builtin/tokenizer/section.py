@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from llmload import InvalidValueError, Section
+from llmload.builtin.tokenizer.spellings import SPELLINGS
 
 
 class AddedToken(Section):
@@ -51,6 +52,8 @@ class SpecialTokens(Section):
 
 class TokenizerSection(Section):
     """Which tokenizer, and what to change in it. Without a key, the tokenizer stays as it is."""
+
+    spellings = SPELLINGS
 
     name_or_path: Annotated[str, Field(min_length=1)] | None = None
     """Folder or hub id of the tokenizer; null: the model's own."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from llmload import InvalidValueError, Section
+from llmload.builtin.zero3.spellings import SPELLINGS
 
 
 class OffloadParam(Section):
@@ -42,6 +43,8 @@ class Zero3Section(Section):
     Either ``config`` or the plain fields: with those a DeepSpeed config is made, whose precision is
     the model's dtype. The whole config that was used is in the report.
     """
+
+    spellings = SPELLINGS
 
     config: str | Mapping[str, Any] | None = None
     """A DeepSpeed config: a JSON or YAML file, relative to the working directory, or a mapping."""

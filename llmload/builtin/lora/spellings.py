@@ -1,0 +1,67 @@
+"""What other tools call the keys of the section ``lora``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from llmload.plugin import DTYPE_WORDS, Removal, Spelling, listed, switch, words
+
+_ALL_LORA: Final = "PEFT, TRL, axolotl and LLaMA-Factory"
+
+
+def _targets(value: object) -> object:
+    return "all-linear" if value in ("all", ["all"]) else listed(value)
+
+
+def _is_lora(value: object) -> object:
+    if value in ("lora", "qlora"):
+        return {}
+    return Removal.DEFAULT if value in ("full", None) else Removal.UNKNOWN
+
+
+SPELLINGS: Final[Mapping[str, Spelling]] = {
+    "use_peft": Spelling("TRL", "lora", switch({})),
+    "peft_config": Spelling("TRL", "lora"),
+    "lora_config": Spelling("ColossalChat", "lora"),
+    "adapter": Spelling("axolotl", "lora", _is_lora),
+    "finetuning_type": Spelling("LLaMA-Factory", "lora", _is_lora),
+    "tuner_type": Spelling("ms-swift", "lora", _is_lora),
+    "train_type": Spelling("ms-swift", "lora", _is_lora),
+    "adapter_name_or_path": Spelling("LLaMA-Factory", "lora.adapter"),
+    "lora_model_dir": Spelling("axolotl", "lora.adapter"),
+    "r": Spelling("PEFT", "lora.r"),
+    "lora_r": Spelling("TRL and axolotl", "lora.r"),
+    "lora_rank": Spelling("LLaMA-Factory, ms-swift and ColossalChat", "lora.r"),
+    "lora_dim": Spelling("DeepSpeed-Chat", "lora.r"),
+    "lora.rank": Spelling("LLaMA-Factory and ms-swift", "lora.r"),
+    "lora_alpha": Spelling(_ALL_LORA, "lora.lora_alpha"),
+    "lora.alpha": Spelling("PEFT's papers", "lora.lora_alpha"),
+    "lora_dropout": Spelling(_ALL_LORA, "lora.lora_dropout"),
+    "lora.dropout": Spelling("PEFT's papers", "lora.lora_dropout"),
+    "lora_target": Spelling("LLaMA-Factory", "lora.target_modules", _targets),
+    "lora_target_modules": Spelling("TRL and axolotl", "lora.target_modules", _targets),
+    "lora_target_linear": Spelling("axolotl", "lora.target_modules", switch("all-linear")),
+    "lora_module_name": Spelling("DeepSpeed-Chat", "lora.target_modules", _targets),
+    "target_modules": Spelling("PEFT and ms-swift", "lora.target_modules", _targets),
+    "lora_target_parameters": Spelling("TRL and axolotl", "lora.target_parameters"),
+    "additional_target": Spelling("LLaMA-Factory", "lora.modules_to_save", listed),
+    "lora_modules_to_save": Spelling("TRL and axolotl", "lora.modules_to_save"),
+    "modules_to_save": Spelling("PEFT and ms-swift", "lora.modules_to_save"),
+    "lora_train_bias": Spelling("ColossalChat", "lora.bias"),
+    "lora_dtype": Spelling("ms-swift", "lora.adapter_dtype", words(DTYPE_WORDS)),
+    "peft_ensure_weight_tying": Spelling("axolotl", "lora.ensure_weight_tying"),
+    "lora_fan_in_fan_out": Spelling("axolotl", "lora.fan_in_fan_out"),
+    "use_rslora": Spelling("TRL and LLaMA-Factory", "lora.use_rslora"),
+    "peft_use_rslora": Spelling("axolotl", "lora.use_rslora"),
+    "use_dora": Spelling("TRL and LLaMA-Factory", "lora.use_dora"),
+    "peft_use_dora": Spelling("axolotl", "lora.use_dora"),
+    "pissa_init": Spelling("LLaMA-Factory", "lora.init_lora_weights", switch("pissa")),
+    "init_lora_weights": Spelling("PEFT", "lora.init_lora_weights"),
+    "init_weights": Spelling("ms-swift", "lora.init_lora_weights"),
+    "peft_init_lora_weights": Spelling("axolotl", "lora.init_lora_weights"),
+    "peft_layers_to_transform": Spelling("axolotl", "lora.layers_to_transform"),
+    "peft_layers_pattern": Spelling("axolotl", "lora.layers_pattern"),
+    "peft_layer_replication": Spelling("axolotl", "lora.layer_replication"),
+    "peft_trainable_token_indices": Spelling("axolotl", "lora.trainable_token_indices"),
+}
