@@ -49,6 +49,13 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation's site, in build/site, without a broken link; snippets run in the tests."""
+    session.install("-c", MODERN, *GROUPS["docs"], ".")
+    session.run("mkdocs", "build", "--site-dir", "build/site", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
 def pluggy16(session: nox.Session) -> None:
     """The host on the oldest pluggy, where no ML stack is installed."""
     session.install("-c", MODERN, *GROUPS["test"], ".")

@@ -77,6 +77,7 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kept_demo(demo_model: Path, tmp_path: Path) -> Path:
-    """A working directory with a copy of it, as ``demo``."""
+    """A working directory with a copy of it, as ``demo``, and the repository's examples."""
     shutil.copytree(demo_model, tmp_path / "demo")
+    (tmp_path / "examples").symlink_to(Path(__file__).parent.parent / "examples")
     return tmp_path

@@ -38,6 +38,8 @@ from llmload.spec import files, groupspec
 ROOT = Path(__file__).parent.parent
 SHOWN_ONLY = ("bash", "toml", "json", "text")
 COLUMNS = {"COLUMNS": "100"}
+_LOGGED = r"^\[[\d-]+ [\d:,]+\] \[[A-Z]+\].*\n"
+"""A line that DeepSpeed logs on standard output, once in a process."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def run(document: Path, place: Path) -> None:
     """
     names: dict[str, object] = {"__name__": "__main__"}
     page = blocks(document.read_text(encoding="utf-8"))
-    following = iter([*page[1:], Block("", {}, 0, "")])
+    following = [*page, Block("", {}, 0, "")][1:]
     before = Path.cwd()
     os.chdir(place)
     try:
@@ -111,7 +113,7 @@ def _check(block: Block) -> None:
 def _printed(code: str, where: str, names: dict[str, object]) -> str:
     with redirect_stdout(StringIO()) as printed, redirect_stderr(StringIO()):
         exec(compile(code, where, "exec"), names)
-    return printed.getvalue()
+    return re.sub(_LOGGED, "", printed.getvalue(), flags=re.MULTILINE)
 
 
 def _commands(text: str) -> Iterator[tuple[str, str]]:

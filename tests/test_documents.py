@@ -1,0 +1,93 @@
+"""The pages of docs/: their snippets run, and what the site generates from the code is complete."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from snippets import ROOT, blocks, run
+from stacks import IS_MODERN
+
+import llmload
+from llmload import create_registry, hookspecs
+from llmload.spec.loadspec import LoadSpec
+
+DOCS = ROOT / "docs"
+PAGES = sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
+BUILTIN = sorted(info.name for info in create_registry().plugins if info.builtin)
+
+
+def text(page: str) -> str:
+    return (DOCS / page).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def build_pages() -> ModuleType:
+    """The hooks of mkdocs, which need no mkdocs to make a page's parts."""
+    spec = importlib.util.spec_from_file_location("build_pages", DOCS / "build_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.refused_late
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not IS_MODERN, reason="the pages show the classes of the modern stack")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(text(page))])
+def test_every_snippet_runs_and_gives_what_stands_under_it(page: str, kept_demo: Path) -> None:
+    run(DOCS / page, kept_demo)
+
+
+def test_the_site_leads_to_every_page_and_to_no_other(build_pages: ModuleType) -> None:
+    # As text: mkdocs' own file may hold tags that a safe reader refuses.
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    listed = re.findall(r"[\w./-]+\.md", str(nav))
+    assert sorted(listed) == sorted([*PAGES, *build_pages.PAGES.values()])
+
+
+@pytest.mark.parametrize("name", BUILTIN)
+def test_every_built_in_plugin_has_a_page_with_all_its_fields(
+    name: str, build_pages: ModuleType
+) -> None:
+    page = text(f"builtin/{name}.md")
+    assert [block.kind for block in blocks(page)].count("python") >= 1
+    made = build_pages.with_parts(page)
+    section = create_registry().sections.get(name)
+    for field in section.model_fields if section else ():
+        assert f"\n| `{field}` | " in made
+    assert f"]({name}.md) |" in text("builtin/index.md")
+
+
+def test_the_reference_has_every_core_key_hook_and_public_name(build_pages: ModuleType) -> None:
+    keys = build_pages.with_parts(text("reference/spec.md"))
+    assert all(f"\n| `{key}` | " in keys for key in LoadSpec.model_fields)
+    hooks = build_pages.with_parts(text("reference/hooks.md"))
+    assert all(f"\n## `{name}`\n" in hooks for name in (*hookspecs.HELPERS, *hookspecs.SPINE))
+    names = build_pages.with_parts(text("reference/public.md"))
+    for module in (llmload, llmload.plugin, llmload.testing):
+        assert all(f"\n## `{name}`\n" in names for name in module.__all__)
+
+
+def test_the_reference_shows_no_value_of_the_environment(
+    build_pages: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_never_to_be_shown")
+    assert all("hf_never_to_be_shown" not in build_pages.with_parts(text(page)) for page in PAGES)
+
+
+def test_links_of_a_page_lead_to_pages_or_files_of_the_site(build_pages: ModuleType) -> None:
+    linked: set[str] = set()
+    markdown = (
+        "[a](../SECURITY.md#x) [b](dpo.md) [c](../llmload/plugin.py) [d](../tests) [e](https://f)"
+    )
+    assert build_pages.with_links_of_the_site(markdown, "docs/sft.md", "sft.md", linked) == (
+        "[a](security.md#x) [b](dpo.md) [c](source/llmload/plugin.py) d [e](https://f)"
+    )
+    assert linked == {"llmload/plugin.py"}
