@@ -7,7 +7,7 @@ outside ``llmload.hf`` asks for a version of transformers; it asks the installed
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -89,6 +89,28 @@ class Transformers(Protocol):
         asked: bool,
     ) -> PreTrainedModel:
         """Build a model to fill under a plugin's context, which keeps it without memory."""
+        ...
+
+    def construct(
+        self,
+        model_class: type[PreTrainedModel],
+        config: PretrainedConfig,
+        dtype: torch.dtype,
+        *,
+        asked: bool = True,
+    ) -> PreTrainedModel:
+        """Build a model as its constructor makes it on the CPU, from a copy of ``config``."""
+        ...
+
+    def gives_memory(self) -> str:
+        """Name the method of a model that gives memory to what a checkpoint lacks."""
+        ...
+
+    def unloaded(self, model: PreTrainedModel, given: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Return the tensors that have no final values yet though they are not on the meta device.
+
+        :param given: positional arguments of the model's ``_initialize_missing_keys``.
+        """
         ...
 
     def no_init_weights(self) -> AbstractContextManager[Any]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from llmload.checkpoint import Checkpoint, TensorInfo
     from llmload.context.context import LoadContext
+    from llmload.hf.constructor import Values
     from llmload.host.registry import Host
     from llmload.loading.plan import Plan
     from llmload.loading.report import Report
@@ -266,6 +267,43 @@ def hold_to_numbers(plan: Plan, report: Report, apart: Sequence[nn.Parameter]) -
     return [f"{report.parameters:,} parameters in {report.parameter_bytes:,} bytes, as planned"]
 
 
+def hold_to_constructor(ctx: LoadContext, model: Any, values: Values) -> list[str]:
+    """Prove that what no checkpoint holds was written: buffers, and tensors in other places.
+
+    Each must be known as filled by the model's class or its constructor, and not to be written
+    since; any other is held to what the constructor computes, which runs again for that.
+
+    :returns: what was proved, for the report; nothing where there was nothing to prove.
+    :raises AuditError: one has other values.
+    """
+    from llmload.model import reachable
+
+    if ctx.checkpoint is None or ctx.awaiting is not None:
+        return []
+    state = model.state_dict(keep_vars=True)
+    filled = {_storage(t) for name, t in state.items() if name not in ctx.newly_initialised}
+    filled |= {_storage(parameter) for parameter in model.parameters()}
+    found = {
+        path: tensor for path, tensor in reachable.tensors(model) if _storage(tensor) not in filled
+    }
+    known = {_storage(tensor) for tensor in found.values() if values.knows(tensor)}
+    others = {path: tensor for path, tensor in found.items() if _storage(tensor) not in known}
+    wrong = values.differing(model, others) if others else []
+    if wrong:
+        raise AuditError(
+            f"{some(wrong)} differ from what the model's constructor computes, and no checkpoint"
+            " holds them",
+            fix="The loader did not fill them; try another with `-p no:NAME`, and report this.",
+        )
+    if not found:
+        return []
+    return [f"{len(found)} tensors that no checkpoint holds have the values of the model's class"]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
 def prove(ctx: LoadContext, plan: Plan, model: nn.Module) -> list[str]:
     """Check the finished model: no meta tensor, trainable set as planned, a gradient path.
 
@@ -275,7 +313,7 @@ def prove(ctx: LoadContext, plan: Plan, model: nn.Module) -> list[str]:
     named = list(model.named_parameters(remove_duplicate=False))
     problems = [*_trainable(plan, named)]
     if ctx.awaiting is None:
-        problems += _meta_tensors([*named, *model.named_buffers()])
+        problems += _meta_tensors(model)
     if problems:
         raise AuditError(problems)
     said = ["no tensor is on the meta device"]
@@ -288,8 +326,10 @@ def prove(ctx: LoadContext, plan: Plan, model: nn.Module) -> list[str]:
     return said + _gradient_path(ctx, model, {id(p): p for _, p in named}.values())
 
 
-def _meta_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> Iterable[Problem]:
-    names = [name for name, tensor in named if tensor.is_meta]
+def _meta_tensors(model: nn.Module) -> Iterable[Problem]:
+    from llmload.model import reachable
+
+    names = [name for name, tensor in reachable.tensors(model) if tensor.is_meta]
     if names:
         yield Problem(
             message=f"{some(names)} have no values: they are still on the meta device",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from llmload.errors import CheckpointError, Decline
+from llmload.hf import installed_transformers
+from llmload.hf.constructor import Values
 from llmload.host.distributions import installed_versions
 from llmload.host.registry import Registry, create_registry
 from llmload.loading import audit, fit, hook_calls, lock, turns, warned
@@ -21,7 +23,7 @@ from llmload.spec import files
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmload.checkpoint.placement import Placement
     from llmload.context.context import Scope
@@ -123,7 +125,11 @@ def execute(
                         contexts.enter_context(context)
 
             begun.update(host.names)
-            model = _base_model(prepared, ctx, report)
+            values = Values(ctx.model_class, _constructor(ctx))
+            with values.looked_after():
+                model = _base_model(prepared, ctx, report)
+            if ctx.awaiting is None:
+                values.complete(model)
             ctx.files.check()
             _freeze(model, plan.frozen)
             apart = audit.kept_apart(plan, model)
@@ -132,6 +138,7 @@ def execute(
             if prove:
                 with report.phase("audit", report.loader):
                     report.compared = audit.compare_with_checkpoint(ctx, model)
+                    computed = audit.hold_to_constructor(ctx, model, values)
 
             model, report.declined_adapters = hook_calls.finish(
                 host, ctx, model, report.phase, ledger.take_stock
@@ -143,6 +150,8 @@ def execute(
             with report.phase("audit"):
                 report.audit += audit.prove(ctx, plan, model)
                 report.audit += audit.hold_to_numbers(plan, report, apart)
+
+                report.audit += [*audit.prove(ctx, plan, model), *computed]
             for plugin in host.implementing("audit"):
                 with report.phase("audit", plugin):
                     warnings = audit.ask(host, plugin, ctx, model)
@@ -170,6 +179,12 @@ def _base_model(prepared: Prepared, ctx: Any, report: Report) -> nn.Module:
         report.loader = plugin
         return model
     raise CheckpointError(no_loader(report.declined))
+
+
+def _constructor(ctx: Any) -> Callable[[], PreTrainedModel]:
+    """Return what runs the model's constructor on the CPU, with the config as it is then."""
+    construct, asked = installed_transformers().construct, ctx.spec.dtype != "auto"
+    return lambda: construct(ctx.model_class, ctx.config, ctx.dtype, asked=asked)
 
 
 def _freeze(model: nn.Module, names: list[str]) -> None:

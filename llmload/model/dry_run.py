@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import random
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,7 +24,7 @@ import torch
 from torch import nn
 
 from llmload.model import partitions
-from llmload.model.randomness import RandomOp, Recorder
+from llmload.model.randomness import RandomOp, Recorder, states_kept
 
 TOKENS = 8
 """Length of the example input: one row of so many token ids."""
@@ -89,7 +87,8 @@ def _run(
 ) -> ProbeResult:
     recorder = Recorder(model)
     with ExitStack() as stack:
-        stack.enter_context(_random_states_kept(model))
+        devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+        stack.enter_context(states_kept(devices))
         stack.enter_context(_modules_kept(model))
         # The training that follows will warn; looking need not.
         stack.enter_context(warnings.catch_warnings())
@@ -195,21 +194,6 @@ def _modules_kept(model: nn.Module) -> Iterator[None]:
             for name, registry in entries.items():
                 attributes[name].clear()
                 attributes[name].update(registry)
-
-
-@contextmanager
-def _random_states_kept(model: nn.Module) -> Iterator[None]:
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    legacy = numpy.random.get_state() if numpy else None
-    try:
-        with torch.random.fork_rng(devices=sorted(devices)):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy:
-            numpy.random.set_state(legacy)
 
 
 @contextmanager

@@ -125,13 +125,49 @@ def split(new: nn.Module, *, like: nn.Module) -> None:
     model: Any = next((p for p in like.parameters() if is_partitioned(p)), None)
     if model is None:
         return
-    import torch.distributed as dist
-
     model.convert_to_zero_parameters([p for p in new.parameters() if not is_partitioned(p)])
-    group = model.ds_process_group
     for buffer in new.buffers():
         buffer.data = buffer.data.to(model.device)
-        dist.broadcast(buffer, dist.get_global_rank(group, 0), group=group)
+    make_equal(new.buffers(), like=like)
+
+
+def make_equal(tensors: Iterable[torch.Tensor], *, like: nn.Module) -> None:
+    """Give whole tensors rank 0's values on every rank, where ``like`` is partitioned.
+
+    All ranks must come here alike.
+    """
+    model: Any = next((p for p in like.parameters() if is_partitioned(p)), None)
+    if model is None:
+        return
+    import torch
+    import torch.distributed as dist
+
+    group = model.ds_process_group
+    with torch.no_grad():
+        for tensor in tensors:
+            sent = tensor.to(model.device).contiguous()
+            dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
+            tensor.copy_(sent)
+
+
+def with_nan(tensors: Mapping[str, torch.Tensor], *, like: nn.Module) -> dict[str, torch.Tensor]:
+    """Return those of some partitioned tensors of which any rank's part holds a NaN.
+
+    All ranks must come here alike.
+    """
+    if not tensors:
+        return {}
+    import torch
+    import torch.distributed as dist
+
+    model: Any = next(p for p in like.parameters() if is_partitioned(p))
+    parts = [held(tensor) for tensor in tensors.values()]
+    found = [part is not None and bool(part[0].isnan().any()) for part in parts]
+    flags = torch.tensor(found, dtype=torch.int32, device=model.device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=model.ds_process_group)
+    return {
+        name: t for (name, t), flag in zip(tensors.items(), flags.tolist(), strict=True) if flag
+    }
 
 
 def load_state_dict(
@@ -190,11 +226,12 @@ def load_state_dict(
         raise CheckpointError(problems)
     for name, tensor in found.items():
         if name in state and not tensor.is_meta:
-            _copy(state[name], tensor)
+            fill(tensor, state[name])
     return missing, unexpected
 
 
-def _copy(value: torch.Tensor, tensor: Any) -> None:
+def fill(tensor: Any, value: torch.Tensor) -> None:
+    """Copy a value of the whole shape into a tensor, or this rank's part of it."""
     import torch
 
     with torch.no_grad():

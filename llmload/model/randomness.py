@@ -6,8 +6,10 @@ Imported lazily, by functions: this module needs torch.
 from __future__ import annotations
 
 import functools
+import random
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -16,6 +18,24 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+@contextmanager
+def states_kept(devices: Iterable[int] = ()) -> Iterator[None]:
+    """Restore torch's, Python's and NumPy's random states afterwards.
+
+    :param devices: those of CUDA whose states are kept too.
+    """
+    python = random.getstate()
+    numpy = sys.modules.get("numpy")
+    legacy = numpy.random.get_state() if numpy else None
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(legacy)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -148,7 +148,8 @@ class Partitioned:
             parameter.partition()
         init._convert_to_zero_parameters(model.parameters())
         for buffer in model.buffers():
-            buffer.data = buffer.data.to(init.local_device)
+            if not buffer.is_meta:  # another name of one that is not: it becomes that one
+                buffer.data = buffer.data.to(init.local_device)
         init._keep_in_fp32(model)
         if init.mem_efficient_linear:
             init._enable_mem_efficient_linear()

@@ -6,7 +6,7 @@ Buffers have their values from the constructor and are not on the meta device.
 from __future__ import annotations
 
 import copy
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -75,24 +75,37 @@ def _build(
     :param without_memory: takes the place of the meta device.
     :param asked: whether the dtype was asked for; for ``auto`` the parts of a config keep theirs.
     """
+    from transformers.modeling_utils import no_init_weights
+
+    with no_init_weights(), without_memory or _parameters_on_meta():
+        return construct(model_class, config, dtype, asked=asked)
+
+
+def construct(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    asked: bool = True,
+) -> PreTrainedModel:
+    """As for a model without storage, but for the meta device."""
     import torch
     from transformers.modeling_utils import restore_default_torch_dtype
 
     @restore_default_torch_dtype  # type: ignore[untyped-decorator]
-    def construct(config: PretrainedConfig) -> PreTrainedModel:
+    def run(config: PretrainedConfig) -> PreTrainedModel:
         torch.set_default_dtype(dtype)
         if not getattr(config, "_attn_implementation_autoset", False):
             config = model_class._autoset_attn_implementation(
                 config, use_flash_attention_2=False, torch_dtype=dtype, device_map=None
             )
-        with no_init_weights(), without_memory or _parameters_on_meta():
-            return model_class(config)
+        return model_class(config)
 
     config = copy.deepcopy(config)
     parts = (getattr(config, name) for name in config.sub_configs) if asked else ()
     for part in (config, *parts):
         part.torch_dtype = dtype
-    return construct(config)
+    return run(config)
 
 
 def _parameters_on_meta() -> AbstractContextManager[None]:
@@ -159,3 +172,31 @@ def tied_names(model: PreTrainedModel) -> set[str]:
 def trains_once_loaded(like: torch.Tensor) -> bool:
     """It stays as the constructor made it."""
     return like.requires_grad
+
+
+def gives_memory() -> str:
+    """It takes parameters alone."""
+    return "_move_missing_keys_from_meta_to_cpu"
+
+
+def unloaded(model: PreTrainedModel, given: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Each buffer of a class that is no library's, and under DeepSpeed each parameter.
+
+    Such a class may initialise its buffer in the constructor, which ``no_init_weights`` has
+    prevented. The names that are loaded are given.
+    """
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    found: dict[str, torch.Tensor] = {}
+    for path, module in model.named_modules():
+        if not is_of_a_library(module):
+            found |= {f"{path}.{n}".lstrip("."): b for n, b in module.named_buffers(recurse=False)}
+    if is_deepspeed_zero3_enabled():
+        found |= dict(model.named_parameters())
+    loaded = set(given[0]) if given else set()
+    return {name: tensor for name, tensor in found.items() if name not in loaded}
+
+
+def is_of_a_library(module: nn.Module) -> bool:
+    """Whether a module's class is torch's or transformers' own."""
+    return type(module).__module__.partition(".")[0] in ("torch", "transformers")

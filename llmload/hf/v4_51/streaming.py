@@ -19,6 +19,7 @@ from llmload.checkpoint.accounting import Accounting, is_parameter
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.placing import Placer
 from llmload.errors import CheckpointError
+from llmload.hf.v4_51.building import is_of_a_library
 
 if TYPE_CHECKING:
     import torch
@@ -87,8 +88,12 @@ def account(model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool = Fals
     A weight whose tie, if there is one, does not show yet would be called missing: a model that is
     not ``tied`` gets a tied copy.
     """
+    from llmload.model import reachable
+
     if not tied:
-        model = copy.deepcopy(model)
+        # Views of weights among its attributes cannot be copied, and nobody asks for them here.
+        views = {id(t): t.detach() for _, t in reachable.tensors(model) if not t.is_leaf}
+        model = copy.deepcopy(model, views)
         model.tie_weights()
     keys = _Keys(model, checkpoint)
     state = model.state_dict()
@@ -207,7 +212,8 @@ def fill(
 
 def _initialise(model: PreTrainedModel, accounting: Accounting, dtype: torch.dtype) -> None:
     """Give values to what the checkpoint lacks, and mark every module as initialised."""
-    if accounting.as_stored.keys() >= model.state_dict().keys():
+    everything = accounting.as_stored.keys() >= model.state_dict().keys()
+    if everything and all(map(is_of_a_library, model.modules())):
         # That transformers also finds out, with a state dict of each module.
         for module in model.modules():
             module._is_hf_initialized = True

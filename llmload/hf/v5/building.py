@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -66,13 +66,34 @@ def _build(
     with ExitStack() as stack:
         for context in model_class.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
-        stack.enter_context(_nothing_drawn_on_meta())
+        stack.enter_context(nothing_drawn_on_meta())
         model = model_class(config)
         patch_output_recorders(model)
     return model
 
 
-def _nothing_drawn_on_meta() -> AbstractContextManager[None]:
+def construct(
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    *,
+    asked: bool = True,
+) -> PreTrainedModel:
+    """As for a model without storage, but for the meta device."""
+    import torch
+    from transformers.modeling_utils import _get_dtype
+
+    config, dtype = _get_dtype(dtype, None, copy.deepcopy(config), None, None, True, None)
+    with ExitStack() as stack:
+        # As if DeepSpeed's context were open already: nobody is to open it here.
+        for context in model_class.get_init_context(dtype, False, True, None):
+            if isinstance(context, torch.device):
+                break  # what follows is for the meta device too
+            stack.enter_context(context)
+        return model_class(config)
+
+
+def nothing_drawn_on_meta() -> AbstractContextManager[None]:
     """Pass over the first values of tensors that have none: a third of the time to build a model.
 
     ``transformers.initialization.no_init_weights`` is for all tensors, and returns none of them.
@@ -116,3 +137,18 @@ def tied_names(model: PreTrainedModel) -> set[str]:
 def trains_once_loaded(like: torch.Tensor) -> bool:
     """Every one of floating point does."""
     return like.is_floating_point()
+
+
+def gives_memory() -> str:
+    """It takes buffers that are not saved too."""
+    return "_move_missing_keys_from_meta_to_device"
+
+
+def unloaded(model: PreTrainedModel, given: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Under DeepSpeed, those that are not marked as loaded."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not is_deepspeed_zero3_enabled():
+        return {}
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: t for name, t in named if not getattr(t, "_is_hf_initialized", False)}

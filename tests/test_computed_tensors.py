@@ -1,0 +1,219 @@
+"""What a constructor computes and no checkpoint holds has that value, whichever way it is loaded.
+
+For each class of ``computed_tensors`` and each way of loading, every tensor that the model can
+reach is held to the same class built on the CPU and filled from the same file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import computed_tensors
+import pytest
+import torch
+from computed_tensors import RIGHT
+from stacks import IS_MODERN
+from torch import nn
+from zero3.farm import Job, Outcome, launch_once
+
+import llmload
+from llmload.hookspecs import hookimpl
+from llmload.model import reachable
+
+NAMES = [model_class.__name__ for model_class in RIGHT]
+LOADERS = ("streaming", "transformers")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    tmp = tmp_path_factory.mktemp("computed")
+    names = [*NAMES, "FromLargeWeights", "Drawn"]
+    return {name: computed_tensors.save(name, tmp / name) for name in names}
+
+
+def load(
+    folders: dict[str, Path], name: str, loader: str = "streaming", **spec: Any
+) -> llmload.LoadResult:
+    block = {"streaming"} - {loader}
+    result = llmload.load(
+        computed_tensors.spec(folders[name], name) | spec,
+        registry=llmload.create_registry(block=block),
+    )
+    assert result.report.loader == loader
+    return result
+
+
+def found(model: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(reachable.tensors(model))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_has_the_value_that_the_constructor_gives_it(
+    name: str, loader: str, dtype: str, folders: dict[str, Path]
+) -> None:
+    model = load(folders, name, loader, dtype=dtype).model
+    kind = getattr(torch, dtype)
+    assert computed_tensors.differences(folders[name], name, found(model), kind) == []
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_adapter_sees_the_same_values(loader: str, folders: dict[str, Path]) -> None:
+    result = load(folders, "Frequencies", loader, lora={"target_modules": ["q_proj"]})
+    assert torch.equal(
+        result.model.get_base_model().inv_freq, 1 / 10000 ** (torch.arange(0, 8, 2) / 8)
+    )
+
+
+def test_the_members_of_a_group_have_the_same_values(folders: dict[str, Path]) -> None:
+    spec = computed_tensors.spec(folders["OfManyModules"], "OfManyModules")
+    group = llmload.load_group({"models": {"policy": spec, "reference": spec}})
+    for member in ("policy", "reference"):
+        tensors = found(group[member].model)
+        assert computed_tensors.differences(spec["model"], "OfManyModules", tensors) == []
+
+
+@pytest.mark.refused_late  # whether its class initialises it shows when it does
+@pytest.mark.parametrize("loader", LOADERS)
+def test_what_depends_on_weights_that_are_not_there_is_refused_by_its_name(
+    loader: str, folders: dict[str, Path]
+) -> None:
+    with pytest.raises(llmload.CheckpointError) as caught:
+        load(folders, "FromLargeWeights", loader)
+    assert str(caught.value) == (
+        "width: no checkpoint key holds it, and what the model's constructor computes for it"
+        " depends on weights that it has no values for yet. Save it with the checkpoint (a"
+        " persistent buffer), or compute it in the class's `_init_weights`."
+    )
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_constructor_that_draws_does_not_move_the_random_stream(
+    loader: str, folders: dict[str, Path]
+) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    model = load(folders, "Drawn", loader).model
+    if IS_MODERN:  # 4.51.3 runs the constructor on the CPU
+        assert torch.equal(torch.get_rng_state(), before)
+    assert 0.1 < model.drawn.std() < 3
+    assert ((model.drawn_too >= 0) & (model.drawn_too < 1)).all()
+
+
+# --- the audit ----------------------------------------------------------------------------------
+
+
+class Spoils:
+    """A loader that leaves one tensor as it should not be."""
+
+    name = "spoils"
+    always_active = True
+    before = ("streaming",)
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    @hookimpl
+    def load(self, ctx: llmload.LoadContext) -> nn.Module:
+        model = ctx.model_class.from_pretrained(ctx.folder, config=ctx.config)
+
+        def spoilt(path: str, tensor: torch.Tensor) -> torch.Tensor:
+            return torch.full(tensor.shape, 77).to(tensor.dtype) if path == self._path else tensor
+
+        reachable.replace_tensors(model, spoilt)
+        return model
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("Frequencies", "inv_freq"),
+        ("Frequencies", "model.rotary_emb.inv_freq"),  # of a class of transformers' own
+        ("OfManyModules", "extra.1.mask"),
+        ("PlainAttributes", "ramp"),
+        ("PlainAttributes", "several[1][deep]"),
+        ("PlainAttributes", "notes.scale"),
+    ],
+)
+def test_the_audit_finds_a_tensor_that_another_loader_left_with_other_values(
+    name: str, path: str, folders: dict[str, Path]
+) -> None:
+    registry = llmload.create_registry(plugins=[Spoils(path)])
+    with pytest.raises(llmload.AuditError) as caught:
+        llmload.load(computed_tensors.spec(folders[name], name), registry=registry)
+    message = str(caught.value)
+    assert f"'{path}'" in message  # 4.51.3 has another name for the frequencies
+    assert message.endswith(
+        " differ from what the model's constructor computes, and no checkpoint holds them."
+        " The loader did not fill them; try another with `-p no:NAME`, and report this."
+    )
+
+
+def test_the_report_says_how_many_tensors_no_checkpoint_holds(folders: dict[str, Path]) -> None:
+    result = load(folders, "PlainAttributes")
+    number = len(found(result.model)) - len(list(result.model.parameters()))
+    assert number > 7
+    assert result.report.audit[-1] == (
+        f"{number} tensors that no checkpoint holds have the values of the model's class"
+    )
+
+
+# --- under ZeRO-3 -------------------------------------------------------------------------------
+
+WHOLE = "Views"
+"""A class with a view of a parameter, which no partitioned parameter has."""
+SPLIT = [(n, loader) for n in NAMES if n != WHOLE for loader in ("streaming", "zero3")]
+SHARDED = [*SPLIT, (WHOLE, "streaming"), (WHOLE, "zero3")]
+SHARDED += [("Drawn", "streaming"), ("Drawn", "zero3"), ("FromLargeWeights", "streaming")]
+
+
+@pytest.fixture(scope="module")
+def ranks(
+    tmp_path_factory: pytest.TempPathFactory, folders: dict[str, Path]
+) -> dict[Any, list[Outcome]]:
+    def jobs() -> dict[Any, Job]:
+        return {
+            (name, loader): Job(
+                "zero3.computing:load",
+                {"folder": str(folders[name]), "name": name, "loader": loader},
+            )
+            for name, loader in SHARDED
+        }
+
+    return launch_once(tmp_path_factory, "computed", jobs, timeout=280, at_once=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "loader"), SPLIT)
+def test_every_rank_has_the_values_of_the_plain_load(
+    name: str, loader: str, ranks: dict[Any, list[Outcome]]
+) -> None:
+    for outcome in ranks[name, loader]:
+        assert outcome.code == 0, outcome.output
+        expected = {"loader": loader, "partitioned": True, "different": [], "drawn": {}}
+        assert outcome.result == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["streaming", "zero3"])
+def test_every_rank_has_what_rank_0_drew(loader: str, ranks: dict[Any, list[Outcome]]) -> None:
+    first, second = (outcome.result["drawn"] for outcome in ranks["Drawn", loader])
+    assert len(first) == 2
+    assert first == second
+
+
+@pytest.mark.slow
+def test_every_rank_refuses_by_the_tensors_name(ranks: dict[Any, list[Outcome]]) -> None:
+    for outcome in ranks["FromLargeWeights", "streaming"]:
+        assert "width: no checkpoint key holds it" in outcome.result["error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["streaming", "zero3"])
+def test_a_view_of_a_parameter_that_is_partitioned_is_refused(
+    loader: str, ranks: dict[Any, list[Outcome]]
+) -> None:
+    for outcome in ranks[WHOLE, loader]:
+        assert "rows[0]" in outcome.result["error"]
