@@ -19,7 +19,7 @@ from llmload.checkpoint.folder import (
     regular_file,
     unlisted_shards,
 )
-from llmload.checkpoint.header import TensorInfo, read_header
+from llmload.checkpoint.header import TensorInfo, is_no_model, read_header
 from llmload.checkpoint.pickled import read_pickle, refuse_pickle, require_safe_torch
 from llmload.errors import CheckpointError, Problem
 
@@ -123,6 +123,14 @@ class Checkpoint:
             tensors.update((tensor.name, tensor) for tensor in found)
         if problems:
             raise CheckpointError(problems)
+        nbytes = sum(tensor.nbytes for tensor in tensors.values())
+        if is_no_model(len(tensors), nbytes):
+            raise refuse(
+                root,
+                f"the checkpoint lists {len(tensors):,} tensors of {nbytes:,} bytes in all, which"
+                " is no model",
+                _INCOMPLETE,
+            )
         return cls(
             root,
             "pickle" if is_pickle else "safetensors",

@@ -17,6 +17,7 @@ INDEX = "model.safetensors.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 MAX_INDEX_BYTES = 25_000_000
+_MAX_SHARDS = 10_000
 
 _SHARD_OF = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})(?P<suffix>\.[a-z]+)")
 _FORBIDDEN = frozenset('\\:*?"<>|')
@@ -122,8 +123,11 @@ def read_index(index: Path) -> dict[str, str]:
         or not all(isinstance(shard, str) for shard in weight_map.values())
     ):
         raise refuse(index, "the index has no weight_map of tensor names to file names")
-    folded = {shard.casefold() for shard in weight_map.values()}
-    if len(folded) != len(set(weight_map.values())):
+    shards = set(weight_map.values())
+    if len(shards) > _MAX_SHARDS:
+        raise refuse(index, f"the index names {len(shards):,} shards, of {_MAX_SHARDS:,} allowed")
+    folded = {shard.casefold() for shard in shards}
+    if len(folded) != len(shards):
         raise refuse(index, "the index names shards that differ in case only")
     return weight_map
 

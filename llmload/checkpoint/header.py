@@ -41,6 +41,10 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 _LENGTH_BYTES = 8
 _MAX_DIMENSIONS = 64
 _MAX_NAME = 1000
+_MANY = 20_000
+"""Tensors that may be as small as they like."""
+_BYTES_EACH = 1024
+"""Bytes that more of them have on average; those of the largest models have thousands."""
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _NOT_DOWNLOADED = "Fetch the weights first, for example with git lfs pull."
 _DAMAGED = "Download or save the file again."
@@ -128,10 +132,23 @@ def _parse(header: bytes, path: Path, size: int) -> tuple[list[TensorInfo], dict
     if not entries:
         raise _DamagedError("the header lists no tensor")
     data_start = _LENGTH_BYTES + len(header)
+    if is_no_model(len(entries), size - data_start):
+        raise _DamagedError(
+            f"the header lists {len(entries):,} tensors of {size - data_start:,} bytes in all,"
+            " which is no model"
+        )
     tensors = [_entry(path, name, entry, data_start) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.stop))
     _check_coverage(tensors, data_start, size)
     return tensors, metadata
+
+
+def is_no_model(tensors: int, nbytes: int) -> bool:
+    """Say whether there are tens of thousands of tensors with next to nothing in them.
+
+    Each costs whoever looks at it, and there are many, microseconds.
+    """
+    return tensors > _MANY and nbytes < _BYTES_EACH * tensors
 
 
 def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:

@@ -31,6 +31,8 @@ _FEW: Final = 4096
 """As many may be asked for whatever the headers say: a shared layer is stored once."""
 _LABELS: Final = 32_768
 """As many labels: each is a row of the head, which may be new."""
+_KEYS: Final = 20_000
+"""Keys of one object, each of which transformers makes an attribute and copies often."""
 _SHOWN: Final = 5
 _PARTS_PER_TENSOR: Final = 4
 """Parameters for each tensor of the checkpoint: fused ones are stored as one, quantised as more."""
@@ -60,8 +62,26 @@ def hold_counts(
         for path, key, count in _counts(content)
         if count > (limit := limits.get(key, max(_FEW, _PARTS_PER_TENSOR * tensors)))
     ]
+    problems += [
+        Problem(
+            file=str(files.root / "config.json"),
+            where=path,
+            message=f"the config has {count:,} keys here, more than the {_KEYS:,} allowed",
+            fix="Save or download the folder again.",
+        )
+        for path, count in _wide(content)
+    ]
     if problems:
         raise CheckpointError(problems[:_SHOWN])
+
+
+def _wide(node: Any, path: str = "") -> Iterator[tuple[str, int]]:
+    """Yield path and size of the objects with more keys than anything has but a list of labels."""
+    if len(node) > _KEYS:
+        yield path, len(node)
+    for key, value in node.items():
+        if isinstance(value, dict) and key not in ("id2label", "label2id"):
+            yield from _wide(value, f"{path}.{key}" if path else key)
 
 
 def _counts(node: Any, path: str = "") -> Iterator[tuple[str, str, int]]:

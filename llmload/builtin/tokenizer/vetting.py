@@ -23,6 +23,8 @@ _TEMPLATES: Final = "additional_chat_templates"
 # What transformers may open for a tokenizer of whatever class.
 _FILES: Final = ("*.json", "*.jinja", "*.txt", "*.model", "*.spm", "*.tiktoken", "tokenizer*")
 _NOT_ITS_OWN: Final = (".safetensors", ".bin", ".index.json")
+_VOCABULARIES: Final = ("tokenizer", "vocab", "merges", "tekken")
+_VOCABULARY_KINDS: Final = (".model", ".spm", ".tiktoken")
 _MAX_BYTES: Final = 64 * 2**20
 """Of a vocabulary; that of 262,144 words in all the world's scripts has half of it."""
 _WORDS: Final = 50_000
@@ -54,7 +56,7 @@ def vet(folder: Path, ctx: LoadContext) -> UntrustedFolder:
             content = files.tokenizer_config(name, trusted=trusted or name == _ADDED)
             _hold_listed(files, name, content)
             _hold_added(files, name, _mapped(name, content), ctx)
-        elif name.startswith(("tokenizer", "vocab", "merges", "tekken")) or "." in name:
+        elif name.startswith(_VOCABULARIES) or name.endswith(_VOCABULARY_KINDS):
             _hold_words(files, name, ctx)
     if files.holds(_TEMPLATES):
         templates = UntrustedFolder(files.path(_TEMPLATES))
