@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import parameters, recipe, same, stored, trainable
+from recipes import recipe, stored
 from sameness import differences
 from stacks import needs_safe_pickles
 from torch import nn
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import llmload
 from llmload.hf import installed_transformers
-from llmload.testing import SENTENCES, tiny_checkpoint
+from llmload.testing import SENTENCES, parameters, same, tiny_checkpoint, trainable
 
 MODEL = "openai-community/gpt2"
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import EXAMPLES, ROOT, parameters, recipe, same, stored, trainable
+from recipes import EXAMPLES, ROOT, recipe, stored
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmload
 from llmload.hf import installed_transformers
-from llmload.testing import IDS, SENTENCES, tiny_llama
+from llmload.testing import IDS, SENTENCES, parameters, same, tiny_llama, trainable
 
 FILE = json.loads((EXAMPLES / "lora_config.json").read_text())
 MODEL = "meta-llama/Meta-Llama-3-8B"

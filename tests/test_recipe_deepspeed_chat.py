@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import parameters, recipe, same, stored, trainable
+from recipes import recipe, stored
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmload
 from llmload.hf import installed_transformers
-from llmload.testing import SENTENCES, tiny_checkpoint
+from llmload.testing import SENTENCES, parameters, same, tiny_checkpoint, trainable
 
 MODEL = "facebook/opt-1.3b"
 

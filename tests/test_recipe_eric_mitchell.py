@@ -12,14 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import EXAMPLES, hold_frozen, parameters, recipe, same, trainable
+from recipes import EXAMPLES, recipe
 from stacks import needs_safe_pickles
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llmload
 from llmload.hf import installed_transformers
-from llmload.testing import IDS, SENTENCES, save_checkpoint, tiny_tokenizer
+from llmload.testing import (
+    IDS,
+    SENTENCES,
+    hold_frozen,
+    parameters,
+    same,
+    save_checkpoint,
+    tiny_tokenizer,
+    trainable,
+)
 
 MODEL = "EleutherAI/pythia-2.8b"
 COMMIT = "0" * 40

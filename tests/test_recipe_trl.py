@@ -14,13 +14,13 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from quantised import plain
-from recipes import parameters, recipe, same, stored, trainable
+from recipes import recipe, stored
 from stacks import needs_bitsandbytes
 from torch import nn
 from transformers import AutoTokenizer
 
 import llmload
-from llmload.testing import losses, tiny_checkpoint
+from llmload.testing import losses, parameters, same, tiny_checkpoint, trainable
 
 MODEL = "meta-llama/Llama-3.1-8B"
 INSTRUCT = "meta-llama/Llama-3.1-8B-Instruct"

@@ -88,7 +88,8 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
     plan.trainable = sum(partitions.values(p) for p in unique.values() if p.requires_grad)
     plan.trainable_parameters = [name for name, p in unique.items() if p.requires_grad]
     plan.tied = sorted(tied)
-    plan.new_parameters = ledger.new(model, plan.loader, ctx)
+    foretold = {name: plan.loader for name in unique if name in ctx.to_initialise}
+    plan.new_parameters = foretold | ledger.new(model, plan.loader, ctx)
     return Rehearsal(model=model, base=base)
 
 

@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     from llmload.testing.leftovers import changes as changes
     from llmload.testing.leftovers import nothing_left_behind as nothing_left_behind
     from llmload.testing.leftovers import snapshot as snapshot
+    from llmload.testing.models import example_spec as example_spec
+    from llmload.testing.models import hold_frozen as hold_frozen
+    from llmload.testing.models import parameters as parameters
+    from llmload.testing.models import same as same
+    from llmload.testing.models import trainable as trainable
     from llmload.testing.ranks import RanksFailedError as RanksFailedError
     from llmload.testing.ranks import run_on_ranks as run_on_ranks
     from llmload.testing.shrinking import VOCABULARY as VOCABULARY
@@ -63,6 +68,7 @@ _HOME = {
     "context_of": "contexts",
     **dict.fromkeys(("FakeDistributions", "fake_distributions"), "distributions"),
     **dict.fromkeys(("changes", "nothing_left_behind", "snapshot"), "leftovers"),
+    **dict.fromkeys(("example_spec", "hold_frozen", "parameters", "same", "trainable"), "models"),
     **dict.fromkeys(("RanksFailedError", "run_on_ranks"), "ranks"),
     **dict.fromkeys(("VOCABULARY", "tiny_config"), "shrinking"),
 }

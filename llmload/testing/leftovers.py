@@ -96,7 +96,8 @@ def nothing_left_behind(allow: Collection[str] = ("random",)) -> Iterator[None]:
 
 
 def _functions(holder: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(holder).items() if callable(value)}
+    # transformers adds smart_apply to nn.Module when it first initialises a model, for good.
+    return {k: v for k, v in vars(holder).items() if callable(v) and k != "smart_apply"}
 
 
 def _global_hooks() -> list[Any]:

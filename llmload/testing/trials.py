@@ -179,6 +179,8 @@ def _unforetold(case: Case, plan: llmload.Plan, result: llmload.LoadResult) -> I
             sorted(name for name, p in result.model.named_parameters() if p.requires_grad),
         ),
     }
+    if plan.loader in result.report.declined:
+        del pairs["the loader"]  # it may decline in `load` too
     for what, (foretold, came) in pairs.items():
         if foretold != came:
             yield "plan-equals-load", f"the plan says {what}: {foretold}, and {came} came", fix

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmload import Conflict, Note, Problem, RequestError, hookimpl
-
-from . import _labels
-from ._layouts import (
+from llmload_rlhf import labels
+from llmload_rlhf.layouts import (
     COATI_CRITIC,
     COATI_REWARD,
     DEEPSPEED_CHAT,
@@ -17,7 +16,7 @@ from ._layouts import (
     Layout,
     pad_id,
 )
-from .sections import (
+from llmload_rlhf.sections import (
     CriticHeadSection,
     HeadSection,
     RewardHeadSection,
@@ -56,7 +55,7 @@ class HeadPlugin:
         """Take the head's tensors, and give the transformer's the names that it has by itself."""
         layout = self._layout(ctx)
         if layout is None:
-            return _labels.map_keys(ctx, self._section(ctx), keys)
+            return labels.map_keys(ctx, self._section(ctx), keys)
         self._refuse_class(ctx, layout.auto_class)
         heads = self._head_in(keys, layout)
         self._hold_to_request(ctx, layout, heads)
@@ -80,7 +79,7 @@ class HeadPlugin:
         """Say what head there will be, and what it lacks."""
         layout, section = self._layout(ctx), self._section(ctx)
         if layout is None:
-            yield from _labels.check(ctx, section)
+            yield from labels.check(ctx, section)
         else:
             self._refuse_class(ctx, layout.auto_class)
             if ctx.checkpoint is None:
@@ -96,24 +95,24 @@ class HeadPlugin:
     @hookimpl
     def post_load(self, ctx: LoadContext, model: PreTrainedModel) -> nn.Module:
         """Make the head, fill it, and put it on the transformer."""
-        from . import _heads
+        from llmload_rlhf import heads
 
         layout, section = self._layout(ctx), self._section(ctx)
         for key in ctx.claimed:
             if layout is None or key not in layout.head_keys.values():
                 ctx.left_out[key] = f"a model with a {section.layout} head has no such part"
         if layout is None:
-            return _labels.finish(ctx, section, model)  # type: ignore[no-any-return]
-        return _heads.put(ctx, layout, section, model, self.name)
+            return labels.finish(ctx, section, model)  # type: ignore[no-any-return]
+        return heads.put(ctx, layout, section, model, self.name)
 
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         """Hold a head that was read to the file, value by value."""
-        from . import _heads
+        from llmload_rlhf import heads
 
         layout = self._layout(ctx)
         if layout is not None and not self._section(ctx).new:
-            yield from _heads.differences(ctx, layout, self.name)
+            yield from heads.differences(ctx, layout, self.name)
 
     # --- what is asked for --------------------------------------------------------------------
 
@@ -153,7 +152,7 @@ class HeadPlugin:
 
     def _shape_problems(self, ctx: LoadContext, layout: Layout) -> Iterator[Problem]:
         """Find head tensors that do not fit the transformer, and those that no head has."""
-        from ._models import head_size
+        from llmload_rlhf.models import head_size
 
         shapes = {"weight": (1, head_size(ctx.config)), "bias": (1,)}
         known = {key: shapes[part.rpartition(".")[2]] for part, key in layout.head_keys.items()}

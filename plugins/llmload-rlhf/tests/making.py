@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import systems
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from stacks import OPENS_PICKLES
 from torch import nn
 
 import llmload
-from llmload.testing import tiny_checkpoint, tiny_model
+from llmload.testing import example_spec, tiny_checkpoint, tiny_model
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+OPENS_PICKLES = hasattr(torch, "accelerator")
+"""torch 2.5, of the colossalai stack, opens no pickle safely."""
+needs_safe_pickles = pytest.mark.skipif(
+    not OPENS_PICKLES, reason="torch 2.5 opens no pickle safely"
+)
 
 IDS = torch.tensor(
     [
@@ -90,6 +99,17 @@ def load(folder: Path, case: tuple[str, str], **keys: Any) -> llmload.LoadResult
         section: {"layout": layout, **mine},
     }
     return llmload.load(spec | keys)
+
+
+def example(name: str, folders: Mapping[str, Path]) -> dict[str, Any]:
+    """Return ``examples/NAME.yaml`` as it is committed, other folders in the place of its own."""
+    return example_spec(EXAMPLES / f"{name}.yaml", folders)
+
+
+def dtype_option(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return the keyword of the installed transformers for a model's dtype."""
+    modern = int(transformers.__version__.partition(".")[0]) >= 5
+    return {"dtype" if modern else "torch_dtype": dtype}
 
 
 def alike(ours: torch.Tensor, theirs: torch.Tensor) -> None:

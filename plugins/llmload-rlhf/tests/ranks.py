@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llmload_rlhf._models import whole_state
+from llmload_rlhf.models import whole_state
 from making import load
-from zero3.comparing import deepspeed_config
 
-from llmload.model import partitions
+from llmload.plugin import partitions
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
-def load_and_save(folder: str, case: list[str], new: bool) -> dict[str, Any]:
+CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+
+
+def load_and_save(folder: str, case: tuple[str, str], new: bool) -> dict[str, Any]:
     """Load, say what the head holds once it is whole, and save in the system's files."""
     torch.manual_seed(int(torch.distributed.is_initialized()))
-    zero3 = {"config": deepspeed_config("float32")}
+    zero3 = {"config": CONFIG}
     result = load(Path(folder), (case[0], case[1]), head_new=new, dtype="float32", zero3=zero3)
     model = result.model
     parameters = list(model.parameters())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from llmload_rlhf.plugins import CriticHeadPlugin, RewardHeadPlugin, ValueHeadPlugin
-from stacks import needs_safe_pickles
+from making import needs_safe_pickles
 
 from llmload.testing import tiny_checkpoint
 

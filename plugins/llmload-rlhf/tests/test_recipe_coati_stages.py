@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from making import alike, read, write
-from recipes import hold_frozen, parameters, recipe, same, trainable
+from making import alike, dtype_option, example, read, write
 from torch import nn
 from transformers import AutoTokenizer, GPT2LMHeadModel, GPT2Model
 
 import llmload
-from llmload.plugin import installed_transformers
-from llmload.testing import IDS, tiny_checkpoint
+from llmload.testing import IDS, hold_frozen, parameters, same, tiny_checkpoint, trainable
 
 GPT2 = "openai-community/gpt2"
 
@@ -28,9 +26,7 @@ class Wrapper(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.model = GPT2LMHeadModel.from_pretrained(
-            folder, **installed_transformers().dtype_option(torch.float32)
-        )
+        self.model = GPT2LMHeadModel.from_pretrained(folder, **dtype_option(torch.float32))
 
 
 class Critic(nn.Module):
@@ -38,9 +34,7 @@ class Critic(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.model = GPT2Model.from_pretrained(
-            folder, **installed_transformers().dtype_option(torch.float32)
-        )
+        self.model = GPT2Model.from_pretrained(folder, **dtype_option(torch.float32))
         self.value_head = nn.Linear(self.model.config.n_embd, 1)
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -101,7 +95,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_the_reward_model_is_coatis(base: Path) -> None:
     torch.manual_seed(7)
-    result = llmload.load(recipe("coati_reward_model", {GPT2: base}))
+    result = llmload.load(example("coati_reward_model", {GPT2: base}))
     torch.manual_seed(7)
     theirs = RewardModel(base).to(torch.bfloat16).eval()
     held_to(result.model, theirs)
@@ -133,7 +127,7 @@ def stages(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def group(stages: dict[str, Any]) -> Any:
-    return llmload.load_group(recipe("coati_ppo", stages["folders"]))
+    return llmload.load_group(example("coati_ppo", stages["folders"]))
 
 
 def test_actor_and_initial_model_are_the_actor_of_stage_1(group: Any, stages: Any) -> None:

@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from making import alike, write
-from recipes import hold_frozen, parameters, recipe, same, trainable
+from making import alike, dtype_option, example, write
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import llmload
-from llmload.plugin import installed_transformers
-from llmload.testing import IDS, tiny_checkpoint
+from llmload.testing import IDS, hold_frozen, parameters, same, tiny_checkpoint, trainable
 
 RATES = ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout")
 TOKENIZER = "facebook/opt-1.3b"
@@ -37,9 +35,7 @@ def create_hf_model(auto_class: Any, folder: Path, tokenizer: Any, dropout: floa
     for rate in RATES if dropout is not None else ():
         if hasattr(config, rate):
             setattr(config, rate, dropout)
-    model = auto_class.from_pretrained(
-        folder, config=config, **installed_transformers().dtype_option(torch.float32)
-    )
+    model = auto_class.from_pretrained(folder, config=config, **dtype_option(torch.float32))
     model.config.end_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = model.config.eos_token_id
     model.resize_token_embeddings(8 * math.ceil(len(tokenizer) / 8.0))
@@ -104,7 +100,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_reward_model_is_deepspeed_chats(base: Path) -> None:
     torch.manual_seed(7)
-    result = llmload.load(recipe("deepspeed_chat_reward_model", {"facebook/opt-350m": base}))
+    result = llmload.load(example("deepspeed_chat_reward_model", {"facebook/opt-350m": base}))
     transformer = create_hf_model(AutoModel, base, tokenizer_of(base), None)
     torch.manual_seed(7)  # the resizing there draws, and ours does not
     theirs = RewardModel(transformer).eval()
@@ -142,7 +138,7 @@ def steps(
 
 @pytest.fixture(scope="module")
 def group(steps: dict[str, Any]) -> Any:
-    return llmload.load_group(recipe("deepspeed_chat_rlhf", steps["folders"]))
+    return llmload.load_group(example("deepspeed_chat_rlhf", steps["folders"]))
 
 
 def test_actor_and_reference_are_the_model_of_step_1(group: Any, steps: Any) -> None:

@@ -3,40 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from making import CASES, saved
-from zero3.farm import Job, launch
+from ranks import load_and_save
 
-from llmload.testing import tiny_checkpoint
+from llmload.testing import run_on_ranks, tiny_checkpoint
 
-HERE = Path(__file__).parent
+pytest.importorskip("deepspeed")
 
 
-def test_heads_are_partitioned_equal_on_all_ranks_and_saved_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def on_two_ranks(folder: Path, case: tuple[str, str], *, new: bool) -> dict[str, Any]:
+    """Load and save on two ranks, which must agree on the head and on what is partitioned."""
+    first, second = run_on_ranks(load_and_save, str(folder), case, new, process_group=False)
+    assert first["head"] == second["head"]
+    assert first["partitioned"] == second["partitioned"] == first["parameters"]
+    return first
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_head_is_partitioned_equal_on_all_ranks_and_saved_whole(
+    tmp_path: Path, case: tuple[str, str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
-    jobs, expected = [], []
-    for case in CASES:
-        folder, theirs = saved(tmp_path / "-".join(case), case[1])
-        jobs.append(Job("ranks:load_and_save", {"folder": str(folder), "case": case, "new": False}))
-        expected.append(theirs.state_dict())
+    folder, theirs = saved(tmp_path / "model", case[1])
+    found = torch.load(on_two_ranks(folder, case, new=False)["whole"], weights_only=True)
+    wanted = theirs.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+
+
+def test_a_new_head_is_one_and_the_same_on_all_ranks(tmp_path: Path) -> None:
     causal = tiny_checkpoint(tmp_path / "causal", "llama", pad=True)
-    new = {"folder": str(causal), "case": ("reward_head", "coati"), "new": True}
-    for job, ranks in zip(
-        [*jobs, Job("ranks:load_and_save", new)],
-        launch([*jobs, Job("ranks:load_and_save", new)], timeout=250),
-        strict=True,
-    ):
-        for rank in ranks:
-            assert rank.code == 0, rank.output
-        first, second = (rank.result for rank in ranks)
-        assert first["head"] == second["head"]
-        assert first["partitioned"] == second["partitioned"] == first["parameters"]
-        if not job.args["new"]:
-            wanted = expected[jobs.index(job)]
-            found = torch.load(first["whole"], weights_only=True)
-            assert found.keys() == wanted.keys()
-            assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    on_two_ranks(causal, ("reward_head", "coati"), new=True)

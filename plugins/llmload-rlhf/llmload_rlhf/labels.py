@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llmload import Note, Problem, RequestError
-
-from ._layouts import LANGUAGE_MODEL_HEADS
+from llmload_rlhf.layouts import LANGUAGE_MODEL_HEADS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ._models import HeadedModel
+from llmload_rlhf.models import HeadedModel
 
 
 class DeepSpeedChatModel(HeadedModel):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmload.model import partitions
+from llmload.plugin import partitions
 
 
 def head_size(config: Any) -> int:
@@ -173,10 +173,11 @@ class TrlModel(HeadedModel):
         **others: Any,
     ) -> tuple[Any, ...]:
         """Return logits in float32, loss or None, and values, (rows, length)."""
+        if past_key_values is not None:  # whose name transformers is about to change
+            others["past_key_values"] = past_key_values
         outputs = self.pretrained_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             **(others | {"output_hidden_states": True}),
         )
         value = self.v_head(outputs.hidden_states[-1]).squeeze(-1)

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmload import LoadContext
-
-    from .sections import HeadSection
+    from llmload_rlhf.sections import HeadSection
 
 LANGUAGE_MODEL_HEADS = ("lm_head.", "embed_out.", "output.")
 """Keys of a causal model's checkpoint that a model without its head leaves out."""
@@ -47,7 +46,7 @@ class Layout:
 def _linear(config: Any, section: HeadSection) -> nn.Module:
     from torch import nn
 
-    from ._models import head_size
+    from llmload_rlhf.models import head_size
 
     return nn.Linear(head_size(config), 1)
 
@@ -55,7 +54,7 @@ def _linear(config: Any, section: HeadSection) -> nn.Module:
 def _linear_without_bias(config: Any, section: HeadSection) -> nn.Module:
     from torch import nn
 
-    from ._models import head_size
+    from llmload_rlhf.models import head_size
 
     return nn.Linear(head_size(config), 1, bias=False)
 
@@ -64,7 +63,7 @@ def _coati_reward_head(config: Any, section: HeadSection) -> nn.Module:
     """Make a linear layer with weights from N(0, 1 / (size + 1)), the second the deviation."""
     from torch import nn
 
-    from ._models import head_size
+    from llmload_rlhf.models import head_size
 
     size = head_size(config)
     head = nn.Linear(size, 1)
@@ -73,7 +72,7 @@ def _coati_reward_head(config: Any, section: HeadSection) -> nn.Module:
 
 
 def _trl_head(config: Any, section: Any) -> nn.Module:
-    from ._models import ValueHead, head_size
+    from llmload_rlhf.models import ValueHead, head_size
 
     dropout = section.summary_dropout_prob
     if dropout is None:
@@ -93,7 +92,7 @@ def _draw(weight: torch.Tensor, deviation: float) -> None:
 
 
 def _deepspeed_chat(ctx: LoadContext, base: Any, head: nn.Module, section: Any) -> nn.Module:
-    from ._chat_model import DeepSpeedChatModel
+    from llmload_rlhf.chat_model import DeepSpeedChatModel
 
     return DeepSpeedChatModel(
         base,
@@ -111,19 +110,19 @@ def pad_id(ctx: LoadContext, config: Any) -> Any:
 
 
 def _coati_reward(ctx: LoadContext, base: Any, head: nn.Module, section: Any) -> nn.Module:
-    from ._models import CoatiRewardModel
+    from llmload_rlhf.models import CoatiRewardModel
 
     return CoatiRewardModel(base, head)
 
 
 def _coati_critic(ctx: LoadContext, base: Any, head: nn.Module, section: Any) -> nn.Module:
-    from ._models import CoatiCritic
+    from llmload_rlhf.models import CoatiCritic
 
     return CoatiCritic(base, head)
 
 
 def _trl(ctx: LoadContext, base: Any, head: nn.Module, section: Any) -> nn.Module:
-    from ._models import TrlModel
+    from llmload_rlhf.models import TrlModel
 
     return TrlModel(base, head)
 

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmload import Problem
-from llmload.model import partitions
+from llmload.plugin import partitions
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
     from llmload import LoadContext
-
-    from ._layouts import Layout
+    from llmload_rlhf.layouts import Layout
 
 
 def put(
