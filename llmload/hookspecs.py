@@ -12,6 +12,7 @@ A plugin is any object with a ``name``. Everything else is optional::
         conflicts = (Conflict(...),)    # settings that cannot be combined with this section
         requires = ("peft>=0.13.2",)    # distributions it needs; a missing one is a plan problem
         provides = ("embeddings",)      # what others may count on: see below
+        key_rules = {"mine": (...)}     # what a spec's `key_rules` can name: see llmload.plugin
         rehearsed = True                # False: its hooks change no name, shape or requires_grad
         Hooks = MyHooks                 # hooks of its own, for other plugins: see below
 
@@ -35,6 +36,11 @@ turns out in a load it states on ``ctx``, such as ``placed_by`` and ``splits``, 
 **What people see.** ``ctx.record(self.name, {...})`` keeps JSON-able facts for plan and report;
 ``ctx.show(self.name, "rank", "8 in 14 layers")`` adds a line to what ``llmload plan`` prints, or,
 said while loading, ``llmload load``.
+
+**What specs say.** A section's ``spellings`` tell what other tools call its keys, so that their
+users are answered with ours (:class:`llmload.plugin.Spelling`). The names in ``key_rules`` can be
+written in any spec, whether the plugin takes part in its load or not
+(:data:`llmload.plugin.KeyRule`).
 
 **Hooks of plugins.** A class ``Hooks`` declares hooks for others to implement. They exist in loads
 that the plugin takes part in, and are called through ``ctx.hooks``, one plugin after the other, or

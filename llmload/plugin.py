@@ -30,6 +30,7 @@ Files of a checkpoint:
 - ``hold_adapter``: a saved adapter's config held to what its weights bear;
   ``matching_within_budget``: PEFT's matching of names held to a budget of time;
   ``replicated_layers``: how many a ``layer_replication`` makes.
+- ``KeyRule``: how what a system did to keys is undone, in a plugin's ``key_rules``.
 - ``main_file``: the file that another library wants to be pointed to.
 
 Where and how a weight is stored:
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint.placement import Splitting as Splitting
     from llmload.checkpoint.placement import Target as Target
     from llmload.checkpoint.proof import Proof as Proof
+    from llmload.checkpoint.renaming import KeyRule as KeyRule
     from llmload.checkpoint.untrusted import UntrustedFolder as UntrustedFolder
     from llmload.checkpoint.untrusted import local_path as local_path
     from llmload.checkpoint.untrusted import read_file as read_file
@@ -150,6 +152,7 @@ __all__ = [
     "MISSING",
     "Accounting",
     "Checkpoint",
+    "KeyRule",
     "MappedCheckpoint",
     "Part",
     "Placement",
@@ -215,6 +218,7 @@ _HOME = {
     "Proof": "checkpoint.proof",
     "TensorInfo": "checkpoint.header",
     **dict.fromkeys(("UntrustedFolder", "local_path", "read_file"), "checkpoint.untrusted"),
+    "KeyRule": "checkpoint.renaming",
     "main_file": "checkpoint.folder",
     "torch_dtype": "checkpoint.dtypes",
     **dict.fromkeys(

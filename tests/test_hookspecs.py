@@ -101,7 +101,7 @@ def test_a_hook_of_a_plugin_is_called_as_the_manual_says(folder: Path) -> None:
 def test_the_manual_names_every_attribute_and_ability() -> None:
     text = inspect.getdoc(hookspecs) or ""
     known = ("Section", "always_active", "stage", "after", "before", "conflicts", "requires")
-    for name in (*known, "provides", "rehearsed", "Hooks"):
+    for name in (*known, "provides", "key_rules", "rehearsed", "Hooks"):
         assert f"\n        {name} = " in text
     for ability in llmload.plugin.ABILITIES:
         assert f"``{ability}``" in text

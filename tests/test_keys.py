@@ -5,10 +5,13 @@ Each case runs through both loaders: the streaming one, and ``from_pretrained`` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +20,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalL
 
 import llmload
 from llmload import hookimpl
-from llmload.checkpoint.renaming import COATI, RULES, Renaming, undo_coati
+from llmload.builtin.coati.keys import undo as undo_coati
+from llmload.checkpoint.renaming import RULES, Renaming
+from llmload.spec.schema import json_schema
 from llmload.testing import tiny_checkpoint, tiny_llama, tiny_model
 
 LOADERS = ["streaming", "transformers"]
@@ -135,9 +140,104 @@ def test_random_weights_have_no_keys(key: str, value: Any) -> None:
 # --- key_rules --------------------------------------------------------------------------------
 
 
-def test_every_rule_of_the_spec_is_there() -> None:
-    (names, _ellipsis) = get_args(llmload.LoadSpec.model_fields["key_rules"].annotation)
-    assert set(get_args(names)) == {*RULES, COATI}
+def test_a_rule_that_nobody_has_is_refused_with_the_nearest() -> None:
+    registry = llmload.create_registry(environ={})
+    assert list(registry.key_rules) == [*RULES, "coati"]
+    with pytest.raises(llmload.SpecError) as caught:
+        registry.validate({"model": "m", "key_rules": ["ddp", "deepspeed-chat", 3]})
+    assert [str(problem) for problem in caught.value.problems] == [
+        "key_rules[2]: expected text, found 3. Put it in quotes.",
+        "key_rules[1]: expected 'deepspeed_chat', 'ddp', 'compiled', 'peft' or 'coati', found"
+        " 'deepspeed-chat'. Did you mean 'deepspeed_chat'?",
+    ]
+    without = llmload.create_registry(block=["coati"], environ={})
+    with pytest.raises(llmload.SpecError, match=r"'compiled' or 'peft', found 'coati'"):
+        without.validate_group({"models": {"a": {"model": "m", "key_rules": ["coati"]}}})
+
+
+def test_the_schema_names_the_rules_that_there_are() -> None:
+    registry = llmload.create_registry([WithRules], environ={})
+    schema = json_schema(registry.sections, registry.key_rules)
+    spec = {"model": "m", "key_rules": ["ddp", "upper", "by_model"]}
+    jsonschema.validate(spec, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"model": "m", "key_rules": ["uper"]}, schema)
+
+
+class WithRules:
+    """Has a rule of each kind, and a section that no spec here has."""
+
+    name = "with_rules"
+    key_rules: ClassVar[dict[str, Any]] = {
+        "upper": ((r"^MODEL\.", "model."), (r"^LM_HEAD\.", "lm_head.")),
+        "by_model": lambda keys, of_model: {
+            key: name for key in keys for name in of_model if key == f"theirs.{name}"
+        },
+        "wrong": lambda keys, of_model: {"no such key": "x"},
+        "failing": lambda keys, of_model: 1 / 0,
+    }
+
+    class Section(llmload.Section):
+        """Nothing to say."""
+
+
+@pytest.mark.parametrize(
+    ("rule", "theirs"),
+    [
+        ("upper", lambda key: re.sub("^(model|lm_head)", lambda found: found[0].upper(), key)),
+        ("by_model", lambda key: f"theirs.{key}"),
+    ],
+)
+def test_a_plugin_has_rules_of_its_own(rule: str, theirs: Any, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    expected = llmload.load({"model": str(folder)}).model.state_dict()
+    rename(folder, theirs)
+    registry = llmload.create_registry([WithRules], environ={})
+    spec = {"model": str(folder), "key_rules": [rule]}
+    found = llmload.load(spec, registry=registry)
+    assert all(torch.equal(v, expected[k]) for k, v in found.model.state_dict().items())
+    assert found.plan.keys == [f"{len(expected)} renamed by {rule}"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "reason"),
+    [
+        ("wrong", "TypeError: it must return a mapping of keys of the checkpoint to names"),
+        ("failing", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_rule_that_fails_is_named(rule: str, reason: str, tmp_path: Path) -> None:
+    registry = llmload.create_registry([WithRules], environ={})
+    spec = {"model": str(tiny_llama(tmp_path)), "key_rules": [rule]}
+    (problem,) = llmload.plan(spec, registry=registry).errors
+    assert str(problem) == (
+        f"the key rule {rule!r} failed: {reason}. The plugin that has it is at fault; say in"
+        " `key_map` how keys are renamed."
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "fault"),
+    [
+        (("ddp",), "its `key_rules` is ('ddp',), and must map names to llmload.plugin.KeyRule"),
+        ({"ddp": ()}, "its key rule 'ddp' is called as one of llmload's own"),
+        (
+            {"mine": "^a"},
+            "its key rule 'mine' is neither a function nor a tuple of regular expressions with"
+            " their replacements",
+        ),
+        (
+            {"mine": (("(", ""),)},
+            "its key rule 'mine' is neither a function nor a tuple of regular expressions with"
+            " their replacements",
+        ),
+        ({"coati": ()}, "its key rule 'coati' is also that of 'coati'"),
+    ],
+)
+def test_rules_that_cannot_be_break_their_plugin(rules: Any, fault: str) -> None:
+    with pytest.raises(llmload.PluginError) as caught:
+        llmload.create_registry([SimpleNamespace(name="mine", key_rules=rules)], environ={})
+    assert caught.value.problems[0].message == f"plugin 'mine' breaks the hook contract: {fault}"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +258,7 @@ def test_every_rule_of_the_spec_is_there() -> None:
 )
 def test_a_rule_undoes_what_it_names_and_nothing_else(rule: str, stored: str, wanted: str) -> None:
     renaming = Renaming([stored])
-    renaming.by_rule(rule, {})
+    renaming.by_rule(rule, RULES[rule])
     assert renaming.names == {stored: wanted}
     assert renaming.counts == {rule: int(stored != wanted)}
 

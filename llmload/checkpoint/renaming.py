@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import TypeAlias
 
 from llmload import patterns
 from llmload.errors import CheckpointError, Problem
 
-RULES: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
+KeyRule: TypeAlias = (
+    tuple[tuple[str, str], ...] | Callable[[Sequence[str], Collection[str]], Mapping[str, str]]
+)
+"""How what a system did to its keys is undone: regular expressions and their replacements, one
+after the other; or a function, for what cannot be told from a key alone. It is called with the keys
+and with the names of the model's parameters and buffers, and returns key -> name; a key that it
+does not return stays."""
+
+RULES: Mapping[str, KeyRule] = MappingProxyType(
     {
         # DeepSpeed-Chat misspelt the attribute of its reward model until October 2023.
         "deepspeed_chat": ((r"^rwtranrsformer\.", "rwtransformer."),),
@@ -28,10 +37,7 @@ RULES: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
         ),
     }
 )
-"""Rule -> the regular expressions and replacements by which it is undone, in order."""
-
-COATI = "coati"
-"""The one rule that needs the model: see :func:`undo_coati`."""
+"""Rule -> how it is undone; plugins have further ones in their ``key_rules``."""
 
 _SHOWN = 3
 
@@ -72,19 +78,25 @@ class Renaming:
             {name: patterns.sub(pattern, replacement, name) for name in self.names.values()}
         )
 
-    def by_rule(self, rule: str, of_model: Collection[str]) -> None:
+    def by_rule(self, rule: str, how: KeyRule, of_model: Collection[str] = ()) -> None:
         """Undo what a system did to its keys, where it did.
 
-        :param rule: one of :data:`RULES`, or :data:`COATI`.
-        :param of_model: the names of the model's parameters and buffers.
-        :raises CheckpointError: as :func:`undo_coati`.
+        :param rule: its name in a spec.
+        :param of_model: the names of the model's parameters and buffers, for a function.
+        :raises CheckpointError: what a function raises.
+        :raises TypeError: a function returns something else than names by key.
         """
         before = list(self.names.values())
-        if rule == COATI:
-            after = undo_coati(before, of_model)
+        after = {name: name for name in before}
+        if callable(how):
+            answer: object = how(before, of_model)
+            if not isinstance(answer, Mapping) or not all(
+                key in after and isinstance(name, str) for key, name in answer.items()
+            ):
+                raise TypeError("it must return a mapping of keys of the checkpoint to names")
+            after |= answer
         else:
-            after = {name: name for name in before}
-            for pattern, replacement in RULES[rule]:
+            for pattern, replacement in how:
                 after = {key: re.sub(pattern, replacement, name) for key, name in after.items()}
         self.counts[rule] = sum(after[name] != name for name in before)
         self._change(after)
@@ -108,42 +120,6 @@ class Renaming:
         ]
         if problems:
             raise CheckpointError(problems)
-
-
-def undo_coati(keys: Iterable[str], of_model: Collection[str]) -> dict[str, str]:
-    """Give back the ``model.`` that old coati cut out of each key, wherever it stood.
-
-    ``DDPStrategy.save_pretrained`` of ColossalAI v0.3.4 (applications/Chat) did
-    ``key.replace("model.", "", 1)`` to the keys of an ``Actor``, ``Critic`` or ``RewardModel``,
-    whose transformer is the attribute ``model``. Which ``model.`` went cannot be told from a key
-    alone, so each of the model's own names is shortened in the same way, and the key is held
-    against those and against the names as they are (an ``Actor``'s keys lost the wrapper's
-    ``model.`` and are right).
-
-    :returns: key -> name in the model; a key that fits no name stays as it is.
-    :raises CheckpointError: a key fits two names.
-    """
-    origins: dict[str, set[str]] = defaultdict(set)
-    for name in of_model:
-        origins[name].add(name)
-        origins[name.replace("model.", "", 1)].add(name)
-    found: dict[str, str] = {}
-    problems = []
-    for key in keys:
-        candidates = sorted(origins.get(key, {key}))
-        found[key] = candidates[0]
-        if len(candidates) > 1:
-            problems.append(
-                Problem(
-                    where="key_rules",
-                    message=f"old coati may have made the key {key!r} from"
-                    f" {' or '.join(map(repr, candidates))}",
-                    fix="Say which in `key_map`, instead of the rule `coati`.",
-                )
-            )
-    if problems:
-        raise CheckpointError(problems)
-    return found
 
 
 def _some(names: list[str]) -> str:

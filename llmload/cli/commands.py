@@ -283,7 +283,8 @@ def schema(*, plugin: Plugins = None, json: Json = False) -> Answer:
     """Write the JSON schema of a spec or group, sections of the plugins included."""
     from llmload.spec.schema import file_schema
 
-    document = file_schema(_registry(plugin).sections)
+    registry = _registry(plugin)
+    document = file_schema(registry.sections, registry.key_rules)
     return Answer(document, lambda: json_module.dumps(document, indent=2, ensure_ascii=False))
 
 

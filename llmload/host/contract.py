@@ -18,6 +18,7 @@ import pluggy
 from pydantic import BaseModel, PydanticUserError
 
 from llmload import hookspecs
+from llmload.checkpoint.renaming import RULES
 from llmload.context.peers import ABILITIES
 from llmload.errors import Conflict
 from llmload.host.discovery import GROUP, PluginInfo
@@ -38,12 +39,34 @@ def break_faulty(infos: Iterable[PluginInfo]) -> None:
     long as all else together, and a load has few of the installed plugins' sections.
     """
     infos = list(infos)
+    break_double_rules(infos)
     active = [info for info in infos if info.status == "active"]
     manager = manager_of(info.plugin for info in active)
     # A plugin that is not imported may declare hooks that others implement.
     complete = len(active) == len(infos)
     for info in active:
         _break(info, partial(faults, info, manager, complete=complete))
+
+
+def break_double_rules(infos: Iterable[PluginInfo]) -> None:
+    """Break the plugins whose key rules are called as those of a plugin before them."""
+    owners: dict[str, str] = {}
+    for info in sorted(infos, key=lambda info: (not info.builtin, info.name)):
+        rules = _rules_of(info) if info.status == "active" else {}
+        taken = next((name for name in rules if name in owners), None)
+        if taken is not None:
+            info.status = "broken"
+            info.reason = f"its key rule {taken!r} is also that of {owners[taken]!r}"
+        else:
+            owners |= dict.fromkeys(rules, info.name)
+
+
+def _rules_of(info: PluginInfo) -> Mapping[str, object]:
+    try:
+        rules = getattr(info.plugin, "key_rules", {})
+    except Exception:  # a property that raises is found among the faults
+        return {}
+    return rules if isinstance(rules, Mapping) else {}
 
 
 def break_unbuildable(infos: Iterable[PluginInfo]) -> None:
@@ -156,9 +179,34 @@ def declaration_faults(plugin: object) -> Iterator[str]:
     stage = getattr(plugin, "stage", None)
     if stage is not None and (not isinstance(stage, str) or stage not in hookspecs.STAGES):
         yield _unknown("stage", stage, hookspecs.STAGES)
+    yield from _rule_faults(getattr(plugin, "key_rules", {}))
     conflicts = getattr(plugin, "conflicts", ())
     if not _all(conflicts, Conflict):
         yield f"its `conflicts` is {conflicts!r}, and must be a tuple of llmload.Conflict"
+
+
+def _rule_faults(rules: object) -> Iterator[str]:
+    """Find key rules that are none, or called as one of llmload's own."""
+    if not isinstance(rules, Mapping):
+        yield f"its `key_rules` is {rules!r}, and must map names to llmload.plugin.KeyRule"
+        return
+    for name, rule in rules.items():
+        if name in RULES:
+            yield f"its key rule {name!r} is called as one of llmload's own"
+        elif not callable(rule) and not _are_replacements(rule):
+            yield (
+                f"its key rule {name!r} is neither a function nor a tuple of regular expressions"
+                " with their replacements"
+            )
+
+
+def _are_replacements(rule: Any) -> bool:
+    try:
+        for pattern, replacement in rule:
+            re.sub(pattern, replacement, "")
+    except (TypeError, ValueError, re.error, IndexError):
+        return False
+    return True
 
 
 def _ability_faults(words: Iterable[str], name: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ import pluggy
 from pydantic import BaseModel
 
 from llmload import hookspecs
+from llmload.checkpoint.renaming import RULES, KeyRule
 from llmload.context.peers import Peer
 from llmload.errors import (
     LlmloadError,
@@ -69,8 +70,13 @@ class Host:
     """The plugins of one load, in plan order. Made by :meth:`Registry.activate`."""
 
     def __init__(
-        self, spec: LoadSpec, infos: list[PluginInfo], sections: Mapping[str, BaseModel]
+        self,
+        spec: LoadSpec,
+        infos: list[PluginInfo],
+        sections: Mapping[str, BaseModel],
+        key_rules: Mapping[str, KeyRule] = RULES,
     ) -> None:
+        self.key_rules = key_rules
         self.spec = spec
         self.infos = infos
         self.sections = sections
@@ -217,6 +223,15 @@ class Registry:
             if info.status == "active" and info.section is not None
         }
 
+    @property
+    def key_rules(self) -> dict[str, KeyRule]:
+        """What a spec's ``key_rules`` can name: llmload's own rules, and those of the plugins."""
+        found = dict(RULES)
+        for info in self._plugins:
+            if info.status == "active":
+                found |= getattr(info.plugin, "key_rules", {})
+        return found
+
     def validate(self, source: files.Source) -> LoadSpec:
         """Read a spec and check it, sections included.
 
@@ -233,7 +248,7 @@ class Registry:
             raise SpecError(document.placed([problem]))
         self._refuse_unusable(_said(document.data))
         data = self._without_idle_nulls(document.data)
-        return validate(replace(document, data=data), self.sections)
+        return validate(replace(document, data=data), self.sections, key_rules=self.key_rules)
 
     def validate_group(self, source: files.Source) -> GroupSpec:
         """Read a group of models and check it, sections included; ``like`` is resolved.
@@ -256,7 +271,9 @@ class Registry:
         if isinstance(members, Mapping):
             members = {name: self._without_idle_nulls(keys) for name, keys in members.items()}
         data = {**document.data, groupspec.MODELS: members}
-        return groupspec.validate(replace(document, data=data), self.sections)
+        return groupspec.validate(
+            replace(document, data=data), self.sections, key_rules=self.key_rules
+        )
 
     def _without_idle_nulls(self, keys: Any) -> Any:
         """Leave out nulls for plugins that take no part here: that is what they ask for."""
@@ -287,7 +304,7 @@ class Registry:
                     continue
             taking_part[info.name] = info
         order = ordering.plan_order({name: info.plugin for name, info in taking_part.items()})
-        return Host(spec, [taking_part[name] for name in order], sections)
+        return Host(spec, [taking_part[name] for name in order], sections, self.key_rules)
 
     @contextmanager
     def telling(self, source: files.Source, begun: Collection[str] = ()) -> Iterator[None]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from llmload.checkpoint.renaming import COATI, Renaming
-from llmload.errors import PluginError
+from llmload.checkpoint.renaming import Renaming
+from llmload.errors import LlmloadError, PluginError
 from llmload.loading import hook_calls
 
 if TYPE_CHECKING:
@@ -33,8 +33,16 @@ def assign(host: Host, ctx: LoadContext) -> list[str]:
     for pattern, replacement in ctx.spec.key_map.items():
         renaming.by_regex(pattern, replacement)
     for rule in ctx.spec.key_rules:
-        of_model = ctx.blank.state_dict() if rule == COATI else {}
-        renaming.by_rule(rule, of_model)
+        how = host.key_rules[rule]
+        try:
+            renaming.by_rule(rule, how, tuple(ctx.blank.state_dict()) if callable(how) else ())
+        except LlmloadError:
+            raise
+        except Exception as error:  # a plugin's own function
+            raise PluginError(
+                f"the key rule {rule!r} failed: {type(error).__name__}: {error}",
+                fix="The plugin that has it is at fault; say in `key_map` how keys are renamed.",
+            ) from error
     renaming.refuse_collisions()
     for plugin in host.implementing("map_keys"):
         _ask(host, plugin, ctx, renaming)

@@ -7,7 +7,7 @@ member's model is another's.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -80,15 +80,21 @@ def is_group(data: Mapping[str, Any]) -> bool:
     return MODELS in data
 
 
-def validate(document: Document, sections: Mapping[str, type[BaseModel]]) -> GroupSpec:
+def validate(
+    document: Document,
+    sections: Mapping[str, type[BaseModel]],
+    *,
+    key_rules: Iterable[str] | None = None,
+) -> GroupSpec:
     """Return the group of ``document``, with each section as an instance of its plugin's model.
 
     :param sections: spec key -> model of the plugin that owns it.
+    :param key_rules: what the key of that name can hold; None: whatever stands there.
     :raises SpecError: with every fault at once, in the file's order.
     """
 
     def check(keys: Mapping[str, Any]) -> LoadSpec:
-        return loadspec.check(keys, sections, beside=(LIKE, ADAPTER_OF))
+        return loadspec.check(keys, sections, beside=(LIKE, ADAPTER_OF), key_rules=key_rules)
 
     try:
         made = _members(document.data, check, {*LoadSpec.model_fields, *sections}.__contains__)

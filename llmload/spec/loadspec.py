@@ -36,6 +36,7 @@ from llmload.spec.refusals import (
     fields_of,
     more_faults,
     unknown_key,
+    unknown_words,
 )
 from llmload.spec.values import (
     AUTO_CLASSES,
@@ -198,11 +199,12 @@ class LoadSpec(Section):
     key_map: Annotated[Mapping[Regex, str], AfterValidator(replacements)] = {}
     """Renames checkpoint keys: regular expression to replacement, as in ``re.sub``, applied one
     after the other in this order. One that matches no key is an error."""
-    key_rules: tuple[Literal["deepspeed_chat", "ddp", "compiled", "peft", "coati"], ...] = ()
+    key_rules: tuple[str, ...] = ()
     """Undoes, after ``key_map`` and in this order, what systems do to keys, where they did it:
     ``deepspeed_chat`` the misspelt ``rwtranrsformer.``; ``ddp`` a leading ``module.``;
-    ``compiled`` every ``_orig_mod.``; ``peft`` the prefixes of a wrapped model; ``coati`` the
-    removal of the first ``model.`` from each key, held against the model's own names."""
+    ``compiled`` every ``_orig_mod.``; ``peft`` the prefixes of a wrapped model; or what a plugin
+    undoes, such as ``coati`` the removal of the first ``model.`` from each key, held against the
+    model's own names."""
     strict: bool | KeyExceptions = True
     """``true``: a missing or unexpected checkpoint key is an error; ``false``: it is reported, and
     the load goes on; or the exceptions by name."""
@@ -250,14 +252,20 @@ class LoadSpec(Section):
         return KeyExceptions(allow_missing=every, allow_unexpected=every)
 
 
-def validate(document: Document, sections: Mapping[str, type[BaseModel]]) -> LoadSpec:
+def validate(
+    document: Document,
+    sections: Mapping[str, type[BaseModel]],
+    *,
+    key_rules: Iterable[str] | None = None,
+) -> LoadSpec:
     """Return the spec of ``document``, with each section as an instance of its plugin's model.
 
     :param sections: spec key -> model of the plugin that owns it.
+    :param key_rules: what the key of that name can hold; None: whatever stands there.
     :raises SpecError: with every fault of core keys and sections at once, in the file's order.
     """
     try:
-        return check(document.data, sections)
+        return check(document.data, sections, key_rules=key_rules)
     except SpecError as error:
         raise SpecError(document.placed(error.problems)) from None
 
@@ -267,11 +275,13 @@ def check(
     sections: Mapping[str, type[BaseModel]],
     *,
     beside: Iterable[str] = (),
+    key_rules: Iterable[str] | None = None,
 ) -> LoadSpec:
     """Return the spec that plain data holds, sections checked by their plugins' models.
 
     A key with null is as if it were not there, wherever one can be left out.
 
+    :param key_rules: what the key of that name can hold; None: whatever stands there.
     :param beside: keys that could have stood there too, for "did you mean".
     :raises SpecError: with every fault at once, none of them with its place in a file.
     """
@@ -303,6 +313,8 @@ def check(
     ]
     if len(unknown) > SHOWN:
         problems.append(more_faults((unknown[SHOWN],), len(unknown) - SHOWN))
+    if key_rules is not None:
+        problems += unknown_words("key_rules", data.get("key_rules"), list(key_rules))
     if problems:
         raise SpecError(problems)
     return spec.model_copy(update=checked)

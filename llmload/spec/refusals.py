@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Iterable, Mapping, Sized
+from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 
@@ -164,6 +164,18 @@ def unknown_key(
 def more_faults(path: Path, count: int) -> Problem:
     """Return the problem that there are ``count`` more faults, of which ``path`` is the first."""
     return _problem(path, f"this and {count - 1:,} more are wrong too", "Mend the others first.")
+
+
+def unknown_words(key: str, value: object, known: Sequence[str]) -> list[Problem]:
+    """Return the problem of each word in a list that is none of those that are ``known``."""
+    words = value if isinstance(value, list | tuple) else ()
+    kinds = [repr(word) for word in known]
+    asked = " or ".join(filter(None, [", ".join(kinds[:-1]), *kinds[-1:]]))
+    return [
+        _problem((key, at), f"expected {asked}, found {_show(word)}", meant(word, known))
+        for at, word in enumerate(words)
+        if isinstance(word, str) and word not in known
+    ][:SHOWN]
 
 
 def meant(word: str, choices: Collection[str]) -> str:

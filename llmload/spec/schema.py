@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -17,12 +17,15 @@ _ABOUT: Final = ("description", "default", "title")
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
 
-def file_schema(sections: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+def file_schema(
+    sections: Mapping[str, type[BaseModel]], key_rules: Iterable[str] = ()
+) -> dict[str, Any]:
     """Return the draft 2020-12 schema of a file that is a spec, or a group with ``models``.
 
     :param sections: spec key -> pydantic model of the plugin that owns it.
+    :param key_rules: what the key of that name can hold; with none, any text.
     """
-    spec = json_schema(sections)
+    spec = json_schema(sections, key_rules)
     dialect, definitions = spec.pop("$schema"), spec.pop("$defs")
     adapter = AdapterSpec.model_json_schema()
     other = {"type": "string", "description": "The member that this one is like."}
@@ -72,18 +75,23 @@ def _first_paragraph(text: str | None) -> str:
     return (text or "").partition("\n\n")[0]
 
 
-def json_schema(sections: Mapping[str, type[BaseModel]]) -> dict[str, Any]:
+def json_schema(
+    sections: Mapping[str, type[BaseModel]], key_rules: Iterable[str] = ()
+) -> dict[str, Any]:
     """Return the draft 2020-12 schema of a spec whose plugins are ``sections``.
 
     Definitions that sections share are there once; those of equal name are told apart by pydantic.
 
     :param sections: spec key -> pydantic model of the plugin that owns it.
+    :param key_rules: what the key of that name can hold; with none, any text.
     """
     models: list[type[BaseModel]] = [LoadSpec, *sections.values()]
     references, document = models_json_schema([(model, "validation") for model in models])
     definitions: dict[str, Any] = document["$defs"]
     core = definitions.pop(references[LoadSpec, "validation"]["$ref"].rpartition("/")[2])
     properties = dict(core["properties"])
+    if rules := sorted(key_rules):
+        properties["key_rules"] = properties["key_rules"] | {"items": {"enum": rules}}
     for key, model in sections.items():
         reference = references[model, "validation"]
         described = definitions[reference["$ref"].rpartition("/")[2]].get("description", "")

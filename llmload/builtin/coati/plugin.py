@@ -8,9 +8,10 @@ ColossalAI 4f9953be3, ``coati/models/lora.py``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from llmload import Conflict, Note, Problem
+from llmload.builtin.coati import keys
 from llmload.builtin.coati.section import STARTS, CoatiSection
 from llmload.hookspecs import hookimpl
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from llmload import LoadContext
+    from llmload.plugin import KeyRule
 
 # Fields of the section `lora` that say where an adapter goes and what it is called.
 _ELSEWHERE: Final = frozenset(
@@ -40,6 +42,7 @@ class CoatiPlugin:
     after = ("embeddings",)
     Section = CoatiSection
     requires = ("peft>=0.13.2",)
+    key_rules: ClassVar[Mapping[str, KeyRule]] = {"coati": keys.undo}
     conflicts = (
         Conflict(
             key="kbit",
