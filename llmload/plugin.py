@@ -32,6 +32,7 @@ Files of a checkpoint:
   ``replicated_layers``: how many a ``layer_replication`` makes.
 - ``KeyRule``: how what a system did to keys is undone, in a plugin's ``key_rules``.
 - ``main_file``: the file that another library wants to be pointed to.
+- ``filesystem``: on what kind of file system a file lies, and whether other machines write to it.
 
 Where and how a weight is stored:
 
@@ -85,6 +86,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmload import patterns as patterns
+    from llmload.checkpoint import filesystem as filesystem
     from llmload.checkpoint.accounting import Accounting as Accounting
     from llmload.checkpoint.contents import Checkpoint as Checkpoint
     from llmload.checkpoint.dtypes import torch_dtype as torch_dtype
@@ -178,6 +180,7 @@ __all__ = [
     "connect",
     "default_dtype",
     "explain",
+    "filesystem",
     "from_pretrained",
     "hold_adapter",
     "in_one_line",
@@ -234,6 +237,7 @@ _HOME = {
     **dict.fromkeys(("MISSING", "some"), "loading.audit"),
     **dict.fromkeys(("account", "from_pretrained"), "loading.loaders"),
     **dict.fromkeys(("alike", "size_text"), "loading.wording"),
+    "filesystem": "checkpoint.filesystem",
     "partitions": "model.partitions",
     "patterns": "patterns",
     "Span": "model.partitions",
@@ -253,7 +257,7 @@ _HOME = {
     "parse_yaml": "spec.yaml_read",
 }
 """Name -> the module that it is fetched from on first use."""
-_MODULES = ("partitions", "patterns")
+_MODULES = ("filesystem", "partitions", "patterns")
 _THERE = {"locate_files": "locate", "parse_yaml": "parse"}
 """Name -> what it is called there, where that differs."""
 

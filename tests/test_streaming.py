@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -668,3 +669,90 @@ def test_a_place_for_a_module_that_is_not_there_is_refused(tmp_path: Path) -> No
         "device_map.lm_haed: no module of LlamaForCausalLM is called 'lm_haed'. The nearest:"
         " lm_head."
     )
+
+
+# --- memory of its own -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_in_memory_of_their_own_are_those_on_pages_and_do_not_follow_the_file(
+    tmp_path: Path, dtype: str
+) -> None:
+    folder = tiny_llama(tmp_path)
+    spec = {"model": str(folder), "dtype": dtype}
+    mapped = {name: p.clone() for name, p in llmload.load(spec).model.named_parameters()}
+    own = llmload.load(spec | {"streaming": {"mapped": False}})
+    assert own.report.facts["streaming"]["mapped"] == 0
+    file = folder / "model.safetensors"
+    with file.open("r+b") as overwritten:  # as `cp` and `rsync --inplace` do
+        overwritten.write(bytes(file.stat().st_size))
+    os.truncate(file, 0)
+    for name, parameter in own.model.named_parameters():
+        assert torch.equal(parameter, mapped[name]), name
+    own.model(torch.arange(8)[None])
+
+
+def test_memory_of_their_own_is_refused_where_from_pretrained_loads(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    edit_config(folder, fusion_config={})
+    spec = {"model": str(folder), "streaming": {"mapped": False}}
+    assert [str(problem) for problem in llmload.plan(spec).errors] == [
+        "streaming.mapped: from_pretrained loads this model, and leaves weights on the pages of"
+        " their files: the config sets fusion_config, which only from_pretrained carries out."
+        " Remove `mapped: false`, or copy the folder to where nobody writes."
+    ]
+
+
+def test_members_with_memory_of_their_own_share_none(tmp_path: Path) -> None:
+    spec = {"model": str(tiny_llama(tmp_path)), "streaming": {"mapped": False}}
+    members = {"policy": spec, "reference": {"like": "policy", "trainable": False}}
+    group = llmload.load_group({"models": members})
+    assert group.plan.shared == group.report.shared == []
+    members["policy"] = {"model": spec["model"]}
+    assert llmload.plan_group({"models": members}).shared != []
+
+
+@pytest.mark.parametrize("change", ["overwrite", "put back", "truncate", "replace", "remove"])
+def test_the_result_says_whether_its_files_changed(tmp_path: Path, change: str) -> None:
+    folder = tiny_llama(tmp_path)
+    result = llmload.load({"model": str(folder), "streaming": {"mapped": False}})
+    result.check_files()
+    file = folder / "model.safetensors"
+    before = file.stat()
+    if change in ("overwrite", "put back"):
+        with file.open("r+b") as written:
+            written.seek(-4, os.SEEK_END)
+            written.write(b"abcd")
+    if change == "put back":
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    if change == "truncate":
+        os.truncate(file, 100)
+    if change == "replace":
+        content = file.read_bytes()
+        file.unlink()
+        file.write_bytes(content)
+    if change == "remove":
+        file.unlink()
+    with pytest.raises(llmload.CheckpointError) as caught:
+        result.check_files()
+    assert str(caught.value) == (
+        f"{file.resolve()}: the file changed since the model was loaded from it, and weights that"
+        " needed no cast may have changed with it. Load again, from a folder that nothing writes"
+        " to."
+    )
+
+
+def test_saving_over_the_folder_that_was_loaded_from_keeps_the_model_and_the_files(
+    tmp_path: Path,
+) -> None:
+    folder = tiny_llama(tmp_path)
+    model = llmload.load({"model": str(folder)}).model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(folder)
+    again = llmload.load({"model": str(folder)}).model.state_dict()
+    for name, value in expected.items():
+        assert torch.equal(model.state_dict()[name], value), name
+        assert torch.equal(again[name], value), name

@@ -46,8 +46,13 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
     each time a tensor is asked of it, because reading pages a file no longer has kills the process.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, may_stay: bool = True) -> None:
+        """Map the files of a checkpoint.
+
+        :param may_stay: let a model's weights lie over the files' pages when it is loaded.
+        """
         self.checkpoint = checkpoint
+        self.may_stay = may_stay
         self.bytes_read = dict.fromkeys((file.path for file in checkpoint.files), 0)
         """Bytes of tensors handed out, by file; each tensor counts as often as it was asked for."""
         self.reads = dict.fromkeys(self.bytes_read, 0)

@@ -62,9 +62,13 @@ class Source:
         fill: Callable[[torch.Tensor, torch.Tensor], None],
         own: Callable[[torch.Tensor], torch.Tensor | None],
         origin: TensorInfo | None = None,
+        *,
+        may_stay: bool = True,
     ) -> None:
         self.origin = origin
         """The tensor of the checkpoint whose bytes these are; None for what was converted."""
+        self.may_stay = may_stay
+        """Whether what is placed may lie over the file's pages; where it may not, it is copied."""
         self._value = value
         self._asked = asked
         self._release = release
@@ -135,9 +139,9 @@ class Source:
 
         Writing to it changes neither the file nor the source. None where the value was converted:
         it then lies in memory, or in several places of the file. None too where the process may
-        have no more mappings.
+        have no more mappings, and where nothing may stay on them.
         """
-        if self.origin is None:
+        if self.origin is None or not self.may_stay:
             return None
         (piece,) = self._pieces(start, stop)
         owned = self._own(piece)
@@ -214,10 +218,10 @@ class Plain:
 
         What is cast on the CPU has its values by ``finish``, not before: see :meth:`Source.fill`.
         """
-        if target.device.type == "cpu" and source.dtype != target.dtype:
-            cast = source.empty(target.dtype)
-            source.fill(cast)
-            return cast
+        if target.device.type == "cpu" and (source.dtype != target.dtype or not source.may_stay):
+            copied = source.empty(target.dtype)
+            source.fill(copied)
+            return copied
         value = source.whole()
         placed = value.to(target.device, target.dtype)
         if placed is not value:

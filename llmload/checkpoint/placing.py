@@ -113,7 +113,15 @@ class Placer(AbstractContextManager["Placer"]):
             return pages.view(part.dtype)
 
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
-        source = Source(value, asked, release, lambda *copy: copies.append(copy), own, info)
+        source = Source(
+            value,
+            asked,
+            release,
+            lambda *copy: copies.append(copy),
+            own,
+            info,
+            may_stay=self._files.may_stay,
+        )
         placed = self._placement.place(target, source)
         stored = placed.stored if isinstance(placed, Part) else placed
         self._proof.count(name, stored, address)

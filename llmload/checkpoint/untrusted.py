@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmload.checkpoint import strict_json
+from llmload.checkpoint.filesystem import FileState, file_state, state_of
 from llmload.checkpoint.folder import inside, regular_file
 from llmload.checkpoint.strict_json import short
 from llmload.errors import CheckpointError, Problem
@@ -64,7 +65,6 @@ _LFS = b"version https://git-lfs"
 _POINTER_BYTES = 1024
 """Below which a file may be a pointer; they have less than 200."""
 _SHOWN = 20
-_Identity = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class UntrustedFolder:
         self.root = root
         self.others: dict[str, UntrustedFolder] = {}
         """Further folders that the same load opens files of, by what they are for."""
-        self._seen: dict[Path, _Identity] = {}
+        self._seen: dict[Path, FileState] = {}
 
     def adopt(self, role: str, folder: UntrustedFolder) -> UntrustedFolder:
         """Count another folder among those of this load, and return it.
@@ -182,11 +182,7 @@ class UntrustedFolder:
     def check(self) -> None:
         """Raise ``CheckpointError`` where a file is no longer the one that was read or vetted."""
         for path, seen in self._seen.items():
-            try:
-                now = _identity(os.stat(path))
-            except OSError:
-                now = None
-            if now != seen:
+            if file_state(path) != seen:
                 raise self.refusal(
                     path.name,
                     "the file changed while it was being loaded",
@@ -210,12 +206,7 @@ class UntrustedFolder:
                 "a Git LFS pointer lies where the file should be",
                 "Fetch the files first, for example with git lfs pull.",
             )
-        self._seen[self.root / name] = _identity(state)
-
-
-def _identity(state: os.stat_result) -> _Identity:
-    # The time of the last change of the inode, too, which nobody can put back.
-    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+        self._seen[self.root / name] = state_of(state)
 
 
 def read_file(path: Path, where: str, what: str, limit: int = MAX_CONFIG_BYTES) -> bytes:

@@ -16,7 +16,8 @@ ABILITIES: Final = {
     " checkpoint",
 }
 """What a plugin can say in ``provides`` that others know how to ask for. One of its own begins with
-the plugin's name and a dot."""
+the plugin's name and a dot. Where a section asks for a load without one of them, it has it in its
+property ``withholds``, a frozenset."""
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,11 @@ class Host:
     def peers(self) -> dict[str, Peer]:
         """What each active plugin declares to the others, in plan order."""
         return {
-            info.name: Peer(info.distribution, frozenset(getattr(info.plugin, "provides", ())))
+            info.name: Peer(
+                info.distribution,
+                frozenset(getattr(info.plugin, "provides", ()))
+                - getattr(self.sections.get(info.name), "withholds", frozenset()),
+            )
             for info in self.infos
         }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmload.errors import CheckpointError, Decline
+from llmload.checkpoint.filesystem import FileState, file_state
+from llmload.errors import CheckpointError, Decline, Problem
 from llmload.hf import installed_transformers
 from llmload.hf.constructor import Values
 from llmload.host.distributions import installed_versions
@@ -25,8 +27,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from llmload.checkpoint import CheckpointFile
     from llmload.checkpoint.placement import Placement
-    from llmload.context.context import Scope
+    from llmload.context.context import LoadContext, Scope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,30 @@ class LoadResult:
     """What happened."""
     kept_alive: tuple[object, ...] = field(default=(), repr=False)
     """What plugins need to live as long as the model."""
+    opened: Mapping[Path, FileState | None] = field(default_factory=dict, repr=False)
+    """The files that hold the weights, as they were when the load ended."""
+
+    def check_files(self) -> None:
+        """Make sure that no file changed on whose pages weights may lie.
+
+        For a training that wants to know before it saves what it trained, or goes on for another
+        day: a model follows a file that was overwritten in place. With ``streaming: {mapped:
+        false}``, and for weights that were cast, nothing can follow.
+
+        :raises CheckpointError: with every file that was written to, cut off, replaced or removed
+            since the load, be its time stamp put back or not.
+        """
+        changed = [path for path, state in self.opened.items() if file_state(path) != state]
+        if changed:
+            raise CheckpointError(
+                Problem(
+                    file=str(path),
+                    message="the file changed since the model was loaded from it, and weights that"
+                    " needed no cast may have changed with it",
+                    fix="Load again, from a folder that nothing writes to.",
+                )
+                for path in changed
+            )
 
 
 def plan(source: files.Source, *, registry: Registry | None = None) -> Plan:
@@ -162,7 +189,12 @@ def execute(
         plan=plan,
         report=report,
         kept_alive=tuple(ctx.kept_alive),
+        opened={file.path: file_state(file.path) for file in _files(ctx)},
     )
+
+
+def _files(ctx: LoadContext) -> tuple[CheckpointFile, ...]:
+    return () if ctx.checkpoint is None else ctx.checkpoint.files
 
 
 def _base_model(prepared: Prepared, ctx: Any, report: Report) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llmload import Decline, Note, Problem
 from llmload.builtin.streaming.section import StreamingSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import MISSING, account, installed_transformers, torch_dtype
+from llmload.plugin import MISSING, account, filesystem, installed_transformers, torch_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmload import LoadContext
 
 _HONOURED = {"device_map"}
+_OF_TRAINER = ("trainer_state.json", "training_args.bin")
 
 
 class StreamingLoader:
@@ -40,12 +41,20 @@ class StreamingLoader:
             )
 
     @hookimpl
-    def check(self, ctx: LoadContext) -> Iterator[Note | Decline]:
+    def check(self, ctx: LoadContext) -> Iterator[Note | Problem | Decline]:
         """Decline what cannot be loaded exactly as ``from_pretrained`` would."""
         reason = _unfit(ctx)
         if reason:
             yield Decline(reason)
+            if ctx.checkpoint is not None and not ctx.section(StreamingSection).mapped:
+                yield Problem(
+                    where="streaming.mapped",
+                    message="from_pretrained loads this model, and leaves weights on the pages of"
+                    f" their files: {reason}",
+                    fix="Remove `mapped: false`, or copy the folder to where nobody writes.",
+                )
             return
+        yield from _changing_pages(ctx)
         assert ctx.checkpoint is not None
         files, size = len(ctx.checkpoint.files), ctx.checkpoint.total_bytes
         yield Note(
@@ -80,8 +89,9 @@ class StreamingLoader:
         accounting = ctx.accounting(model)
         account(ctx, accounting)
         placement.prepare(model)
-        proof = Proof(digests=ctx.section(StreamingSection).digests)
-        with MappedCheckpoint(ctx.checkpoint) as files, proof:
+        section = ctx.section(StreamingSection)
+        proof = Proof(digests=section.digests)
+        with MappedCheckpoint(ctx.checkpoint, may_stay=section.mapped) as files, proof:
             missing = transformers.fill(
                 model,
                 files,
@@ -121,3 +131,25 @@ def _unfit(ctx: LoadContext) -> str | None:
         if tensor.name.endswith("_extra_state"):
             return f"{tensor.name!r} is a module's extra state, not a tensor of the model"
     return None
+
+
+def _changing_pages(ctx: LoadContext) -> Iterator[Problem]:
+    """Warn where weights will lie on pages of files that somebody is likely to write to."""
+    assert ctx.checkpoint is not None  # else it is not for us
+    stay = any(torch_dtype(info.dtype) == ctx.dtype for info in ctx.checkpoint.tensors.values())
+    if not (stay and ctx.section(StreamingSection).mapped) or ctx.placed_by is not None:
+        return
+    kind = filesystem.kind(ctx.checkpoint.root)
+    if filesystem.is_shared(kind):
+        where = f"files on {kind}, to which other machines may write"
+    elif any((ctx.checkpoint.root / name).exists() for name in _OF_TRAINER):
+        where = "the folder of a Trainer's checkpoint, which is saved over"
+    else:
+        return
+    yield Problem(
+        where="streaming.mapped",
+        severity="warning",
+        message=f"the weights stay on the pages of {where}: the model follows a file that is"
+        " overwritten in place, and the process ends where one is cut off",
+        fix="Load with `streaming: {mapped: false}`, or from a local copy.",
+    )
