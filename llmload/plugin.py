@@ -13,8 +13,8 @@ Values of a section:
 - ``Regex``: a field that holds a regular expression, refused where it is none; ``patterns``:
   matching one within a budget of time, as it is somebody else's.
 - ``Spelling``: what another tool calls a key, for ``Section.spellings``; ``switch``, ``words`` and
-  ``listed`` turn its value into ours, ``DTYPE_WORDS`` are others' names of dtypes, and ``Removal``
-  says that there is nothing to write.
+  ``listed`` turn its value into ours, ``DTYPE_WORDS`` are others' names of dtypes; ``Removal`` says
+  that there is nothing to write, ``Keys`` that several keys are, ``Sentence`` what else to do.
 - ``explain``: pydantic's error as problems, for a file of the plugin's own.
 - ``nearest``: "Did you mean 'x'?"; ``closest``: the known words most like one.
 - ``parse_yaml``: a YAML or JSON text, read as strictly as a spec, as plain data.
@@ -137,7 +137,9 @@ if TYPE_CHECKING:
     from llmload.ranks.meeting import Ranks as Ranks
     from llmload.ranks.presence import Presence as Presence
     from llmload.spec.foreign_keys import DTYPE_WORDS as DTYPE_WORDS
+    from llmload.spec.foreign_keys import Keys as Keys
     from llmload.spec.foreign_keys import Removal as Removal
+    from llmload.spec.foreign_keys import Sentence as Sentence
     from llmload.spec.foreign_keys import Spelling as Spelling
     from llmload.spec.foreign_keys import listed as listed
     from llmload.spec.foreign_keys import switch as switch
@@ -155,6 +157,7 @@ __all__ = [
     "Accounting",
     "Checkpoint",
     "KeyRule",
+    "Keys",
     "MappedCheckpoint",
     "Part",
     "Placement",
@@ -166,6 +169,7 @@ __all__ = [
     "Ranks",
     "Regex",
     "Removal",
+    "Sentence",
     "Source",
     "Span",
     "Spelling",
@@ -249,7 +253,8 @@ _HOME = {
     "Ranks": "ranks.meeting",
     "Presence": "ranks.presence",
     **dict.fromkeys(
-        ("DTYPE_WORDS", "Removal", "Spelling", "listed", "switch", "words"), "spec.foreign_keys"
+        ("DTYPE_WORDS", "Keys", "Removal", "Sentence", "Spelling", "listed", "switch", "words"),
+        "spec.foreign_keys",
     ),
     "Regex": "spec.loadspec",
     "explain": "spec.refusals",

@@ -445,7 +445,8 @@ BAD_SPECS = [
         "load_in_8bit: false\ndeepspeed: ds_zero3.json\n",
         (
             "2:1: model_type: unknown key, known from axolotl. Write `auto_class: causal_lm`.",
-            "3:1: adapter: unknown key, known from axolotl. Write `lora: {}`.",
+            "3:1: adapter: unknown key, known from axolotl."
+            " Write `kbit: {bits: 4}` and `lora: {}`.",
             "4:1: flash_attention: unknown key, known from axolotl."
             " Write `attn_implementation: flash_attention_2`.",
             "5:1: load_in_8bit: unknown key, known from transformers, TRL and axolotl."
@@ -468,7 +469,8 @@ BAD_SPECS = [
             "5:1: flash_attn: unknown key, known from LLaMA-Factory."
             " Write `attn_implementation: flash_attention_2`.",
             "6:1: new_special_tokens: unknown key, known from LLaMA-Factory and ms-swift. Write"
-            " `tokenizer: {add_special_tokens: {additional_special_tokens: [<a>, <b>]}}`.",
+            " `tokenizer: {add_special_tokens: {additional_special_tokens: [<a>, <b>]}}` and"
+            " `embeddings: {}`.",
         ),
     ),
     BadSpec(

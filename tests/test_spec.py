@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
-import yaml
 from bad_specs import BAD_SPECS, BadSpec
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -417,18 +416,14 @@ def test_spellings_that_lead_nowhere_break_the_plugin(spellings: Any, fault: str
     assert caught.value.problems[0].message.endswith(fault)
 
 
-def test_every_spelling_is_answered_with_yaml_or_with_a_sentence() -> None:
+def test_every_spelling_is_answered_with_a_sentence() -> None:
     for theirs, spelling in spellings().items():
         assert theirs not in LoadSpec.model_fields, theirs
         assert bool(spelling.ours) != bool(spelling.instead), theirs
-        for value in (True, False, None, 4, "bf16", "lora", ["a"], {"a": 1}, "x" * 100):
+        for value in (True, False, None, 4, "bf16", "lora", ["a"], {"a": 1}, "x" * 1000):
             fix = spelling.fix(value)
             assert fix.endswith("."), theirs
             assert len(fix) < 160, theirs
-            if spelling.ours and fix.startswith("Write"):
-                written = yaml.safe_load(fix.split("`")[1])
-                for key in spelling.ours.split("."):
-                    written = written[key]
 
 
 def test_every_spelling_leads_to_a_key_that_exists() -> None:

@@ -12,8 +12,10 @@ from typing import Any, Final
 
 from llmload.spec.yaml_write import dump_inline
 
-_SHOWN: Final = 60
+_SHOWN: Final = 500
 """Characters of a value that a fix repeats."""
+HIDDEN: Final = object()
+"""Stands for a value that no message shows."""
 
 
 class Removal(Enum):
@@ -21,6 +23,21 @@ class Removal(Enum):
 
     DEFAULT = "Remove it: that is what happens without it."
     UNKNOWN = "Remove it: llmload has no such setting."
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Instead of a value: what is to be written where one key of ours is not enough."""
+
+    keys: Mapping[str, Any]
+    """Our top-level keys, with their values."""
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Instead of a value: what to do, in one sentence."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -32,7 +49,8 @@ class Spelling:
     ours: str = ""
     """Our dotted key; empty where there is none."""
     convert: Callable[[Any], Any] = lambda value: value
-    """Their value -> ours."""
+    """Their value -> ours, or a :class:`Removal`, :class:`Keys` or :class:`Sentence`. Never asked
+    for null, which asks for what happens without the key."""
     instead: str = ""
     """What to do where no key of ours is the same, in one sentence."""
 
@@ -40,19 +58,36 @@ class Spelling:
         """Return what to do instead of writing their key with ``value``, in one sentence."""
         if self.instead:
             return self.instead
-        value = self.convert(value)
-        if isinstance(value, Removal):
-            return value.value
-        text = dump_inline(value)
+        if value is None:
+            return Removal.DEFAULT.value
+        if value is HIDDEN:
+            return self._moved()
+        found = self.convert(value)
+        if isinstance(found, Removal):
+            return str(found.value)
+        if isinstance(found, Sentence):
+            return found.text
+        keys = found.keys if isinstance(found, Keys) else self._nested(found)
+        written = [f"{key}: {dump_inline(part)}" for key, part in keys.items()]
+        if sum(map(len, written)) > _SHOWN:
+            return self._moved()
+        return f"Write {' and '.join(f'`{text}`' for text in written)}."
+
+    def _nested(self, value: object) -> Mapping[str, Any]:
+        """Return our key with a value, as a spec has it."""
+        for key in reversed(self.ours.split(".")):
+            value = {key: value}
+        assert isinstance(value, dict)
+        return value
+
+    def _moved(self) -> str:
         *sections, key = self.ours.split(".")
-        text = f"{key}: {text if len(text) <= _SHOWN else '...'}"
-        for section in reversed(sections):
-            text = f"{section}: {{{text}}}"
-        return f"Write `{text}`."
+        place = f" in `{'.'.join(sections)}`" if sections else ""
+        return f"Give its value to the key `{key}`{place}."
 
 
 def switch(on: object) -> Callable[[Any], Any]:
-    """Their true is ``on`` here; their false or null needs no key."""
+    """Their true is ``on`` here; their false needs no key."""
     return lambda value: on if value else Removal.DEFAULT
 
 
@@ -66,12 +101,49 @@ def listed(value: object) -> object:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
+def _class(value: object) -> object:
+    """Classes by name; in ms-swift and others the same key holds the type of the model."""
+    if not isinstance(value, str):
+        return Removal.UNKNOWN
+    if value in _CLASSES:
+        return _CLASSES[value]
+    if value[:1].isupper() and value.isidentifier() and not value.startswith("Auto"):
+        return f"transformers:{value}"
+    if value.islower():
+        return Sentence("Remove it: the type of the model stands in its config.json.")
+    return Sentence("Write `auto_class: module:Class` with the class that is to be loaded.")
+
+
+def _task(value: object) -> object:
+    return _CLASSES.get(str(value).upper(), Removal.UNKNOWN)
+
+
+def _dtype(value: object) -> object:
+    """dtypes in the spellings of torch and of trainers."""
+    allowed = ("auto", "float32", "bfloat16", "float16")
+    if value in ("no", False):
+        return Removal.DEFAULT
+    found = DTYPE_WORDS.get(str(value).lower(), value)
+    return (
+        found if found in allowed else Sentence(f"Write `dtype` with one of {', '.join(allowed)}.")
+    )
+
+
+def _attention(value: object) -> object:
+    return Removal.DEFAULT if value == "auto" else _ATTENTION.get(str(value), value)
+
+
+def _archive(value: object) -> object:
+    return Keys({"weights_from": value, "allow_pickle": True})
+
+
 _CLASSES: Final = {
     "AutoModelForCausalLM": "causal_lm",
     "AutoModelForSeq2SeqLM": "seq2seq_lm",
     "AutoModelForSequenceClassification": "sequence_classification",
     "AutoModelForTokenClassification": "token_classification",
     "AutoModel": "base",
+    "CAUSAL_LM": "causal_lm",
     "SEQ_2_SEQ_LM": "seq2seq_lm",
     "SEQ_CLS": "sequence_classification",
     "TOKEN_CLS": "token_classification",
@@ -88,10 +160,19 @@ DTYPE_WORDS: Final[Mapping[str, str]] = {
     "torch.half": "float16",
     "torch.float32": "float32",
 }
-_ATTENTION: Final = {"fa2": "flash_attention_2", "fa3": "flash_attention_3", "disabled": "eager"}
+_ATTENTION: Final = {
+    "fa2": "flash_attention_2",
+    "fa3": "flash_attention_3",
+    "flash_attn": "flash_attention_2",
+    "disabled": "eager",
+}
 
 VALUES: Final[Mapping[str, str]] = {
-    **{theirs.lower(): ours for theirs, ours in {**_CLASSES, **DTYPE_WORDS}.items()},
+    **{
+        theirs.lower(): ours
+        for theirs, ours in {**_CLASSES, **DTYPE_WORDS}.items()
+        if theirs.lower() != ours
+    },
     "causal": "causal_lm",
     "seq2seq": "seq2seq_lm",
     "all": "all-linear",
@@ -111,16 +192,14 @@ _CORE: Final = {
     "model_id_or_path": Spelling("ms-swift", "model"),
     "model_revision": Spelling("TRL and LLaMA-Factory", "revision"),
     "revision_of_model": Spelling("axolotl", "revision"),
-    "model_type": Spelling("axolotl", "auto_class", words(_CLASSES)),
-    "type_of_model": Spelling("axolotl", "auto_class", words(_CLASSES)),
-    "task_type": Spelling(
-        "PEFT and ms-swift", "auto_class", words({**_CLASSES, "CAUSAL_LM": "causal_lm"})
-    ),
-    "torch_dtype": Spelling("transformers, TRL and ms-swift", "dtype", words(DTYPE_WORDS)),
-    "infer_dtype": Spelling("LLaMA-Factory", "dtype", words(DTYPE_WORDS)),
-    "mixed_precision": Spelling("ColossalChat", "dtype", words(DTYPE_WORDS)),
-    "policy_dtype": Spelling("the DPO reference code", "dtype", words(DTYPE_WORDS)),
-    "reference_dtype": Spelling("the DPO reference code", "dtype", words(DTYPE_WORDS)),
+    "model_type": Spelling("axolotl", "auto_class", _class),
+    "type_of_model": Spelling("axolotl", "auto_class", _class),
+    "task_type": Spelling("PEFT and ms-swift", "auto_class", _task),
+    "torch_dtype": Spelling("transformers, TRL and ms-swift", "dtype", _dtype),
+    "infer_dtype": Spelling("LLaMA-Factory", "dtype", _dtype),
+    "mixed_precision": Spelling("ColossalChat", "dtype", _dtype),
+    "policy_dtype": Spelling("the DPO reference code", "dtype", _dtype),
+    "reference_dtype": Spelling("the DPO reference code", "dtype", _dtype),
     "bf16": Spelling("transformers' trainer and axolotl", instead=_MIXED.format("bfloat16")),
     "fp16": Spelling("transformers' trainer and axolotl", instead=_MIXED.format("float16")),
     "bfloat16": Spelling("axolotl", "dtype", switch("bfloat16")),
@@ -130,9 +209,9 @@ _CORE: Final = {
     "reinit_weights": Spelling("axolotl", "weights", switch("random")),
     "local_dirs": Spelling("the DPO reference code", "cache_dir"),
     "key_mapping": Spelling("transformers", "key_map"),
-    "archive": Spelling("the DPO reference code", "weights_from"),
-    "flash_attn": Spelling("LLaMA-Factory", "attn_implementation", words(_ATTENTION)),
-    "attn_impl": Spelling("ms-swift", "attn_implementation"),
+    "archive": Spelling("the DPO reference code", "weights_from", _archive),
+    "flash_attn": Spelling("LLaMA-Factory", "attn_implementation", _attention),
+    "attn_impl": Spelling("ms-swift", "attn_implementation", _attention),
     "flash_attention": Spelling("axolotl", "attn_implementation", switch("flash_attention_2")),
     "use_flash_attention_2": Spelling(
         "transformers and TRL", "attn_implementation", switch("flash_attention_2")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, get_args
 from pydantic import BaseModel
 
 from llmload.errors import Problem
-from llmload.spec.foreign_keys import SPELLINGS, VALUES, Spelling
+from llmload.spec.foreign_keys import HIDDEN, SPELLINGS, VALUES, Spelling
 from llmload.spec.suggest import nearest
 from llmload.spec.yaml_read import Path, dotted
 from llmload.spec.yaml_write import dump_inline
@@ -153,7 +153,7 @@ def unknown_key(
     homes = [place or TOP_LEVEL for place, keys in places.items() if key in keys]
     foreign = spellings.get(dotted(path)) or spellings.get(key)
     if foreign is not None:
-        fix = foreign.fix("..." if _is_secret(path, value) else value)
+        fix = foreign.fix(HIDDEN if _is_secret(path, value) else value)
         return _problem(path, f"unknown key, known from {foreign.tools}", fix)
     if homes:
         return _problem(path, "unknown key", f"Move it to {' or '.join(homes)}.")

@@ -5,19 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from llmload.plugin import DTYPE_WORDS, Removal, Spelling, listed, switch, words
+from llmload.plugin import DTYPE_WORDS, Keys, Removal, Spelling, listed, switch, words
 
 _ALL_LORA: Final = "PEFT, TRL, axolotl and LLaMA-Factory"
 
 
 def _targets(value: object) -> object:
-    return "all-linear" if value in ("all", ["all"]) else listed(value)
+    named = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return "all-linear" if named in ("all", "all-linear") else listed(value)
 
 
 def _is_lora(value: object) -> object:
-    if value in ("lora", "qlora"):
+    if value == "qlora":
+        return Keys({"kbit": {"bits": 4}, "lora": {}})
+    if value == "lora":
         return {}
-    return Removal.DEFAULT if value in ("full", None) else Removal.UNKNOWN
+    return Removal.DEFAULT if value == "full" else Removal.UNKNOWN
+
+
+def _first(value: object) -> object:
+    """Take the one path out of a list of one."""
+    paths = listed(value)
+    return paths[0] if isinstance(paths, list) and len(paths) == 1 else value
+
+
+def _initial(value: object) -> object:
+    return {"true": True, "false": False}.get(str(value).lower(), value)
 
 
 SPELLINGS: Final[Mapping[str, Spelling]] = {
@@ -28,7 +41,7 @@ SPELLINGS: Final[Mapping[str, Spelling]] = {
     "finetuning_type": Spelling("LLaMA-Factory", "lora", _is_lora),
     "tuner_type": Spelling("ms-swift", "lora", _is_lora),
     "train_type": Spelling("ms-swift", "lora", _is_lora),
-    "adapter_name_or_path": Spelling("LLaMA-Factory", "lora.adapter"),
+    "adapter_name_or_path": Spelling("LLaMA-Factory", "lora.adapter", _first),
     "lora_model_dir": Spelling("axolotl", "lora.adapter"),
     "r": Spelling("PEFT", "lora.r"),
     "lora_r": Spelling("TRL and axolotl", "lora.r"),
@@ -42,7 +55,9 @@ SPELLINGS: Final[Mapping[str, Spelling]] = {
     "lora_target": Spelling("LLaMA-Factory", "lora.target_modules", _targets),
     "lora_target_modules": Spelling("TRL and axolotl", "lora.target_modules", _targets),
     "lora_target_linear": Spelling("axolotl", "lora.target_modules", switch("all-linear")),
-    "lora_module_name": Spelling("DeepSpeed-Chat", "lora.target_modules", _targets),
+    "lora_module_name": Spelling(
+        "DeepSpeed-Chat", "lora.target_modules", lambda part: "all-linear"
+    ),
     "target_modules": Spelling("PEFT and ms-swift", "lora.target_modules", _targets),
     "lora_target_parameters": Spelling("TRL and axolotl", "lora.target_parameters"),
     "additional_target": Spelling("LLaMA-Factory", "lora.modules_to_save", listed),
@@ -58,7 +73,7 @@ SPELLINGS: Final[Mapping[str, Spelling]] = {
     "peft_use_dora": Spelling("axolotl", "lora.use_dora"),
     "pissa_init": Spelling("LLaMA-Factory", "lora.init_lora_weights", switch("pissa")),
     "init_lora_weights": Spelling("PEFT", "lora.init_lora_weights"),
-    "init_weights": Spelling("ms-swift", "lora.init_lora_weights"),
+    "init_weights": Spelling("ms-swift", "lora.init_lora_weights", _initial),
     "peft_init_lora_weights": Spelling("axolotl", "lora.init_lora_weights"),
     "peft_layers_to_transform": Spelling("axolotl", "lora.layers_to_transform"),
     "peft_layers_pattern": Spelling("axolotl", "lora.layers_pattern"),

@@ -10,9 +10,5 @@ from llmload.plugin import Spelling
 SPELLINGS: Final[Mapping[str, Spelling]] = {
     "deepspeed": Spelling("transformers, axolotl and LLaMA-Factory", "zero3.config"),
     "ds_config": Spelling("DeepSpeed-Chat", "zero3.config"),
-    "zero_stage": Spelling(
-        "DeepSpeed-Chat",
-        "zero3.config",
-        lambda stage: {"zero_optimization": {"stage": stage}},
-    ),
+    "zero_stage": Spelling("DeepSpeed-Chat", "zero3.stage"),
 }
