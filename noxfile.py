@@ -3,6 +3,7 @@
 ``nox`` runs what CI runs; sessions with ``default=False`` are run by hand with ``nox -s NAME``.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,6 +35,7 @@ HOST_TESTS = (
     "tests/test_specfile.py",
 )
 OF_NO_STACK = (*(file for file in HOST_TESTS if "doctor" not in file), "tests/test_groupspec.py")
+SDIST_TESTS = ("tests/test_docs.py", "tests/test_packaging.py")
 # torch 2.5 starts processes that compile, in every rank, though nothing here is compiled.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
@@ -53,6 +55,19 @@ def docs(session: nox.Session) -> None:
     """The documentation's site, in build/site, without a broken link; snippets run in the tests."""
     session.install("-c", MODERN, *GROUPS["docs"], ".")
     session.run("mkdocs", "build", "--site-dir", "build/site", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def sdist(session: nox.Session) -> None:
+    """The source distribution: what is in it installs, and its tests find all that they read."""
+    place = Path(session.create_tmp()).resolve()
+    session.install("build")
+    session.run("python", "-m", "build", "--sdist", "--outdir", str(place))
+    (archive,) = place.glob("*.tar.gz")
+    shutil.unpack_archive(archive, place, filter="data")
+    session.install("-c", MODERN, *GROUPS["test"], str(archive))
+    with session.chdir(place / archive.name.removesuffix(".tar.gz")):
+        session.run("pytest", *(session.posargs or (*HOST_TESTS, *SDIST_TESTS)))
 
 
 @nox.session

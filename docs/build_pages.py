@@ -5,6 +5,7 @@ A page asks for a part with a comment of its own line, which shows nothing elsew
     <!-- generated: section lora -->
 
 Parts: ``section KEY``, ``spec``, ``hooks``, ``public MODULE``, ``commands``, ``spellings TOOL``.
+In a fenced block the line ``# file: NAME`` stands for a file of the repository.
 What is public is read from the source without importing it, so that no ML library is needed. Links
 of a page that lead out of ``docs/`` lead, in the site, to a page made of that file or to the file
 itself. The site also gets ``llms.txt``, a list of its pages, and ``llms-full.txt``, their text.
@@ -30,10 +31,12 @@ PAGES: Final = {
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/results/equality.md": "equality.md",
     "benchmarks/results/simulated.md": "simulated.md",
+    "examples/README.md": "examples.md",
     "plugins/llmload-rlhf/README.md": "llmload-rlhf.md",
 }
 """Files outside ``docs/`` that are pages of the site -> where."""
 _PART: Final = re.compile(r"^<!-- generated: (\w+) ?(.*?) -->$", re.MULTILINE)
+_FILE: Final = re.compile(r"^# file: (\S+)\n", re.MULTILINE)
 _LINK: Final = re.compile(r"\[([^\]]*)\]\(([^)\s#]+)(#[^)]*)?\)")
 _written: dict[str, str] = {}
 
@@ -128,8 +131,9 @@ def _outside_of_fences(markdown: str, change: Callable[[str], str]) -> str:
 
 
 def with_parts(markdown: str) -> str:
-    """Put each generated part in the place of its comment."""
-    return _PART.sub(lambda match: _part(match[1], match[2]).strip("\n"), markdown)
+    """Put each generated part, and each file, in the place of the comment that asks for it."""
+    made = _PART.sub(lambda match: _part(match[1], match[2]).strip("\n"), markdown)
+    return _FILE.sub(lambda match: (ROOT / match[1]).read_text(encoding="utf-8"), made)
 
 
 def _part(kind: str, name: str) -> str:

@@ -77,7 +77,7 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kept_demo(demo_model: Path, tmp_path: Path) -> Path:
-    """A working directory with a copy of it, as ``demo``, and the repository's examples."""
+    """A working directory with copies of it, as ``demo``, and of the repository's examples."""
     shutil.copytree(demo_model, tmp_path / "demo")
-    (tmp_path / "examples").symlink_to(Path(__file__).parent.parent / "examples")
+    shutil.copytree(Path(__file__).parent.parent / "examples", tmp_path / "examples")
     return tmp_path

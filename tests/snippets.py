@@ -10,8 +10,8 @@ In the order of the page, in a folder in which a demo was kept:
   standard error where it has none.
 - ``bash``, ``toml``, ``json`` and ``text`` elsewhere are read by people only.
 
-``--8<-- "file"`` stands for the file, from the root of the repository. A line or part of it that
-differs from run to run is left out as ``...``, as in doctest.
+A block's line ``# file: NAME`` stands for that file, from the root of the repository. A line of the
+output, or part of one, that differs from run to run is left out as ``...``, as in doctest.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def blocks(page: str) -> list[Block]:
     for match in re.finditer(r"^```(\w+)(.*)\n((?s:.*?))^```$", page, re.MULTILINE):
         options = dict(re.findall(r'([\w-]+)="([^"]*)"', match[2]))
         line = page.count("\n", 0, match.start()) + 1
-        text = re.sub(r'^--8<-- "(.+)"\n', lambda m: _read(m[1]), match[3], flags=re.MULTILINE)
+        text = re.sub(r"^# file: (\S+)\n", lambda m: _read(m[1]), match[3], flags=re.MULTILINE)
         found.append(Block(match[1], options, line, text))
     return found
 
