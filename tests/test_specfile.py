@@ -75,7 +75,8 @@ specs = st.fixed_dictionaries(
         "part": parts,
         "other": parts,
     },
-).map(lambda keys: LoadSpec(**keys))
+).map(lambda keys: LoadSpec(**{key: value for key, value in keys.items() if value is not None}))
+# Null for a key means without it: a file that says so is read as one that does not.
 
 
 def parsed(text: str, file: str = "s.yaml") -> Any:
