@@ -105,9 +105,14 @@ def load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTraine
 
 @contextmanager
 def faults_refused(folder: Path) -> Iterator[None]:
-    """Refuse a tokenizer whose parts make the Rust beneath it panic, which no ``except`` meets."""
+    """Refuse a tokenizer that fails when it is used, or whose parts make the Rust beneath panic.
+
+    No ``except Exception`` meets a panic.
+    """
     try:
         yield
+    except (AttributeError, TypeError) as error:  # of what its config has put in their place
+        raise _cannot_be_loaded(folder, in_one_line(error)) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise

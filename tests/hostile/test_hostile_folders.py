@@ -1,0 +1,95 @@
+"""What a model folder can do to whoever loads it: be refused in words, or nothing.
+
+Python's audit hook watches: no file outside the folder is opened, no weight is mapped, nothing is
+unpickled, imported from the folder, started or connected to.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from corpus import IMMUNE, WEIGHTS, Row, canary, rows
+from watching import Seen, watching
+
+import llmload
+from llmload.errors import RequestError
+from llmload.testing import tiny_checkpoint, tiny_model
+
+ROWS = list(rows())
+VALIDATED = {
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    WEIGHTS,
+}
+LONGEST_MESSAGE = 30_000
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("sound") / "model")
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
+    adapted.save_pretrained(folder / "adapter")
+    return folder
+
+
+def spec_of(row: Row, folder: Path) -> dict[str, Any]:
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        return value.replace("{folder}", str(folder)) if isinstance(value, str) else value
+
+    return {"model": str(folder), **filled(row.spec)}
+
+
+def harm(seen: Seen) -> list[str]:
+    """What was done beyond reading files of the folder."""
+    outside = [name for name in seen.names() if name.startswith("/")]
+    return [*outside, *seen.reached_out, *({"evil"} & seen.imported)]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_a_hostile_folder_is_refused_in_words_or_does_no_harm(
+    row: Row, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    shutil.copytree(sound, folder)
+    row.damage(folder)
+    spec = spec_of(row, folder)
+    with watching(folder) as seen:
+        if row.says == IMMUNE:
+            assert llmload.load(spec).model is not None
+        else:
+            with pytest.raises(RequestError) as caught:
+                llmload.load(spec)
+            message = str(caught.value)
+            assert row.says in message
+            assert len(message) < LONGEST_MESSAGE
+            assert not seen.mapped
+    assert harm(seen) == []
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("loader", ["streaming", "transformers"])
+def test_only_files_that_were_checked_are_opened(loader: str, sound: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(sound, folder)
+    for name in ("adapter_model.bin", "pytorch_model.bin", "optimizer.pt", "rng_state.pth"):
+        canary(name)(folder)
+    for name in ("config.4.0.0.json", "tokenizer.4.0.0.json", "modeling_evil.py", "x.safetensors"):
+        (folder / name).write_text("{}")
+    blocked = [] if loader == "streaming" else ["no:streaming"]
+    with watching(folder) as seen:
+        registry = llmload.create_registry(select=blocked)
+        result = llmload.load({"model": str(folder)}, registry=registry)
+    assert result.report.loader == loader
+    # A tokenizer's files are vetted by their names, one of another version among them.
+    assert seen.names() - {"."} <= VALIDATED | {"config.4.0.0.json", "tokenizer.4.0.0.json"}
+    assert harm(seen) == []
