@@ -404,10 +404,10 @@ def _prose(text: str) -> str:
 
 def spellings(tool: str) -> str:
     """Say what to write for each key of another tool that a spec answers."""
-    from llmload.spec.foreign_keys import SPELLINGS
+    from llmload.spec.foreign_keys import of_sections
 
     lines = ["| there | here |", "|---|---|"]
-    for key, spelling in SPELLINGS.items():
+    for key, spelling in of_sections(_registry().sections.values()).items():
         if tool in spelling.tools:
             lines.append(f"| `{key}` | {spelling.instead or f'`{spelling.ours}`'} |")
     return "\n".join(lines)

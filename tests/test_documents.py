@@ -75,6 +75,25 @@ def test_the_reference_has_every_core_key_hook_and_public_name(build_pages: Modu
         assert all(f"\n## `{name}`\n" in names for name in module.__all__)
 
 
+@pytest.mark.parametrize(
+    ("page", "key", "ours"),
+    [
+        ("axolotl", "base_model", "model"),
+        ("axolotl", "lora_r", "lora.r"),
+        ("llama-factory", "quantization_bit", "kbit.bits"),
+        ("trl", "use_peft", "lora"),
+        ("deepspeed-chat", "lora_dim", "lora.r"),
+        ("colossalchat", "lora_train_bias", "lora.bias"),
+        ("dpo-reference", "policy_dtype", "dtype"),
+    ],
+)
+def test_who_migrates_finds_their_keys(
+    page: str, key: str, ours: str, build_pages: ModuleType
+) -> None:
+    made = build_pages.with_parts(text(f"migrating/{page}.md"))
+    assert f"\n| `{key}` | `{ours}` |\n" in made
+
+
 def test_the_reference_shows_no_value_of_the_environment(
     build_pages: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
