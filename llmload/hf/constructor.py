@@ -231,7 +231,9 @@ class Values:
             split = {n: t for n, t in unloaded.items() if partitions.is_partitioned(t)}
             tracker.add(tensor for name, tensor in unloaded.items() if name not in split)
             with self._filled_from_here(model, tracker, split):
-                return initialise(model, *args, **kwargs)
+                initialised = initialise(model, *args, **kwargs)
+            self.know(installed_transformers().computed(model))
+            return initialised
 
         patched = {give_memory: give_noted, "_initialize_missing_keys": initialise_all}
         with replaced(PreTrainedModel, patched):

@@ -113,6 +113,11 @@ class Transformers(Protocol):
         """
         ...
 
+    def computed(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        """Return what the constructors of transformers' own modules have computed in a new model,
+        where they ran on the CPU."""
+        ...
+
     def no_init_weights(self) -> AbstractContextManager[Any]:
         """Return a context in which new modules keep uninitialised memory."""
         ...

@@ -197,6 +197,18 @@ def unloaded(model: PreTrainedModel, given: Sequence[Any]) -> dict[str, torch.Te
     return {name: tensor for name, tensor in found.items() if name not in loaded}
 
 
+def computed(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Buffers, and plain attributes such as ``original_inv_freq``."""
+    import torch
+
+    return [
+        value
+        for module in filter(is_of_a_library, model.modules())
+        for value in (*module._buffers.values(), *vars(module).values())
+        if isinstance(value, torch.Tensor) and not value.is_meta
+    ]
+
+
 def is_of_a_library(module: nn.Module) -> bool:
     """Whether a module's class is torch's or transformers' own."""
     return type(module).__module__.partition(".")[0] in ("torch", "transformers")

@@ -214,9 +214,11 @@ def _initialise(model: PreTrainedModel, accounting: Accounting, dtype: torch.dty
     """Give values to what the checkpoint lacks, and mark every module as initialised."""
     everything = accounting.as_stored.keys() >= model.state_dict().keys()
     if everything and all(map(is_of_a_library, model.modules())):
-        # That transformers also finds out, with a state dict of each module.
+        # That transformers also finds out, with a state dict of each module, unless it is told that
+        # sizes may differ.
         for module in model.modules():
             module._is_hf_initialized = True
+        model._initialize_missing_keys([], True, False)
         return
     missing, unexpected = list(accounting.missing), list(accounting.unexpected)
     model._move_missing_keys_from_meta_to_cpu(missing, unexpected, dtype, None)

@@ -152,3 +152,8 @@ def unloaded(model: PreTrainedModel, given: Sequence[Any]) -> dict[str, torch.Te
         return {}
     named = (*model.named_parameters(), *model.named_buffers())
     return {name: t for name, t in named if not getattr(t, "_is_hf_initialized", False)}
+
+
+def computed(model: PreTrainedModel) -> list[torch.Tensor]:
+    """None: they ran on the meta device."""
+    return []
