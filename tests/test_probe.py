@@ -265,6 +265,7 @@ def test_a_forward_that_fails_either_way_is_unavailable_with_both_reasons() -> N
     assert probe(Wrapped(fail)) == ProbeResult(
         method="unavailable",
         reason="on meta tensors: ValueError: not on meta; for real: ValueError: not on cpu",
+        raised="ValueError: not on cpu",
     )
 
 

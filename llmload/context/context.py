@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel
 
-from llmload.errors import Line
+from llmload.errors import AuditError, Line
 
 if TYPE_CHECKING:
     import torch
@@ -276,11 +276,19 @@ class LoadContext:
         """Return what :func:`llmload.model.dry_run.probe` finds of the finished model; run once.
 
         For ``audit``: the model does not change any more.
+
+        :raises AuditError: its forward raises on token ids, and ``strict`` does not allow that.
         """
         if self._probed is None:
             from llmload.model.dry_run import probe  # needs torch
 
             self._probed = probe(model)
+        if self._probed.raised and not self.spec.key_exceptions.allow_failing_forward:
+            raise AuditError(
+                f"the model's forward fails on a row of token ids: {self._probed.raised}",
+                fix="Mend the class or the config. If it takes other inputs, or is not meant to run"
+                " yet, set `strict: {allow_failing_forward: true}`.",
+            )
         return self._probed
 
     def read(self, key: str) -> torch.Tensor:

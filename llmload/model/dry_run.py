@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from llmload.model import partitions
+from llmload.model import partitions, reachable
 from llmload.model.randomness import RandomOp, Recorder, states_kept
 
 TOKENS = 8
@@ -41,6 +41,9 @@ class ProbeResult:
     """How it ran; ``unavailable``: neither way, and the other fields say nothing."""
     reason: str = ""
     """Why it did not run on meta tensors, and for ``unavailable`` why not for real either."""
+    raised: str = ""
+    """What the forward raised for real, on inputs that it takes: the model cannot run. Empty where
+    it ran, and where stand-ins, inputs or this machine may be what did not suffice."""
     random_ops: tuple[RandomOp, ...] = ()
     """Every random operation, in the order of the forward."""
     unreached: tuple[str, ...] = ()
@@ -50,8 +53,9 @@ class ProbeResult:
 def probe(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ProbeResult:
     """Run one train-mode forward and backward and say what is random and what gets a gradient.
 
-    The model is left as it was: weights, gradients, buffers, training mode and all attributes of
-    its modules. So are torch's, Python's and NumPy's random states.
+    The model is left as it was: weights, gradients, buffers, training mode, hooks and whatever else
+    it can reach (:mod:`llmload.model.reachable`). So are torch's, Python's and NumPy's random
+    states.
 
     :param model: the finished model, adapters and all; on any device, also on meta.
     :param inputs: keyword arguments of the forward; by default one row of ``TOKENS`` token ids, or
@@ -73,8 +77,40 @@ def probe(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ProbeRes
     try:
         return _run(model, inputs, on_meta=False, reason=reason)
     except Exception as error:
-        reason = f"{reason}; for real: {_first_line(error)}"
-        return ProbeResult(method="unavailable", reason=reason)
+        failure = error
+    device = next(model.parameters()).device.type
+    with suppress(Exception), torch.autocast(device, torch.bfloat16):
+        return _run(model, inputs, on_meta=False, reason=reason)
+    reason = f"{reason}; for real: {_first_line(failure)}"
+    lacking = _lacking(model, inputs)
+    if lacking:
+        reason += f"; no example has {lacking}"
+    raised = "" if lacking or _is_of_this_machine(failure) else _first_line(failure)
+    return ProbeResult(method="unavailable", reason=reason, raised=raised)
+
+
+def _is_of_this_machine(error: Exception) -> bool:
+    """Whether it tells of a kernel, package or memory that is not here, not of the model."""
+    if isinstance(error, NotImplementedError | ImportError | MemoryError | torch.OutOfMemoryError):
+        return True
+    words = ("not implemented for", "cuda", "triton", "out of memory", "no kernel", "not compiled")
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+
+
+def _lacking(model: nn.Module, inputs: Mapping[str, Any] | None) -> str:
+    """Return the first argument that the forward needs and an example does not have, or ''."""
+    if inputs is not None:
+        return ""
+    inner = _innermost(model)
+    given = example_inputs(model, torch.device("cpu"))
+    needed = [
+        name
+        for name, parameter in inspect.signature(inner.forward).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
+    needed.append(getattr(inner, "main_input_name", "input_ids"))
+    return next((name for name in needed if name not in given), "")
 
 
 def _run(
@@ -89,19 +125,16 @@ def _run(
     with ExitStack() as stack:
         devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
         stack.enter_context(states_kept(devices))
-        stack.enter_context(_modules_kept(model))
+        stack.enter_context(reachable.kept(model))
         # The training that follows will warn; looking need not.
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_autocast_on_meta())
-        if on_meta:
-            _put_stand_ins(model, dtype)
-        else:
-            _put_clones_of_buffers(model)
+        device = torch.device("meta") if on_meta else next(model.parameters()).device
+        _put_stand_ins(model, on_meta=on_meta, dtype=dtype)
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         stack.enter_context(_gradients_kept(trainable.values()))
-        device = torch.device("meta") if on_meta else next(model.parameters()).device
         arguments = example_inputs(model, device) if inputs is None else _moved(inputs, device)
         model.train()
         with recorder:
@@ -178,25 +211,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _modules_kept(model: nn.Module) -> Iterator[None]:
-    """Restore the attributes, parameters, buffers, submodules and mode of every module."""
-    registries = ("_parameters", "_buffers", "_modules")
-    kept = [
-        (module, dict(vars(module)), {name: dict(vars(module)[name]) for name in registries})
-        for module in model.modules()
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes, entries in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for name, registry in entries.items():
-                attributes[name].clear()
-                attributes[name].update(registry)
-
-
-@contextmanager
 def _gradients_kept(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     kept = [(parameter, parameter.grad) for parameter in parameters]
     for parameter, _ in kept:
@@ -228,24 +242,24 @@ def _autocast_on_meta() -> Iterator[None]:
 # --- stand-ins --------------------------------------------------------------------------------
 
 
-def _put_stand_ins(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Replace every tensor of the model by one on the meta device; ties stay ties.
+def _put_stand_ins(model: nn.Module, *, on_meta: bool, dtype: torch.dtype | None) -> None:
+    """Replace every tensor that the model can reach by another one; ties stay ties.
 
-    Floating-point ones are of ``dtype``, or with None of their own.
+    On the meta device those of floating point are of ``dtype``, or with None of their own. Else
+    they are copies, but for those of a library's own type, which are more than their values.
     """
     made: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        if _is_packed_linear(module):
-            module.forward = functools.partial(_dense_forward, module)
-        registries: tuple[dict[str, Any], ...] = (
-            module._parameters,
-            module._buffers,
-            vars(module),  # tensors that a model keeps as plain attributes
-        )
-        for registry in registries:
-            for name, value in registry.items():
-                if isinstance(value, torch.Tensor):
-                    registry[name] = made.setdefault(id(value), _stand_in(value, dtype))
+    if on_meta:
+        for module in model.modules():
+            if _is_packed_linear(module):
+                module.forward = functools.partial(_dense_forward, module)
+
+    def replace(path: str, tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = _stand_in(tensor, dtype) if on_meta else _copy(tensor)
+        return made[id(tensor)]
+
+    reachable.replace_tensors(model, replace)
 
 
 def _stand_in(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -255,6 +269,15 @@ def _stand_in(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=tensor.requires_grad)
     return empty
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) not in (torch.Tensor, nn.Parameter):
+        return tensor
+    copied = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(copied, requires_grad=tensor.requires_grad)
+    return copied
 
 
 def _is_packed_linear(module: nn.Module) -> bool:
@@ -270,13 +293,6 @@ def _dense_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     weight = torch.empty(size, dtype=x.dtype, device="meta")
     bias = module._parameters.get("bias")
     return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
-
-
-def _put_clones_of_buffers(model: nn.Module) -> None:
-    """Let a real train-mode forward update running statistics of its own."""
-    for module in model.modules():
-        for name, value in module._buffers.items():
-            module._buffers[name] = None if value is None else value.clone()
 
 
 def _first_line(error: BaseException) -> str:

@@ -205,6 +205,8 @@ class _Walk:
                 continue
             self._enter(base)
             for name, value in list(vars(base).items()):
+                if name.startswith("__"):
+                    continue
                 if isinstance(value, torch.Tensor | list | dict | set | deque):
                     new = self.value(f"{path}.{name}", value)
                     if new is not value:

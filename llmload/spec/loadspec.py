@@ -113,12 +113,16 @@ Regex = Annotated[str, AfterValidator(regex), Field(json_schema_extra={"format":
 
 
 class KeyExceptions(Section):
-    """Checkpoint keys that may be missing or unexpected, by regular expressions found in them."""
+    """What a load goes on in spite of: checkpoint keys that may be missing or unexpected, by
+    regular expressions found in them, and a model that does not run."""
 
     allow_missing: tuple[Regex, ...] = ()
     """Parameters of the model that need not be in the checkpoint: they are newly initialised."""
     allow_unexpected: tuple[Regex, ...] = ()
     """Tensors of the checkpoint that the model need not have: they are not read."""
+    allow_failing_forward: bool = False
+    """Hand out a model whose forward raises on token ids, where the audit runs it: one that takes
+    other inputs, or is to be mended first."""
 
     def allows_missing(self, key: str) -> bool:
         """Say whether the model's parameter ``key`` may be absent from the checkpoint."""
@@ -207,7 +211,7 @@ class LoadSpec(Section):
     model's own names."""
     strict: bool | KeyExceptions = True
     """``true``: a missing or unexpected checkpoint key is an error; ``false``: it is reported, and
-    the load goes on; or the exceptions by name."""
+    the load goes on; or the exceptions by name. A model whose forward fails is one too."""
     trainable: bool = True
     """``false``: hand the model out frozen, as a reference or reward model is used: in eval mode,
     no parameter requires gradients, an adapter's no more than the base's."""
@@ -249,7 +253,9 @@ class LoadSpec(Section):
         if isinstance(self.strict, KeyExceptions):
             return self.strict
         every = () if self.strict else ("",)
-        return KeyExceptions(allow_missing=every, allow_unexpected=every)
+        return KeyExceptions(
+            allow_missing=every, allow_unexpected=every, allow_failing_forward=not self.strict
+        )
 
 
 def validate(

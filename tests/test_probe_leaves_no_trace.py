@@ -1,0 +1,305 @@
+"""After the probe a model is what it was, wherever it keeps things; and a model that cannot run is
+not handed out."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import architectures
+import computed_tensors
+import pytest
+import torch
+from tiny import tiny_llama, tiny_model
+from torch import nn
+from transformers import LlamaForCausalLM
+
+import llmload
+from llmload.model import reachable
+from llmload.model.dry_run import probe
+
+
+def everything(model: nn.Module) -> dict[str, Any]:
+    """Describe all that a model can reach, by hand: another walk than the one that is tested."""
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+
+    def look(path: str, value: Any, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            data = None if value.is_meta else value.detach().clone()
+            gradient = value.grad if value.is_leaf else None
+            found[path] = (id(value), value.device.type, data, value.requires_grad, gradient)
+        elif isinstance(value, int | float | str | bool | type(None)):
+            found[path] = value
+        elif depth < 12 and id(value) not in seen:
+            seen.add(id(value))
+            found[path] = id(value)
+            if isinstance(value, dict):
+                found[f"{path} keys"] = list(map(repr, value))
+                for key, item in value.items():
+                    look(f"{path}[{key!r}]", item, depth + 1)
+            elif isinstance(value, list | tuple | set | collections.deque):
+                found[f"{path} length"] = len(value)
+                for at, item in enumerate(value):
+                    look(f"{path}[{at}]", item, depth + 1)
+            elif callable(value) and hasattr(value, "__closure__"):
+                for at, cell in enumerate(value.__closure__ or ()):
+                    look(f"{path} closure {at}", cell.cell_contents, depth + 1)
+            elif isinstance(value, functools.partial):
+                look(f"{path} args", value.args, depth + 1)
+                look(f"{path} keywords", value.keywords, depth + 1)
+            elif hasattr(value, "__dict__") and not isinstance(value, type):
+                look(f"{path}.", vars(value), depth + 1)
+            for name in getattr(type(value), "__slots__", ()):
+                look(f"{path}.{name}", getattr(value, name, "absent"), depth + 1)
+
+    look("model", model, 0)
+    for module in model.modules():
+        for name, value in vars(type(module)).items():
+            if isinstance(value, list | dict | set) and not name.startswith("__"):
+                look(f"{type(module).__name__}.{name}", value, 0)
+    return found
+
+
+def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    return sorted(
+        path
+        for path in before.keys() | after.keys()
+        if path not in before or path not in after or not same(before[path], after[path])
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    return type(a) is type(b) and bool(a == b)
+
+
+class Caching(nn.Module):
+    """Adds up a vector that ``take`` keeps somewhere in its first forward."""
+
+    shared: dict[str, torch.Tensor] = {}  # noqa: RUF012 - a class's own cache is what is tested
+
+    def __init__(self, take: Callable[[Caching, torch.Tensor], None], *, values: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 4)
+        self.take = take
+        self.values = values
+        self.cache: dict[str, torch.Tensor] = {}
+        self.kept: list[torch.Tensor] = []
+        self.nested: dict[str, Any] = {"deep": [{}], "pair": (torch.ones(4), [])}
+        self.recent: collections.deque[torch.Tensor] = collections.deque(maxlen=2)
+        self.notes = Notes()
+        self.slots = Slots(torch.ones(4))
+        self.running = torch.zeros(4)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.embedding(input_ids)
+        self.take(self, hidden.detach().mean((0, 1)))
+        if self.values:  # cannot be told on meta tensors: it runs for real
+            hidden = hidden * float(hidden.detach().sum())
+        return hidden
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    mask: torch.Tensor
+
+
+def in_closure() -> Callable[[Caching, torch.Tensor], None]:
+    seen: list[torch.Tensor] = []
+    last: torch.Tensor | None = None
+
+    def take(model: Caching, value: torch.Tensor) -> None:
+        nonlocal last
+        last = value
+        seen.append(value)
+
+    take(None, torch.zeros(4))  # type: ignore[arg-type]
+    return take
+
+
+TAKES: dict[str, Callable[[Caching, torch.Tensor], Any]] = {
+    "a dict": lambda model, value: model.cache.update(x=value),
+    "a list": lambda model, value: model.kept.append(value),
+    "a list in a dict": lambda model, value: model.nested["deep"].append(value),
+    "a dict in a list": lambda model, value: model.nested["deep"][0].update(x=value),
+    "a list in a tuple": lambda model, value: model.nested["pair"][1].append(value),
+    "a tensor in a tuple": lambda model, value: model.nested["pair"][0].add_(1),
+    "a queue": lambda model, value: model.recent.append(value),
+    "an attribute": lambda model, value: setattr(model, "new", value),
+    "an object": lambda model, value: setattr(model.notes, "mask", value),
+    "slots": lambda model, value: setattr(model.slots, "mask", value),
+    "a tensor": lambda model, value: model.running.add_(1),
+    "a buffer": lambda model, value: model.count.add_(1),
+    "a parameter": lambda model, value: model.embedding.weight.data.add_(1),
+    "the class": lambda model, value: type(model).shared.update(x=value),
+    "a module": lambda model, value: setattr(model, "late", nn.Linear(2, 2)),
+    "a closure": in_closure(),
+    "a partial": functools.partial(lambda kept, model, value: kept.append(value), []),
+}
+
+
+@pytest.mark.parametrize("values", [False, True], ids=["on meta", "for real"])
+@pytest.mark.parametrize("place", TAKES)
+def test_what_a_forward_keeps_is_gone_after_the_probe(place: str, values: bool) -> None:
+    model = Caching(TAKES[place], values=values)
+    before = everything(model)
+    assert probe(model).method == ("real" if values else "meta")
+    assert changes(before, everything(model)) == []
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])
+def test_a_hook_that_fires_once_is_still_there(kind: str) -> None:
+    model = tiny_model("llama")
+    fired: list[str] = []
+
+    def once(module: nn.Module, *args: Any) -> None:
+        fired.append("fired")
+        handle.remove()
+
+    handle = getattr(model.model, f"register_{kind}")(once)
+    before = everything(model)
+    assert probe(model).method == "meta"
+    assert changes(before, everything(model)) == []
+    assert fired == []
+    model(torch.arange(4)[None])
+    model(torch.arange(4)[None])
+    assert fired == ["fired"]
+
+
+PROBED = {
+    "causal_lm": architectures.causal_lm_types()[::6],
+    "seq2seq_lm": architectures.seq2seq_types()[::6],
+    "base": architectures.encoder_types()[::6],
+}
+"""Every sixth of the architectures."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "model_type"), [(kind, name) for kind, names in PROBED.items() for name in names]
+)
+def test_no_architecture_is_changed_by_the_probe(kind: str, model_type: str) -> None:
+    model = architectures.build(kind, model_type)
+    before = everything(model)
+    probe(model)
+    assert changes(before, everything(model)) == []
+
+
+# --- a model that cannot run --------------------------------------------------------------------
+
+
+class WrongShapes(LlamaForCausalLM):
+    """Its layers do not fit together."""
+
+    def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
+        hidden = self.model(input_ids).last_hidden_state
+        return self.lm_head(torch.cat([hidden, hidden], -1))
+
+
+class Refuses(LlamaForCausalLM):
+    """Its forward raises whatever it is given."""
+
+    def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
+        raise ValueError("the mask is of another time")
+
+
+class NeedsPixels(LlamaForCausalLM):
+    """Its forward takes what no example has."""
+
+    def forward(self, input_ids: torch.Tensor, pixels: torch.Tensor, **others: Any) -> Any:
+        return super().forward(input_ids, **others)
+
+
+LORA = {"target_modules": ["q_proj"]}
+
+
+def spec(folder: Path, model_class: type, **others: Any) -> dict[str, Any]:
+    path = f"{__name__}:{model_class.__name__}"
+    return {"model": str(folder), "auto_class": path, "lora": LORA, **others}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "said"),
+    [
+        (Refuses, "ValueError: the mask is of another time"),
+        (WrongShapes, "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+    ],
+)
+@pytest.mark.parametrize("loader", ["streaming", "transformers"])
+def test_a_model_whose_forward_raises_is_not_handed_out(
+    loader: str, model_class: type, said: str, folder: Path
+) -> None:
+    registry = llmload.create_registry(block={"streaming"} - {loader})
+    with pytest.raises(llmload.AuditError) as caught:
+        llmload.load(spec(folder, model_class), registry=registry)
+    message = str(caught.value)
+    assert message.startswith(f"the model's forward fails on a row of token ids: {said}")
+    assert message.endswith(
+        "Mend the class or the config. If it takes other inputs, or is not meant to run yet, set"
+        " `strict: {allow_failing_forward: true}`."
+    )
+
+
+@pytest.mark.parametrize("strict", [{"allow_failing_forward": True}, False])
+def test_a_model_whose_forward_raises_is_handed_out_where_the_spec_says_so(
+    strict: Any, folder: Path
+) -> None:
+    report = llmload.load(spec(folder, Refuses, strict=strict)).report
+    assert (
+        "the gradient path was not looked at: on meta tensors: ValueError: the mask is of another"
+        " time; for real: ValueError: the mask is of another time"
+    ) in report.audit
+
+
+def test_a_forward_that_takes_what_no_example_has_is_not_held_against_the_model(
+    folder: Path,
+) -> None:
+    report = llmload.load(spec(folder, NeedsPixels)).report
+    assert any(line.endswith("; no example has pixels") for line in report.audit)
+
+
+def test_an_id_beyond_the_embedding_is_found_where_the_forward_runs_for_real() -> None:
+    model = tiny_model("llama")
+    model.config.eos_token_id = 500
+    assert probe(Eager(model)).raised == "IndexError: index out of range in self"
+
+
+class Eager(nn.Module):
+    """Asks for a value, so that it runs for real."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits = self.model(input_ids).logits
+        return logits * float(logits.detach().sum())
+
+
+def test_what_the_classes_made_for_it_keep_is_not_changed(tmp_path: Path) -> None:
+    for name in ("PlainAttributes", "Aliases", "Views"):
+        model = computed_tensors.reference(computed_tensors.save(name, tmp_path / name), name)
+        before = everything(model)
+        probe(model)
+        assert changes(before, everything(model)) == []
+        assert not any(tensor.is_meta for _, tensor in reachable.tensors(model))
