@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import llmload
@@ -273,6 +274,20 @@ def test_a_change_of_the_config_reaches_the_model_and_no_other_load(folder: Path
 
 
 # --- the audit ----------------------------------------------------------------------------------
+
+
+def test_frequencies_that_old_checkpoints_store_in_half_precision_are_computed(
+    tmp_path: Path,
+) -> None:
+    """As from_pretrained does: they are no weights, and nothing is read for them."""
+    folder = tiny_llama(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.rotary_emb.inv_freq"] = torch.tensor([1.0, 0.013]).half()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    result = llmload.load({"model": str(folder)})
+    frequencies = result.model.model.rotary_emb.inv_freq
+    assert frequencies.dtype == torch.float32
+    assert not torch.equal(frequencies, weights["model.rotary_emb.inv_freq"].float())
 
 
 def test_a_loader_that_leaves_memory_uninitialised_is_caught(folder: Path) -> None:

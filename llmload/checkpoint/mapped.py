@@ -1,7 +1,8 @@
 """The files of a checkpoint mapped into memory: tensors over their pages, nothing copied.
 
 A mapping is private and copy-on-write, as transformers' own: writing to a tensor changes neither
-the file nor any other load of it, and pages that were only read are shared by all processes.
+the file nor any other load of it, and pages that were only read are shared by all processes. Where
+a file system cannot map, each tensor is read once into memory of our own instead.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 _PRIVATE = mmap.MAP_PRIVATE | NO_RESERVE
+_OWN = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
 _READ_AND_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
 # Reading one page maps the 16 around it if they are in the page cache, over a tensor's ends.
@@ -79,7 +81,7 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
             )
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=dtype)
-        buffer = self._file(info.file).checked()
+        buffer = self._file(info.file).bytes(info.start, info.stop)
         if info.start % dtype.itemsize:  # the format does not ask for alignment, torch does
             copy = bytearray(buffer[info.start : info.stop])
             return torch.frombuffer(copy, dtype=dtype).view(info.shape)
@@ -146,17 +148,27 @@ class _MappedFile:
         self._file = file
         self._descriptor = descriptor
         self._refuse_if_changed()
-        self._buffer = mmap.mmap(
-            descriptor,
-            file.size,
-            flags=_PRIVATE,
-            prot=_READ_AND_WRITE,
-        )
+        # None where the file is mapped; else what has been read of it.
+        self._copied: set[tuple[int, int]] | None = None
+        try:
+            self._buffer = mmap.mmap(descriptor, file.size, flags=_PRIVATE, prot=_READ_AND_WRITE)
+        except OSError:
+            # A file system that cannot map (FUSE without it, some NFS): memory of our own, filled
+            # as tensors are asked for.
+            self._copied = set()
+            self._buffer = mmap.mmap(-1, file.size, flags=_OWN, prot=_READ_AND_WRITE)
         self.address = torch.frombuffer(self._buffer, dtype=torch.uint8, count=1).data_ptr()
 
-    def checked(self) -> mmap.mmap:
-        """The mapping, after a look that the file is still the one whose header was checked."""
+    def checked(self) -> None:
+        """Raise where the file is no longer the one whose header was checked."""
         self._refuse_if_changed()
+
+    def bytes(self, start: int, stop: int) -> mmap.mmap:
+        """The memory that holds the whole file, in which these bytes can be used."""
+        self._refuse_if_changed()
+        if self._copied is not None and (start, stop) not in self._copied:
+            self.read(start, memoryview(self._buffer)[start:stop])
+            self._copied.add((start, stop))
         return self._buffer
 
     def read(self, start: int, into: memoryview) -> None:
@@ -170,6 +182,10 @@ class _MappedFile:
         import torch
 
         self._refuse_if_changed()
+        if self._copied is not None:
+            values = torch.empty(nbytes, dtype=torch.uint8)
+            self.read(start, values.numpy().data)
+            return values
         offset = start // mmap.PAGESIZE * mmap.PAGESIZE
         length = start + nbytes - offset
         # Not Python's mmap, each of which keeps a file descriptor: thousands of parts may live.
@@ -196,6 +212,8 @@ class _MappedFile:
         )
 
     def drop(self, start: int, stop: int) -> None:
+        if self._copied is not None:
+            return  # there is no file beneath to fetch it from again
         start = max(0, start - _FAULT_AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
         stop = min(stop + _FAULT_AROUND, self._file.size)
         self._buffer.madvise(mmap.MADV_DONTNEED, start, stop - start)

@@ -119,13 +119,15 @@ def compare_with_checkpoint(ctx: LoadContext, model: nn.Module) -> int:
     """
     if ctx.checkpoint is None:
         return 0
-    compared, ends = 0, _Ends()
+    compared, ends, computed = 0, _Ends(), _computed(model)
     # Codes of a quantised checkpoint may be floats of 8 bits, and mean nothing without their scale.
     dequantised = quantised.declared(ctx.config) is not None
     with _Files(ctx.checkpoint) as files:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             info = ctx.checkpoint.tensors.get(name)
-            if info is None or name in ctx.newly_initialised or not _comparable(info, tensor):
+            if info is None or name in ctx.newly_initialised or name in computed:
+                continue
+            if not _comparable(info, tensor):
                 continue
             if dequantised and torch_dtype(info.dtype) != tensor.dtype and info.dtype[:2] == "F8":
                 continue
@@ -138,6 +140,16 @@ def compare_with_checkpoint(ctx: LoadContext, model: nn.Module) -> int:
             fix="Try another loader with `-p no:NAME`, and report this.",
         )
     return compared
+
+
+def _computed(model: nn.Module) -> set[str]:
+    """Return the buffers that a model computes and no checkpoint is read for, though one may hold
+    them: rotary frequencies, which old ones store in half precision."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
 
 
 def _comparable(info: TensorInfo, tensor: torch.Tensor) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -289,3 +292,30 @@ def test_part_of_a_file_that_changed_is_refused(tmp_path: Path) -> None:
         os.truncate(path, path.stat().st_size - 4)
         with pytest.raises(CheckpointError, match="the file changed while it was being loaded"):
             files.part(checkpoint["w"], 0, 8)
+
+
+def test_a_file_system_that_cannot_map_is_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file system here is without mmap, so the call is made to fail as theirs does."""
+    weights = {"a": torch.arange(5000.0), "b": torch.arange(7, dtype=torch.int16)}
+    save_file(weights, tmp_path / "model.safetensors")
+    map_memory = mmap.mmap
+
+    def cannot_map(descriptor: int, *args: Any, **options: Any) -> mmap.mmap:
+        if descriptor >= 0:
+            raise OSError(errno.ENODEV, "No such device")
+        return map_memory(descriptor, *args, **options)
+
+    monkeypatch.setattr(mmap, "mmap", cannot_map)
+    checkpoint = Checkpoint.open(tmp_path)
+    with MappedCheckpoint(checkpoint) as files:
+        found = {name: files.tensor(checkpoint[name]) for name in weights}
+        files.drop(checkpoint["a"])
+        part = files.part(checkpoint["a"], 400, 8)
+        assert part is not None
+        assert part.view(torch.float32).tolist() == [100, 101]
+        found["b"][0] = 9
+        assert files.tensor(checkpoint["b"])[0] == 9  # read once, as mapped pages are
+    assert torch.equal(found["a"], weights["a"])
+    assert found["b"].tolist() == [9, 1, 2, 3, 4, 5, 6]
