@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import llmload
 from llmload import create_registry, hookimpl
+from llmload.builtin.streaming.plugin import StreamingLoader
 from llmload.cli import commands
 from llmload.errors import CheckpointError, LoadFailedError, PlanError
 from llmload.testing import IDS, losses, snapshot, tiny_llama
@@ -632,3 +633,88 @@ def test_a_plugin_is_not_told_again_of_what_its_contexts_heard(folder: Path) -> 
         f"end {error}",
         "failed",
     ]
+
+
+# --- what any plugin can state --------------------------------------------------------------------
+
+
+class Doubled:
+    """An adapter system of its own, which changes its base as it is put on."""
+
+    name = "doubled"
+    stage = "adapter"
+    provides = ("adapter",)
+
+    class Section(llmload.Section):
+        pass
+
+    @llmload.hookimpl
+    def wrap_adapter(self, ctx: llmload.LoadContext, model: Any) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+        for name, parameter in wrapped.named_parameters():
+            if name.endswith("q_proj.base_layer.weight"):
+                ctx.changed_base[name] = "twice the checkpoint's"
+                if not ctx.rehearsing:
+                    parameter.data *= 2
+        for name, _ in wrapped.named_parameters():
+            if ".lora_" in name:
+                ctx.newly_initialised[name] = "drawn"
+        return wrapped
+
+
+def test_any_adapter_can_say_that_its_base_is_no_longer_the_checkpoints(folder: Path) -> None:
+    registry = llmload.create_registry([Doubled], environ={})
+    spec = {
+        "models": {
+            "policy": {"model": str(folder), "doubled": {}},
+            "reference": {"adapter_of": "policy"},
+        }
+    }
+    (problem,) = llmload.plan_group(spec, registry=registry).errors
+    assert problem.message.startswith(
+        "the adapter of 'policy' brings base weights that are not the checkpoint's"
+        " ('base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight',"
+    )
+
+
+class Mapper:
+    """A loader of a plugin's own, which does as `streaming` does, or less."""
+
+    name = "mapper"
+    stage = "load"
+    before = ("streaming",)
+
+    def __init__(self, *provides: str) -> None:
+        self.provides = provides
+        self._loader = StreamingLoader()
+
+    @llmload.hookimpl
+    def load(self, ctx: llmload.LoadContext) -> Any:
+        return self._loader.load(ctx)
+
+
+@pytest.mark.parametrize(
+    ("provides", "dtype", "how"),
+    [
+        (("placement", "mapped_pages"), "bfloat16", ["checkpoint pages"]),
+        (("placement", "mapped_pages"), "float16", ["one cast"]),
+        (("placement",), "bfloat16", ["one cast"]),
+        ((), "bfloat16", []),
+        ((), "float16", []),
+    ],
+)
+def test_members_share_what_their_loader_says_that_it_can(
+    folder: Path, provides: tuple[str, ...], dtype: str, how: list[str]
+) -> None:
+    registry = llmload.create_registry([Mapper(*provides)], environ={})
+    spec = group(folder, {"dtype": dtype, "trainable": False}, reference={"like": "policy"})
+    loaded = llmload.load_group(spec, registry=registry)
+    assert loaded.report.members["policy"].loader == "mapper"
+    assert [found.how for found in loaded.plan.shared] == how
+    if provides:
+        assert loaded.plan.apart == {}
+    else:
+        reason = "`mapper` loads it, and stores its weights as it likes"
+        assert loaded.plan.apart == {"reference": reason}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +118,8 @@ class LoadContext:
         """Token -> id of those that the checkpoint's own tokenizer lacks, set with ``tokenizer``:
         their embedding rows are untrained, even where the checkpoint has rows to spare."""
         self.newly_initialised: dict[str, str] = {}
-        """Name of each parameter or buffer that is not from the checkpoint -> why."""
+        """Name of each parameter or buffer that is not from the checkpoint -> why. Loaders fill it,
+        and whoever makes new ones; see :meth:`moved` and :meth:`left_only`."""
         self.to_initialise: dict[str, str] = {}
         """Parameter of the base model that needs no value in the checkpoint -> why. Set in
         ``check`` by the plugin that answers for its value; ``strict`` then does not ask for it."""
@@ -328,6 +329,16 @@ class LoadContext:
     def record(self, plugin: str, facts: Mapping[str, Any]) -> None:
         """Add JSON-able facts of a plugin to the report."""
         self.facts.setdefault(plugin, {}).update(facts)
+
+    def moved(self, prefix: str) -> None:
+        """Say that a plugin put the model into another module, where its names have a prefix."""
+        self.newly_initialised = {f"{prefix}{n}": why for n, why in self.newly_initialised.items()}
+        self.changed_base = {f"{prefix}{n}": why for n, why in self.changed_base.items()}
+
+    def left_only(self, names: Container[str]) -> None:
+        """Say that a plugin took parameters out of the model: these are its names by now."""
+        self.newly_initialised = {n: w for n, w in self.newly_initialised.items() if n in names}
+        self.changed_base = {n: w for n, w in self.changed_base.items() if n in names}
 
     def show(self, plugin: str, label: str, text: str) -> None:
         """Add a line for people, of the plan while ``rehearsing``, else of the report."""

@@ -177,8 +177,7 @@ def execute(
             with report.phase("audit"):
                 report.audit += audit.prove(ctx, plan, model)
                 report.audit += audit.hold_to_numbers(plan, report, apart)
-
-                report.audit += [*audit.prove(ctx, plan, model), *computed]
+                report.audit += computed
             for plugin in host.implementing("audit"):
                 with report.phase("audit", plugin):
                     warnings = audit.ask(host, plugin, ctx, model)

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError
 
 from llmload import Problem, Section, SpecError
 from llmload.builtin.lora.section import Alpha, Names, Rank
+from llmload.builtin.lora.spellings import SPELLINGS
 from llmload.plugin import explain, local_path, read_file
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def read(file: str) -> CoatiLora:
     try:
         return CoatiLora.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        problems = explain(error, CoatiLora, content)
+        problems = explain(error, CoatiLora, content, spellings=SPELLINGS)
         raise SpecError(p.model_copy(update={"file": file}) for p in problems) from None
 
 

@@ -130,7 +130,7 @@ def merge(ctx: LoadContext, model: PeftModel) -> PreTrainedModel:
     if tied and ties.are_apart(tied, merged):
         ties.say_untied(merged)
     held = {name for name, _ in merged.named_parameters(remove_duplicate=False)}
-    ctx.newly_initialised = {n: why for n, why in ctx.newly_initialised.items() if n in held}
+    ctx.left_only(held)
     ctx.newly_initialised |= dict.fromkeys(repeated, "a copy for a repeated layer")
     ctx.record("lora", {"merged": True})
     merged.requires_grad_(False)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from llmload import CheckpointError, Problem
 from llmload.builtin.lora.section import LEFT_TO_PEFT, OWN_FIELDS, LoraSection
+from llmload.builtin.lora.spellings import SPELLINGS
 from llmload.plugin import (
     Checkpoint,
     MappedCheckpoint,
@@ -171,7 +172,7 @@ def _read_config(files: UntrustedFolder) -> tuple[dict[str, Any], tuple[str, ...
     try:
         section = LoraSection.model_validate_json(json.dumps(known), strict=True)
     except ValidationError as error:
-        problems = explain(error, LoraSection, known)
+        problems = explain(error, LoraSection, known, spellings=SPELLINGS)
         raise CheckpointError(p.model_copy(update={"file": str(file)}) for p in problems) from None
     fields = {name: v for name, v in section.given().items() if name not in _NOT_INHERITED}
     return fields, tuple(layer_plugins), tied_weights == "untie"

@@ -31,8 +31,7 @@ def put(
         head.to(_device(base))
     head.train(base.training)
     partitions.split(head, like=base)
-    # What is new in the transformer has a longer name from here on.
-    ctx.newly_initialised = {layout.prefix + n: why for n, why in ctx.newly_initialised.items()}
+    ctx.moved(layout.prefix)
     if not section.new:
         ctx.from_checkpoint(head.parameters())
         if not ctx.rehearsing:
