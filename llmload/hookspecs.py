@@ -82,7 +82,8 @@ in another way than PEFT does. They are described in :mod:`llmload.builtin.lora.
 way of one load::
 
     begun     started       every installed plugin        of a load, not of a plan alone
-    plan      map_keys      each plugin, in order         new names, claimed tensors
+    plan      admit         each plugin, in order         before a file is opened
+              map_keys      each plugin, in order         new names, claimed tensors
               check         each plugin, in order         Problems, Notes and Declines
               post_load     rehearsed on the meta device  (ctx.rehearsing is true)
               wrap_adapter  rehearsed on the meta device
@@ -113,10 +114,13 @@ from typing import TYPE_CHECKING, Any, Final
 import pluggy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from llmload.context.context import LoadContext
     from llmload.errors import Decline, Note, Problem
+    from llmload.spec.loadspec import LoadSpec
 
 PROJECT = "llmload"
 
@@ -201,6 +205,44 @@ def diagnose() -> Iterable[Problem | Note]:
                     yield llmload.Problem(
                         message="there is no program notify-send",
                         fix="Install libnotify.",
+                    )
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def admit(spec: LoadSpec, folder: Path) -> Iterable[Problem]:
+    """Say whether a model folder may be read at all.
+
+    Called once for each active plugin, in plan order, when it is known where the folder is and
+    before any file in it is opened. What a hub repository brings is there by then; with ``plan``
+    its weights may not be.
+
+    :param spec: the validated spec; ``spec.sections[name]`` is this plugin's part of it, if it has
+        one.
+    :param folder: the folder, or the snapshot of the hub repository.
+    :returns: problems. One of severity ``error`` refuses the load.
+
+    Example: folders of one place only::
+
+        from pathlib import Path
+
+        import llmload
+
+        class OnlyFrom:
+            name = "only_from"
+
+            class Section(llmload.Section):
+                root: str
+
+            @llmload.hookimpl
+            def admit(self, spec, folder):
+                root = Path(spec.sections[self.name].root).resolve()
+                if not folder.resolve().is_relative_to(root):
+                    yield llmload.Problem(
+                        where="model",
+                        message=f"{str(folder)!r} does not lie in {str(root)!r}",
+                        fix="Have the model copied there by whoever checks models.",
                     )
     """
     raise NotImplementedError
@@ -516,4 +558,4 @@ def stopped(asked: Mapping[str, Any], error: BaseException) -> None:
 
 
 SPINE = ("init_context", "load", "post_load", "wrap_adapter")
-HELPERS = ("started", "diagnose", "map_keys", "check", "audit", "stopped")
+HELPERS = ("started", "diagnose", "admit", "map_keys", "check", "audit", "stopped")

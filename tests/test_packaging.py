@@ -14,7 +14,7 @@ from llmload import create_registry
 
 ROOT = Path(__file__).parent.parent
 CORE = {"packaging", "pluggy", "pydantic", "pyyaml", "regex", "rich", "typer"}
-EXTRAS = {"all", "bitsandbytes", "colossalai", "deepspeed", "hf"}
+EXTRAS = {"all", "bitsandbytes", "colossalai", "deepspeed", "hf", "signing"}
 
 
 def requirements(extra: str = "") -> list[Requirement]:
@@ -49,7 +49,7 @@ def test_the_extras_are_those_of_the_stacks() -> None:
     assert {r.name for r in requirements("deepspeed")} >= {"deepspeed", "torch"}
 
 
-@pytest.mark.parametrize("extra", ["", "hf", "deepspeed", "bitsandbytes"])
+@pytest.mark.parametrize("extra", ["", "hf", "deepspeed", "bitsandbytes", "signing"])
 def test_the_modern_stack_is_pinned_and_within_what_is_asked_for(extra: str) -> None:
     names = {name.lower(): version for name, version in pins().items()}
     for requirement in requirements(extra):

@@ -33,7 +33,7 @@ def call(host: Host, plugin: str, hook: str, **kwargs: Any) -> Any:
 
 
 def findings(host: Host, plugin: str, hook: str, **kwargs: Any) -> Iterator[Any]:
-    """Call ``check`` or ``audit`` and yield what it found, its problems signed by the plugin.
+    """Call ``admit``, ``check`` or ``audit``; yield its findings, problems signed by the plugin.
 
     :raises PluginError: it yielded something that the hook does not know.
     """

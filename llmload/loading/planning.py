@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llmload.checkpoint import Checkpoint
 from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.context.context import LoadContext
-from llmload.errors import Conflict, Decline, Note, PluginError, Problem, RequestError
+from llmload.errors import Conflict, Decline, Note, PlanError, PluginError, Problem, RequestError
 from llmload.hf import installed_transformers, locating, model_classes
 from llmload.hf.engine import Engine
 from llmload.hf.versions import refuse_unsupported
@@ -20,6 +20,8 @@ from llmload.loading.prepared import Prepared
 from llmload.loading.rehearsal import rehearse
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from llmload.host.discovery import PluginInfo
     from llmload.host.registry import Host, Registry
     from llmload.spec.loadspec import LoadSpec
@@ -35,6 +37,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
     require_stack()
     host = registry.activate(spec)
     folder = locating.resolve(spec, weights=weights and spec.weights_from is None)
+    _admit(host, spec, folder)
     files = UntrustedFolder(folder)
     content = locating.read_config(files, spec)
     checkpoint = None
@@ -86,6 +89,18 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
     if not plan.errors:
         plan.problems += lock.problems(prepared)
     return prepared
+
+
+def _admit(host: Host, spec: LoadSpec, folder: Path) -> None:
+    """Ask every plugin whether the folder may be read; raise ``PlanError`` where one refuses."""
+    problems = [
+        problem
+        for plugin in host.implementing("admit")
+        for problem in hook_calls.findings(host, plugin, "admit", spec=spec, folder=folder)
+    ]
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors:
+        raise PlanError(errors)
 
 
 def require_stack() -> None:

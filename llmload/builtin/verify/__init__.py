@@ -1,0 +1,1 @@
+"""Signatures checked before a folder is read, and weights held to being finite."""

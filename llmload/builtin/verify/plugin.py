@@ -1,0 +1,111 @@
+"""The plugin ``verify``: is this folder whose it should be, and are its weights numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmload import Note, Problem
+from llmload.builtin.verify.section import Signature, VerifySection
+from llmload.hookspecs import hookimpl
+from llmload.plugin import in_one_line, partitions, some
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from llmload import LoadContext, LoadSpec
+
+_PIECE = 2**24
+"""Values looked at in one go: what is computed of them takes as much memory again."""
+
+
+class VerifyPlugin:
+    """Holds a folder to a signature and weights to being finite."""
+
+    name = "verify"
+    Section = VerifySection
+    rehearsed = False
+
+    @hookimpl
+    def admit(self, spec: LoadSpec, folder: Path) -> Iterator[Problem]:
+        """Check the signature before any file of the folder is used."""
+        section: VerifySection = spec.sections[self.name]
+        if section.signature is None:
+            return
+        try:
+            from model_signing import verifying
+        except ImportError as error:
+            yield Problem(
+                where="verify.signature",
+                message=f"signatures are checked by the package model-signing: {error}",
+                fix="Install it with `pip install 'llmload[signing]'`.",
+            )
+            return
+        try:
+            checker = _signer(verifying.Config(), section.signature)
+            checker.verify(folder, Path(section.signature.bundle).expanduser())
+        except Exception as error:  # it raises many kinds, for files, keys and signatures
+            yield Problem(
+                where="verify.signature",
+                message=f"the folder {str(folder)!r} is not what was signed: {in_one_line(error)}",
+                fix="Fetch it again from whoever signed it, or check bundle and signer.",
+            )
+
+    @hookimpl
+    def check(self, ctx: LoadContext) -> Iterator[Note]:
+        """Say what is held to what."""
+        section = ctx.section(VerifySection)
+        if section.signature is not None:
+            yield Note(text=f"signed: {section.signature.bundle!r} covers every file")
+        if section.finite:
+            yield Note(text="every weight must be finite")
+
+    @hookimpl
+    def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
+        """Look at every value that this process holds."""
+        if not ctx.section(VerifySection).finite:
+            return
+        named = [*model.named_parameters(), *model.named_buffers()]
+        wrong = [name for name, tensor in named if not all(map(_is_finite, _values(tensor)))]
+        if wrong:
+            yield Problem(
+                where="verify.finite",
+                message=f"{some(wrong)} hold NaN or infinity",
+                fix="Check the checkpoint; where it is finite, load in a wider dtype.",
+            )
+
+
+def _signer(config: Any, signature: Signature) -> Any:
+    """Return model-signing's configuration that accepts this signer alone."""
+    config.set_ignore_unsigned_files(signature.ignore_unsigned_files)
+    if signature.public_key is not None:
+        return config.use_elliptic_key_verifier(public_key=Path(signature.public_key).expanduser())
+    if signature.certificate_chain:
+        chain = [Path(file).expanduser() for file in signature.certificate_chain]
+        return config.use_certificate_verifier(certificate_chain=chain)
+    return config.use_sigstore_verifier(
+        identity=signature.identity, oidc_issuer=signature.oidc_issuer
+    )
+
+
+def _values(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the values of a tensor that can be other than finite, flat."""
+    state = getattr(tensor, "quant_state", None)
+    while state is not None:  # 4-bit codes are finite; what scales them need not be
+        yield state.absmax.reshape(-1)
+        state = state.state2
+    scales = getattr(tensor, "SCB", None)
+    if scales is not None:
+        yield scales.reshape(-1)
+    found = None if tensor.is_meta else partitions.held(tensor)
+    if found is not None:
+        yield found[0]
+
+
+def _is_finite(flat: torch.Tensor) -> bool:
+    if not (flat.is_floating_point() or flat.is_complex()):
+        return True
+    starts = range(0, flat.numel(), _PIECE)
+    return all(bool(flat[start : start + _PIECE].isfinite().all()) for start in starts)
