@@ -289,6 +289,32 @@ def schema(*, plugin: Plugins = None, json: Json = False) -> Answer:
 
 
 @_command
+def new_plugin(
+    *,
+    name: Annotated[str, typer.Argument(help="Of the plugin: its key in a spec.")],
+    directory: Annotated[
+        Path | None,
+        typer.Option("--dir", metavar="DIR", help="The new folder; by default llmload-NAME."),
+    ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="`model` changes the loaded model, `lora-layer` adapts modules that PEFT does not"
+            " know, `loader` fills the model.",
+        ),
+    ] = "model",
+    json: Json = False,
+) -> Answer:
+    """Write the package of a new plugin, with tests that pass, to be changed."""
+    from llmload.cli import new_plugin as writing
+
+    written = writing.write(name, directory, kind, _registry(None))
+    files = list(written)
+    return Answer({"files": files}, lambda: "\n".join(files))
+
+
+@_command
 def demo(
     *,
     directory: Annotated[
