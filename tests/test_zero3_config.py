@@ -366,3 +366,42 @@ def test_ranks_that_do_not_come_to_the_process_group_are_named() -> None:
     assert str(caught.value) == (
         "ranks 0, 2, 3 did not come to the process group within 0.5 s. See how they ended, or wait."
     )
+
+
+# --- a config that the script has set already -----------------------------------------------------
+
+
+def announced(theirs: dict[str, Any], **section: Any) -> list[str]:
+    """Return the keys by which a section and a script's config differ."""
+    try:
+        config.resolve(Zero3Section(**section), "float32", 64, theirs)
+    except RequestError as error:
+        return [problem.where for problem in error.problems]
+    return []
+
+
+def test_plain_fields_leave_the_rest_to_the_config_that_is_set() -> None:
+    theirs = with_zero(stage3_param_persistence_threshold=5, overlap_comm=True)
+    found = config.resolve(Zero3Section(), "float32", 64, theirs)
+    assert found.content == theirs
+    assert announced(theirs, stage3_param_persistence_threshold=5) == []
+    assert announced(theirs, stage3_param_persistence_threshold=6) == [
+        "zero3.stage3_param_persistence_threshold"
+    ]
+    assert "zero3.offload_param.device" in announced(theirs, offload_param={"device": "cpu"})
+    assert announced({"zero_optimization": {"stage": 2}}) == ["zero3.stage"]
+
+
+def test_two_whole_configs_must_say_the_same_of_what_partitions() -> None:
+    theirs = with_zero(reduce_bucket_size="auto") | {"bf16": {"enabled": False}}
+    assert announced(theirs, config=theirs) == []
+    assert announced(theirs, config=with_zero() | {"gradient_clipping": 1.0}) == []
+    assert announced(theirs, config=theirs | {"bf16": {"enabled": True}}) == [
+        "zero3.config.bf16.enabled"
+    ]
+    assert announced(theirs, config=with_zero(offload_param={"device": "cpu"})) == [
+        "zero3.config.zero_optimization.offload_param.device"
+    ]
+    assert announced(with_zero(sub_group_size=7), config=with_zero()) == [
+        "zero3.config.zero_optimization.sub_group_size"
+    ]

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from llmload.errors import CheckpointError, Problem, in_one_line
-from llmload.hf import bounds
+from llmload.hf import bounds, deepspeed
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ class Engine:
         """
         build = self._transformers.blank
         try:
-            with bounds.while_building(len(stored)):
+            with bounds.while_building(len(stored)), deepspeed.hidden():
                 blank = build(model_class, config, dtype, stored=stored, asked=asked)
             bounds.hold_built(blank, len(stored))
         except Exception as error:

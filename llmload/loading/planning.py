@@ -9,7 +9,7 @@ from llmload.checkpoint import Checkpoint
 from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.context.context import LoadContext
 from llmload.errors import Conflict, Decline, Note, PlanError, PluginError, Problem, RequestError
-from llmload.hf import installed_transformers, locating, model_classes
+from llmload.hf import deepspeed, installed_transformers, locating, model_classes
 from llmload.hf.engine import Engine
 from llmload.hf.versions import refuse_unsupported
 from llmload.host.distributions import version_of
@@ -187,6 +187,7 @@ def _check(host: Host, ctx: LoadContext, plan: Plan) -> None:
                     plan.problems.append(finding)
         except RequestError as error:
             plan.problems += error.problems
+    plan.problems += _partitioned_by_others(ctx)
     plan.declined = dict(ctx.declined)
     notes: dict[str, list[str]] = {}
     for plugin, note in found:
@@ -209,6 +210,26 @@ def _check(host: Host, ctx: LoadContext, plan: Plan) -> None:
         step.notes = notes.pop(step.plugin, [])
         if step.hook == "load" and ctx.spec.ignore_adapter and fit.adapter_beside(ctx):
             step.notes.append("leave out the adapter that lies beside the weights")
+
+
+def _partitioned_by_others(ctx: LoadContext) -> Iterator[Problem]:
+    """Leave the model to ``from_pretrained`` where the script has set a config of ZeRO-3, and no
+    plugin that takes part splits the weights."""
+    if not deepspeed.partitions() or ctx.splits:
+        return
+    found = "a DeepSpeed config of ZeRO-3 is set, as `TrainingArguments(deepspeed=...)` does"
+    if ctx.placed_by is not None:
+        yield Problem(
+            where="zero3",
+            message=f"{found}, and the plugin {ctx.placed_by!r} places the weights without it",
+            fix="Add the section `zero3: {}`, which takes that config.",
+        )
+    for loader in ctx.providing("placement"):
+        ctx.declined.setdefault(
+            loader,
+            f"{found}: rank 0 reads and from_pretrained partitions; with the section `zero3: {{}}`"
+            " each rank reads its own part",
+        )
 
 
 def no_loader(declined: Mapping[str, str]) -> Problem:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmload.errors import LoadFailedError, Problem, RequestError
-from llmload.hf import installed_transformers
+from llmload.hf import deepspeed, installed_transformers
 from llmload.loading import hook_calls
 from llmload.loading.makers import Ledger
 from llmload.model import partitions
@@ -59,7 +59,7 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
             ledger.take_stock(plan.loader, model)
         # Otherwise it is frozen at most, as the load does too: the loader may still fill it.
         # Adapters draw their first values; the caller's random stream must not move.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), deepspeed.hidden():
             model, plan.declined_adapters = hook_calls.finish(
                 host, ctx, model, lambda hook, plugin: nullcontext(), ledger.take_stock
             )

@@ -148,15 +148,25 @@ def stage_of(section: Zero3Section) -> int:
     return int(stage)
 
 
-def resolve(section: Zero3Section, dtype: str, hidden_size: int | None) -> DeepSpeedConfig:
+def resolve(
+    section: Zero3Section,
+    dtype: str,
+    hidden_size: int | None,
+    announced: Mapping[str, Any] | None = None,
+) -> DeepSpeedConfig:
     """Return the config with every ``auto`` resolved that a load depends on.
+
+    The one that the script has ``announced`` to transformers is taken where the section has only
+    plain fields; with a config of its own the two must say the same.
 
     :param dtype: the model's, by the names of a spec's ``dtype``.
     :param hidden_size: the model's, for what the Trainer derives from it; None if it has none.
     :raises RequestError: with every ``auto`` that nothing here can resolve.
     """
     stage_of(section)
-    content = read(section)
+    asked = content = read(section)
+    if announced is not None and section.config is None:
+        content = copy.deepcopy(dict(announced))
     left, problems = [], []
     for path, parent, key in list(_autos(content, ())):
         name = ".".join(path)
@@ -168,9 +178,51 @@ def resolve(section: Zero3Section, dtype: str, hidden_size: int | None) -> DeepS
             parent[key] = _BY_HIDDEN_SIZE[key](hidden_size)
         elif name != "data_types.keep_in_fp32_modules":  # there it is a value of DeepSpeed's
             problems.append(_unresolved(name, key))
+    if announced is not None:
+        whole = section.config is not None
+        problems += _disagreements(content if whole else asked, announced, whole=whole)
     if problems:
         raise RequestError(problems)
     return DeepSpeedConfig(content, tuple(left))
+
+
+def _disagreements(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], *, whole: bool
+) -> Iterator[Problem]:
+    """Yield the keys by which our config and the one that the script has set would differ.
+
+    :param whole: ours is all there is; else what it lacks is left to theirs.
+    """
+    mine, other = _leaves(ours), _leaves(theirs)
+    for path in sorted(mine.keys() | other.keys()):
+        if path[0] in _TRAINERS or (path not in mine and not whole):
+            continue
+        # Elsewhere than in the part that decides on partitions, what one lacks says nothing.
+        if path[0] != "zero_optimization" and (path not in mine or path not in other):
+            continue
+        one, two = mine.get(path), other.get(path)
+        if AUTO in (one, two) or one == two:
+            continue
+        name = ".".join(path)
+        yield Problem(
+            where=f"zero3.config.{name}" if whole else f"zero3.{'.'.join(path[1:])}",
+            message=f"{_said(path in mine, one)} here, and {_said(path in other, two)} in the"
+            " DeepSpeed config that is set for transformers already, as"
+            " `TrainingArguments(deepspeed=...)` does",
+            fix=f"Let both say the same of {name!r}, or write `zero3: {{}}` to take that config.",
+        )
+
+
+def _said(there: bool, value: Any) -> str:
+    return f"{value!r} is asked for" if there else "nothing is said"
+
+
+def _leaves(node: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    found: dict[tuple[str, ...], Any] = {}
+    for key, value in node.items():
+        here = (*path, key)
+        found |= _leaves(value, here) if isinstance(value, Mapping) else {here: value}
+    return found
 
 
 def _autos(

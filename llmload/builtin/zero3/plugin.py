@@ -170,11 +170,14 @@ def _stage(asked: Any) -> tuple[int, float]:
 
 
 def _resolve(ctx: LoadContext) -> DeepSpeedConfig:
+    from transformers.integrations.deepspeed import deepspeed_config
+
     text = ctx.config.get_text_config()
     hidden = getattr(text, "hidden_size", None)
     if hidden is None and hasattr(text, "hidden_sizes"):
         hidden = max(text.hidden_sizes)
-    return config.resolve(ctx.section(Zero3Section), _name(ctx), hidden)
+    announced = deepspeed_config()
+    return config.resolve(ctx.section(Zero3Section), _name(ctx), hidden, announced)
 
 
 def _name(ctx: LoadContext) -> str:
