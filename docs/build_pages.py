@@ -4,8 +4,8 @@ A page asks for a part with a comment of its own line, which shows nothing elsew
 
     <!-- generated: section lora -->
 
-Parts: ``section KEY``, ``spec``, ``hooks``, ``public MODULE``, ``commands``, ``spellings TOOL``.
-In a fenced block the line ``# file: NAME`` stands for a file of the repository.
+Parts: ``section KEY``, ``spec``, ``hooks``, ``public MODULE``, ``commands``, ``spellings TOOL``,
+``messages``. In a fenced block the line ``# file: NAME`` stands for a file of the repository.
 What is public is read from the source without importing it, so that no ML library is needed. Links
 of a page that lead out of ``docs/`` lead, in the site, to a page made of that file or to the file
 itself. The site also gets ``llms.txt``, a list of its pages, and ``llms-full.txt``, their text.
@@ -85,14 +85,17 @@ def on_post_build(config: Any) -> None:
 
 def _titled(text: str) -> tuple[str, str]:
     """Return a page's title and its first sentence."""
-    title = re.search(r"^# (.+)$", text, re.MULTILINE)
-    prose = re.search(r"^(?![#<`|\-])\S.*(?:\n\S.*)*", text, re.MULTILINE)
-    first = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(prose[0].split())) if prose else ""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    title = re.search(r"^# (.+)$", prose, re.MULTILINE)
+    blocks = [
+        block for block in re.split(r"\n{2,}", prose) if not re.match(r"[#<|-]|    |$", block)
+    ]
+    first = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(blocks[0].split())) if blocks else ""
     return (title[1] if title else ""), re.split(r"(?<=\.) ", first)[0]
 
 
 def _address(place: str) -> str:
-    return "" if place == "index.md" else re.sub(r"(^|/)index\.md$|\.md$", r"\1", place) + "/"
+    return re.sub(r"(^|/)index\.md$|\.md$", "/", place).removeprefix("/")
 
 
 def with_links_of_the_site(markdown: str, source: str, place: str, linked: set[str]) -> str:
@@ -143,6 +146,7 @@ def _part(kind: str, name: str) -> str:
         "hooks": hooks,
         "public": public,
         "commands": commands,
+        "messages": messages,
         "spellings": spellings,
     }
     return makers[kind](name)
@@ -411,6 +415,59 @@ def spellings(tool: str) -> str:
         if tool in spelling.tools:
             lines.append(f"| `{key}` | {spelling.instead or f'`{spelling.ours}`'} |")
     return "\n".join(lines)
+
+
+def messages(_: str = "") -> str:
+    """List what can be said against a load, with the way out, by who says it."""
+    found: dict[str, dict[str, str]] = {}
+    for file in sorted((ROOT / "llmload").rglob("*.py")):
+        room = file.relative_to(ROOT / "llmload").parts
+        who = " ".join(room[:2] if room[0] == "builtin" else room[:1]).removesuffix(".py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and (said := _said(node)):
+                found.setdefault(who, {}).setdefault(*said)
+    parts = []
+    for who, rows in sorted(found.items()):
+        table = [f"| {_cell(text)} | {_cell(fix)} |" for text, fix in sorted(rows.items())]
+        title = f"Plugin `{who.split()[1]}`" if " " in who else f"`llmload.{who}`"
+        parts.append("\n".join([f"## {title}\n", "| message | what to do |", "|---|---|", *table]))
+    return "\n\n".join(parts)
+
+
+_SAYS: Final = re.compile(
+    r"((?<!Attribute)Error|Problem|Decline|Conflict)$|refus|problem", re.IGNORECASE
+)
+
+
+def _said(node: ast.Call) -> tuple[str, str] | None:
+    """Return message and fix of a call that makes a problem or error, as far as it is written out.
+
+    What is filled in stands there as an ellipsis.
+    """
+    if not _SAYS.search(ast.unparse(node.func).rpartition(".")[2]):
+        return None
+    by_name = {keyword.arg: _template(keyword.value) for keyword in node.keywords}
+    texts = [text for text in map(_template, node.args) if text]
+    fix = by_name.get("fix") or ""
+    if not fix and len(texts) > 1:
+        fix = texts.pop()
+    message = by_name.get("message") or by_name.get("reason") or (texts[-1] if texts else "")
+    # One word is a place in the spec, not a sentence.
+    return (message, fix) if len(re.findall(r"[a-z]{2,}", message)) > 1 else None
+
+
+def _template(node: ast.expr) -> str:
+    """Return a text literal, an ellipsis for each value in it; empty for any other expression."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.JoinedStr(values=values):
+            return "".join(_template(value) or "…" for value in values)
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return (_template(left) or "…") + (_template(right) or "…")
+        case ast.IfExp(body=body):
+            return _template(body)
+    return ""
 
 
 def commands(_: str = "") -> str:

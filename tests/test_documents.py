@@ -75,6 +75,19 @@ def test_the_reference_has_every_core_key_hook_and_public_name(build_pages: Modu
         assert all(f"\n## `{name}`\n" in names for name in module.__all__)
 
 
+def test_the_index_of_messages_has_them_by_who_says_them(build_pages: ModuleType) -> None:
+    parts = build_pages.with_parts(text("reference/messages.md")).split("\n## ")
+    said = {part.partition("\n")[0]: part for part in parts}
+    assert {f"Plugin `{name}`" for name in ("kbit", "lora", "zero3")} <= said.keys()
+    for who, message, fix in (
+        ("`llmload.spec`", "the spec file does not exist", "Check the name."),
+        ("Plugin `zero3`", "DeepSpeed chooses the device of each partition", "Remove"),
+        ("Plugin `cast`", "a Booster gives all parameters the dtype", "Remove `cast`."),
+    ):
+        row = next(line for line in said[who].splitlines() if message in line)
+        assert row.partition(" | ")[2].startswith(fix)
+
+
 @pytest.mark.parametrize(
     ("page", "key", "ours"),
     [
