@@ -177,7 +177,7 @@ def simulate(folder: Path, numbers: Sequence[int]) -> list[Simulated]:
     spec = registry.validate({"model": str(folder), "dtype": "bfloat16", "zero3": {}})
     prepared = planning.prepare(spec, registry, weights=False)
     prepared.plan.raise_for_errors()
-    ctx = prepared.ctx.for_loading()
+    ctx = prepared.ctx.for_run(rehearsing=False)
     assert ctx.checkpoint
     simulated = [Simulated([Rank() for _ in range(number)], {}) for number in numbers]
     model = ctx.model_to_fill()

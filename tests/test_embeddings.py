@@ -276,8 +276,7 @@ def test_a_buffer_with_one_entry_per_token_grows_with_them_in_its_own_dtype() ->
     """transformers makes BART's ``final_logits_bias`` float32 and its new entries zero."""
     model = architectures.build("seq2seq_lm", "bart").to(torch.bfloat16)
     model.final_logits_bias.fill_(3.0)
-    ctx = context(model, grown(model))
-    ctx.rehearsing = False
+    ctx = context(model, grown(model)).for_run(rehearsing=False)
     EmbeddingsPlugin().post_load(ctx, model)
     assert model.final_logits_bias.dtype == torch.bfloat16
     assert torch.equal(model.final_logits_bias, torch.full((1, 136), 3.0, dtype=torch.bfloat16))
@@ -556,7 +555,7 @@ def test_every_architecture_is_resized_as_rehearsed_or_refused(
     if refuse:
         return
     rehearsed = ctx.facts
-    ctx.rehearsing, ctx.facts = False, {}
+    ctx = ctx.for_run(rehearsing=False)
     EmbeddingsPlugin().post_load(ctx, model)
     assert ctx.facts == rehearsed
     assert list(EmbeddingsPlugin().audit(ctx, model)) == []
@@ -596,8 +595,7 @@ def context(
     """Make the context of a load of ``model``, with ``add`` tokens added or the ids ``new`` new."""
     vocabulary = set(tokenizer.get_vocab())
     tokenizer.add_tokens([f"<{number}>" for number in range(add)])
-    ctx = context_of(model, EmbeddingsSection())
-    ctx.rehearsing = not add
+    ctx = context_of(model, EmbeddingsSection(), rehearsing=not add)
     ctx.tokenizer = tokenizer
     ctx.new_tokens = {
         token: i

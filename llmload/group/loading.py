@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 from pydantic import BaseModel, Field
 
-from llmload.context.context import Scope
+from llmload.context.records import Scope
 from llmload.group.planning import GroupPlan, PreparedGroup, prepare_group
 from llmload.group.sharing import Sharing, conversion
 from llmload.host.distributions import installed_versions

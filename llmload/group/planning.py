@@ -152,7 +152,7 @@ def _adapter_problem(name: str, member: AdapterSpec, of: Prepared) -> Problem | 
             " first step would change this member too",
             fix=f"Freeze them, {own}.",
         )
-    changed = list(of.ctx.changed_base)
+    changed = list(of.rehearsal.changed_base)
     if changed and not member.frozen_copy:
         return Problem(
             where=ADAPTER_OF,

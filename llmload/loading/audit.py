@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.dtypes import torch_dtype
@@ -33,9 +33,11 @@ _SAMPLE = 32
 _SHOWN = 5
 
 
-def hold_to_strict(ctx: LoadContext) -> None:
+def hold_to_strict(ctx: LoadContext, lost: Mapping[str, str], unexpected: Iterable[str]) -> None:
     """Refuse parameters without a value in the checkpoint, and checkpoint keys without a parameter.
 
+    :param lost: name of each parameter and buffer of the base model that has no value -> why.
+    :param unexpected: keys of the checkpoint for which the model has no place.
     :raises CheckpointError: one that ``strict`` does not excuse. With ``weights: random`` there is
         nothing to hold the model to.
     """
@@ -44,10 +46,10 @@ def hold_to_strict(ctx: LoadContext) -> None:
     exceptions = ctx.spec.key_exceptions
     missing = [
         name
-        for name, why in ctx.newly_initialised.items()
+        for name, why in lost.items()
         if why != EXCUSED and name not in ctx.to_initialise and not exceptions.allows_missing(name)
     ]
-    unexpected = [name for name in ctx.unexpected if not exceptions.allows_unexpected(name)]
+    unexpected = [name for name in unexpected if not exceptions.allows_unexpected(name)]
     problems = []
     if missing:
         problems.append(
@@ -71,18 +73,20 @@ def hold_to_strict(ctx: LoadContext) -> None:
         raise CheckpointError(problems)
 
 
-def excused(ctx: LoadContext) -> Iterable[Problem]:
+def excused(
+    ctx: LoadContext, lost: Mapping[str, str], unexpected: Sequence[str]
+) -> Iterable[Problem]:
     """Name, as warnings, what ``strict: false`` let pass; exceptions by name were asked for."""
     if ctx.spec.strict is not False:
         return
     missing = [
         name
-        for name, why in ctx.newly_initialised.items()
+        for name, why in lost.items()
         if why != EXCUSED and name not in ctx.to_initialise and ctx.checkpoint is not None
     ]
     for names, what in (
         (missing, "the checkpoint has no values for {}, which are newly initialised"),
-        (ctx.unexpected, "the model has no place for {} of the checkpoint, which are left out"),
+        (unexpected, "the model has no place for {} of the checkpoint, which are left out"),
     ):
         if names:
             yield Problem(
@@ -106,7 +110,7 @@ def hold_to_claims(ctx: LoadContext) -> None:
         )
 
 
-def compare_with_checkpoint(ctx: LoadContext, model: nn.Module) -> int:
+def compare_with_checkpoint(ctx: LoadContext, model: nn.Module, lost: Collection[str]) -> int:
     """Hold the first and last values of each parameter and buffer against the file's bytes.
 
     Only tensors that the checkpoint holds under the same name and shape, after the cast to the
@@ -114,6 +118,7 @@ def compare_with_checkpoint(ctx: LoadContext, model: nn.Module) -> int:
     partitioned one, this rank's part. Works for every loader alike and reads two small pieces of
     each tensor.
 
+    :param lost: names that have no value from the checkpoint.
     :returns: the number of tensors compared.
     :raises AuditError: values differ, or a tensor is still on the meta device.
     """
@@ -125,7 +130,7 @@ def compare_with_checkpoint(ctx: LoadContext, model: nn.Module) -> int:
     with _Files(ctx.checkpoint) as files:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             info = ctx.checkpoint.tensors.get(name)
-            if info is None or name in ctx.newly_initialised or name in computed:
+            if info is None or name in lost or name in computed:
                 continue
             if not _comparable(info, tensor):
                 continue
@@ -279,12 +284,15 @@ def hold_to_numbers(plan: Plan, report: Report, apart: Sequence[nn.Parameter]) -
     return [f"{report.parameters:,} parameters in {report.parameter_bytes:,} bytes, as planned"]
 
 
-def hold_to_constructor(ctx: LoadContext, model: Any, values: Values) -> list[str]:
+def hold_to_constructor(
+    ctx: LoadContext, model: Any, values: Values, lost: Collection[str]
+) -> list[str]:
     """Prove that what no checkpoint holds was written: buffers, and tensors in other places.
 
     Each must be known as filled by the model's class or its constructor, and not to be written
     since; any other is held to what the constructor computes, which runs again for that.
 
+    :param lost: names that have no value from the checkpoint.
     :returns: what was proved, for the report; nothing where there was nothing to prove.
     :raises AuditError: one has other values.
     """
@@ -293,7 +301,7 @@ def hold_to_constructor(ctx: LoadContext, model: Any, values: Values) -> list[st
     if ctx.checkpoint is None or ctx.awaiting is not None:
         return []
     state = model.state_dict(keep_vars=True)
-    filled = {_storage(t) for name, t in state.items() if name not in ctx.newly_initialised}
+    filled = {_storage(t) for name, t in state.items() if name not in lost}
     filled |= {_storage(parameter) for parameter in model.parameters()}
     found = {
         path: tensor for path, tensor in reachable.tensors(model) if _storage(tensor) not in filled
@@ -405,7 +413,7 @@ def ask(host: Host, plugin: str, ctx: LoadContext, model: nn.Module) -> list[Pro
     return found
 
 
-def some(names: list[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """Return the first few names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(repr(name) for name in names[:_SHOWN]) + more

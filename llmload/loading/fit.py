@@ -108,13 +108,9 @@ def _undecided_adapter(ctx: LoadContext) -> Iterator[Problem]:
 
 def _keys(ctx: LoadContext, found: Accounting) -> Iterator[Problem]:
     """Hold the names to ``strict``, as the load will."""
-    record = (dict(ctx.newly_initialised), list(ctx.unexpected))
-    ctx.newly_initialised |= dict.fromkeys(found.missing, audit.MISSING)
-    ctx.unexpected += found.unexpected
+    lost = dict.fromkeys(found.missing, audit.MISSING)
     try:
-        audit.hold_to_strict(ctx)
-        yield from audit.excused(ctx)
+        audit.hold_to_strict(ctx, lost, found.unexpected)
+        yield from audit.excused(ctx, lost, found.unexpected)
     except CheckpointError as error:
         yield from error.problems
-    finally:
-        ctx.newly_initialised, ctx.unexpected = record

@@ -47,7 +47,7 @@ def assign(host: Host, ctx: LoadContext) -> list[str]:
     for plugin in host.implementing("map_keys"):
         _ask(host, plugin, ctx, renaming)
     if any(key != name for key, name in renaming.names.items()) or ctx.claimed:
-        ctx.checkpoint = checkpoint.renamed(renaming.names)
+        ctx.found.checkpoint = checkpoint.renamed(renaming.names)
     return [f"{count} renamed by {rule}" for rule, count in renaming.counts.items()]
 
 

@@ -22,12 +22,11 @@ def account(ctx: LoadContext, accounting: Accounting) -> None:
     """Refuse what does not fit, before a weight is read; list what is missing and unexpected."""
     if accounting.mismatched:
         raise CheckpointError(accounting.misfits())
-    ctx.newly_initialised |= {
-        name: ctx.to_initialise.get(name, audit.MISSING) for name in accounting.missing
-    }
-    ctx.newly_initialised |= dict.fromkeys(accounting.excused, audit.EXCUSED)
-    ctx.unexpected += accounting.unexpected
-    audit.hold_to_strict(ctx)
+    for name in accounting.missing:
+        ctx.newly_initialised[name] = ctx.to_initialise.get(name, audit.MISSING)
+    ctx.newly_initialised.update(dict.fromkeys(accounting.excused, audit.EXCUSED))
+    ctx.unexpected.extend(accounting.unexpected)
+    audit.hold_to_strict(ctx, ctx.newly_initialised, ctx.unexpected)
 
 
 def from_pretrained(ctx: LoadContext) -> PreTrainedModel:
@@ -93,7 +92,7 @@ def _pretrained(ctx: LoadContext) -> PreTrainedModel:
     ctx.record("transformers", counts.facts())
     for name in info["missing_keys"]:
         ctx.newly_initialised[name] = ctx.to_initialise.get(name, audit.MISSING)
-    ctx.unexpected += sorted(info["unexpected_keys"])
+    ctx.unexpected.extend(sorted(info["unexpected_keys"]))
     return model
 
 

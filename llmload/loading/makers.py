@@ -1,47 +1,128 @@
-"""Who made each parameter of a model that passes through many hands."""
+"""What hooks say of single parameters, followed to the finished model, and who made each.
+
+The one owner of ``newly_initialised`` and ``changed_base``: hooks state, and nobody renames.
+"""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from llmload.context.context import LoadContext
 
 
-class Ledger:
-    """Remembers for each parameter object the plugin after whose step it first appeared.
+@dataclass(slots=True)
+class _Stated:
+    """A parameter or buffer of which a hook said something."""
 
-    Parameters are told apart by identity and held weakly: one that a plugin replaced is freed.
+    name: str
+    """In the model as it was last seen."""
+    tensor: weakref.ref[torch.Tensor] | None
+    """None for a name that the model never had, which is reported as it was said."""
+    why: str
+
+
+class Ledger:
+    """Follows parameters and buffers through the hands that a model passes through.
+
+    They are told apart by identity and held weakly: one that a plugin replaced is freed. Hooks
+    state names in ``ctx.newly_initialised`` and ``ctx.changed_base``, as they are in the model that
+    they return; from then on it is the tensor that counts, so that whoever wraps the model has
+    nothing to rename.
     """
 
-    def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
+    def __init__(self, ctx: LoadContext) -> None:
+        self._ctx = ctx
+        self._makers: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
+        self._new: list[_Stated] = []
+        self._changed: list[_Stated] = []
 
     def take_stock(self, plugin: str, model: nn.Module) -> None:
-        """Enter the parameters not seen before as made by ``plugin``."""
+        """Enter what a plugin made and what it said, after each of its steps.
+
+        Parameters not seen before are made by ``plugin``; what was stated is taken out
+        of the context.
+        """
         for parameter in model.parameters():
             if self._maker(parameter) is None:
-                self._entries[id(parameter)] = weakref.ref(parameter), plugin
+                self._makers[id(parameter)] = weakref.ref(parameter), plugin
+        self._new = _taken(self._new, self._ctx.newly_initialised, model)
+        self._changed = _taken(self._changed, self._ctx.changed_base, model)
 
     def _maker(self, parameter: nn.Parameter) -> str | None:
-        known, plugin = self._entries.get(id(parameter), (None, None))
+        known, plugin = self._makers.get(id(parameter), (None, None))
         # Another object may have come to lie where one was that is gone.
         return plugin if known is not None and known() is parameter else None
 
-    def new(self, model: nn.Module, loader: str, ctx: LoadContext) -> dict[str, str]:
+    def made(self, model: nn.Module, loader: str) -> dict[str, str]:
         """Return the name in ``model`` of each parameter that is new -> the plugin that made it.
 
         What the loader made is not new, nor what a plugin filled from the checkpoint.
         """
-        if all(maker == loader for _, maker in self._entries.values()):
+        if all(maker == loader for _, maker in self._makers.values()):
             return {}
         return {
             name: maker
             for name, parameter in model.named_parameters()
             if (maker := self._maker(parameter)) is not None
             and maker != loader
-            and not ctx.is_from_checkpoint(parameter)
+            and not self._ctx.is_from_checkpoint(parameter)
         }
+
+    def newly_initialised(self, model: nn.Module, loader: str) -> dict[str, str]:
+        """Return all that is new in the finished model -> why, or by whom where nobody said."""
+        return self.made(model, loader) | {stated.name: stated.why for stated in self._new}
+
+    def changed_base(self) -> dict[str, str]:
+        """Return what of the finished model hooks changed for an adapter's sake -> what did it."""
+        return {stated.name: stated.why for stated in self._changed}
+
+
+def _taken(before: list[_Stated], new: dict[str, str], model: nn.Module) -> list[_Stated]:
+    """Return what was stated before and what is stated now, by the names in ``model``.
+
+    ``new`` is emptied.
+    """
+    if not before and not new:
+        return before
+    tensors = dict(_named(model))
+    stated = list(_followed(before, tensors))
+    for name, why in new.items():
+        tensor = tensors.get(name)
+        stated.append(_Stated(name, None if tensor is None else weakref.ref(tensor), why))
+    new.clear()
+    return stated
+
+
+def _followed(before: list[_Stated], tensors: dict[str, torch.Tensor]) -> Iterator[_Stated]:
+    """Yield what was stated before under the names that it has now; what is gone is left out.
+
+    Where another tensor took the place of one, it is meant from then on.
+    """
+    names: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), []).append(name)
+    for stated in before:
+        alive = None if stated.tensor is None else stated.tensor()
+        found = [] if alive is None else names.get(id(alive), [])
+        if found:
+            # Of tied names the one that only became longer.
+            longer = (n for n in found if f".{n}".endswith(f".{stated.name}"))
+            stated.name = next(longer, found[0])
+        elif stated.tensor is not None and stated.name in tensors:
+            stated.tensor = weakref.ref(tensors[stated.name])
+        elif stated.tensor is not None:
+            continue
+        yield stated
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield parameters and buffers, tied ones under each of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from llmload.checkpoint import CheckpointFile
     from llmload.checkpoint.placement import Placement
-    from llmload.context.context import LoadContext, Scope
+    from llmload.context.context import LoadContext
+    from llmload.context.records import Scope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +137,8 @@ def execute(
     :param scope: of the group that the model is a member of, which outlasts this load.
     """
     plan, host = prepared.plan, prepared.host
-    ctx = prepared.ctx.for_loading()
-    ctx.placement = placement
-    if scope is not None:
-        ctx.scope = scope
-    ledger = Ledger()
+    ctx = prepared.ctx.for_run(rehearsing=False, placement=placement, scope=scope)
+    ledger = Ledger(ctx)
     until_end = ctx.until_end if scope is None else nullcontext()
     with undone_on_error(), until_end, lock.held_to(prepared):
         with ExitStack() as contexts:
@@ -160,12 +158,13 @@ def execute(
             ctx.files.check()
             _freeze(model, plan.frozen)
             apart = audit.kept_apart(plan, model)
+            lost = dict(ctx.newly_initialised)
             ledger.take_stock(report.loader, model)
-            audit.hold_to_strict(ctx)
+            audit.hold_to_strict(ctx, lost, ctx.unexpected)
             if prove:
                 with report.phase("audit", report.loader):
-                    report.compared = audit.compare_with_checkpoint(ctx, model)
-                    computed = audit.hold_to_constructor(ctx, model, values)
+                    report.compared = audit.compare_with_checkpoint(ctx, model, lost)
+                    computed = audit.hold_to_constructor(ctx, model, values, lost)
 
             model, report.declined_adapters = hook_calls.finish(
                 host, ctx, model, report.phase, ledger.take_stock
@@ -173,6 +172,9 @@ def execute(
 
         audit.hold_to_claims(ctx)
         _fill(report, prepared, ctx, model, ledger)
+        excused = audit.excused(ctx, lost, ctx.unexpected)  # which the plan may have had
+        warnings = [*plan.warnings, *excused]
+        report.warnings = list(dict.fromkeys(map(str, warnings)))
         if prove:
             with report.phase("audit"):
                 report.audit += audit.prove(ctx, plan, model)
@@ -180,8 +182,8 @@ def execute(
                 report.audit += computed
             for plugin in host.implementing("audit"):
                 with report.phase("audit", plugin):
-                    warnings = audit.ask(host, plugin, ctx, model)
-                    report.warnings += [str(warning) for warning in warnings]
+                    found = audit.ask(host, plugin, ctx, model)
+                    report.warnings += [str(warning) for warning in found]
     return LoadResult(
         model=model,
         tokenizer=ctx.tokenizer,
@@ -234,13 +236,10 @@ def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger
     report.trainable = sum(partitions.values(p) for p in parameters if p.requires_grad)
     report.parameter_bytes = sum(partitions.elements(p) * p.element_size() for p in parameters)
     report.checkpoint_bytes = prepared.plan.checkpoint_bytes
-    made = ledger.new(model, report.loader, ctx)
-    report.newly_initialised = made | ctx.newly_initialised
+    report.newly_initialised = ledger.newly_initialised(model, report.loader)
     report.left_out = dict.fromkeys(ctx.unexpected, "no place in the model") | ctx.left_out
     if ctx.spec.ignore_adapter and fit.adapter_beside(ctx):
         report.left_out[fit.ADAPTER_CONFIG] = "the spec ignores the adapter"
-    warnings = [*prepared.plan.warnings, *audit.excused(ctx)]  # which the plan may have had
-    report.warnings = list(dict.fromkeys(map(str, warnings)))
     report.facts, report.lines = ctx.facts, ctx.lines
 
 

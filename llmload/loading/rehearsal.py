@@ -28,6 +28,8 @@ class Rehearsal:
     """The finished model."""
     base: dict[str, nn.Parameter]
     """Every name in the base model, tied ones included -> its parameter as the loader made it."""
+    changed_base: dict[str, str]
+    """What the hooks said of the parameters that they change: see ``ctx.changed_base``."""
 
     def kept(self) -> set[str]:
         """Return the names in the base model of the parameters that the finished model still has,
@@ -40,10 +42,13 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
     """Run ``post_load`` and ``wrap_adapter`` on the meta device and write down what comes out.
 
     A hook that cannot run there is a warning, and the plan then promises no trainable parameters.
+
+    :param ctx: with what was found; the rehearsal records in one of its own.
     """
     import torch
 
-    ledger = Ledger()
+    found, ctx = ctx, ctx.for_run(rehearsing=True)
+    ledger = Ledger(ctx)
     try:
         model: Any = ctx.blank
         base = dict(model.named_parameters(remove_duplicate=False))
@@ -77,7 +82,10 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
         )
         return None
     finally:
-        plan.facts, plan.lines = dict(ctx.facts), list(ctx.lines)
+        plan.facts = {name: dict(facts) for name, facts in found.facts.items()}
+        for name, facts in ctx.facts.items():
+            plan.facts.setdefault(name, {}).update(facts)
+        plan.lines = [*found.lines, *ctx.lines]
     kept = {id(base[name]) for name in wider if name in base}
     unique = {name: p for name, p in model.named_parameters() if name not in still_apart}
     plan.parameters = sum(partitions.values(p) for p in unique.values())
@@ -89,8 +97,8 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
     plan.trainable_parameters = [name for name, p in unique.items() if p.requires_grad]
     plan.tied = sorted(tied)
     foretold = {name: plan.loader for name in unique if name in ctx.to_initialise}
-    plan.new_parameters = foretold | ledger.new(model, plan.loader, ctx)
-    return Rehearsal(model=model, base=base)
+    plan.new_parameters = foretold | ledger.made(model, plan.loader)
+    return Rehearsal(model=model, base=base, changed_base=ledger.changed_base())
 
 
 def _kept_in_float32(ctx: LoadContext) -> set[str]:

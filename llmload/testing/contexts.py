@@ -48,5 +48,4 @@ def context_of(
         wraps_adapter=wraps_adapter,
         engine=Engine(installed_transformers()),
     )
-    ctx.rehearsing = rehearsing
-    return ctx
+    return ctx.for_run(rehearsing=rehearsing)

@@ -74,10 +74,10 @@ def _install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
 
     _account(ctx, request, wrapped, before, untied)
     changed = [f"{PREFIX}{name}.base_layer.weight" for name in layers if request.changes_base]
-    ctx.changed_base |= dict.fromkeys(changed, request.changes_base)
+    ctx.changed_base.update(dict.fromkeys(changed, request.changes_base))
     if request.saved is not None:
         replaced = resume.restore(ctx, request.saved, wrapped, section.adapter_name)
-        ctx.changed_base |= dict.fromkeys(replaced, f"the adapter in {section.adapter!r}")
+        ctx.changed_base.update(dict.fromkeys(replaced, f"the adapter in {section.adapter!r}"))
         changed += replaced
     ctx.record(
         "lora",
@@ -129,9 +129,10 @@ def merge(ctx: LoadContext, model: PeftModel) -> PreTrainedModel:
     partitions.split(merged, like=merged)  # PEFT's copies of modules to save are whole
     if tied and ties.are_apart(tied, merged):
         ties.say_untied(merged)
-    held = {name for name, _ in merged.named_parameters(remove_duplicate=False)}
-    ctx.left_only(held)
-    ctx.newly_initialised |= dict.fromkeys(repeated, "a copy for a repeated layer")
+    # What was said of the adapter holds no more: there is none.
+    ctx.newly_initialised.clear()
+    ctx.changed_base.clear()
+    ctx.newly_initialised.update(dict.fromkeys(repeated, "a copy for a repeated layer"))
     ctx.record("lora", {"merged": True})
     merged.requires_grad_(False)
     return merged.eval()

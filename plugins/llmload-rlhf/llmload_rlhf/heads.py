@@ -31,7 +31,6 @@ def put(
         head.to(_device(base))
     head.train(base.training)
     partitions.split(head, like=base)
-    ctx.moved(layout.prefix)
     if not section.new:
         ctx.from_checkpoint(head.parameters())
         if not ctx.rehearsing:
