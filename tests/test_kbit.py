@@ -17,7 +17,7 @@ from odd_layers import Adapts, MakesOdd, OddLora
 from quantised import five_losses, load, plain, unlike
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from stacks import needs_bitsandbytes
+from stacks import IS_MODERN, needs_bitsandbytes
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -854,3 +854,28 @@ def test_a_placement_that_takes_no_quantised_weights_is_refused_before_any_is_re
     with pytest.raises(llmload.RequestError) as caught:
         load(folder, {}, registry=registry)
     assert str(caught.value) == expected
+
+
+@pytest.mark.skipif(not IS_MODERN, reason="4.51.3 keeps experts in linear layers")
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_experts_that_stay_in_16_bits_are_a_warning_with_their_bytes(
+    tmp_path: Path, model_type: str
+) -> None:
+    model = architectures.build("causal_lm", model_type).bfloat16()
+    folder = save_checkpoint(model, tmp_path / "moe")
+    experts = sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if ".experts." in n or ".mlp.gate.w" in n or (".router." in n and p.ndim > 1)
+    )
+    total = sum(p.numel() for p in model.parameters())
+    (warning,) = llmload.plan({"model": str(folder), "kbit": {}}).warnings
+    assert warning.where == "kbit"
+    assert warning.message.startswith(
+        f"{experts:,} of {total:,} parameters stay in bfloat16, {2 * experts:,} bytes: bitsandbytes"
+        " quantises linear layers, and model.layers.*.mlp.experts.down_proj, "
+    )
+
+
+def test_linear_layers_alone_are_no_warning(folder: Path) -> None:
+    assert llmload.plan({"model": str(folder), "kbit": {}}).warnings == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,6 +26,10 @@ _IN_CONFIG: Final = {
 """Key of the section -> what a BitsAndBytesConfig calls it."""
 
 _FLOATS: Final = ("float16", "bfloat16", "float32")
+
+_WORTH_TELLING: Final = 0.05
+"""Share of the parameters below which it is not worth a warning that they stay as they are."""
+_SHOWN: Final = 4
 
 SPREADING: Final = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of ``device_map`` by which a model is spread over devices."""
@@ -90,12 +95,47 @@ def check(ctx: LoadContext, section: KbitSection) -> Iterator[Problem | Note]:
                 text="each rank reads what it quantises whole, one weight at a time, and keeps its"
                 " part of the codes and all statistics"
             )
+    yield from _beyond_linear_layers(ctx)
     yield Note(text=f"freeze the base model, prepared as {section.prepare}")
     if section.prepare in ("legacy", "trl_legacy") and not ctx.providing("gradient_checkpointing"):
         yield Note(
             text="no gradient checkpointing, which belongs to the preparation in PEFT and has its"
             " own section here"
         )
+
+
+def _beyond_linear_layers(ctx: LoadContext) -> Iterator[Problem]:
+    """Warn of matrices that are not in linear layers, such as experts merged into one parameter.
+
+    bitsandbytes has layers for linear ones only; what stays decides on the memory of such a model.
+    """
+    from torch import nn
+    from torch.nn.modules.conv import _ConvNd
+    from transformers.pytorch_utils import Conv1D
+
+    usual = (nn.Linear, Conv1D, nn.Embedding, _ConvNd)
+    tied = installed_transformers().tied_names(ctx.blank)
+    left: dict[str, int] = {}
+    total = 0
+    for path, module in ctx.blank.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False):
+            if f"{path}.{attribute}" in tied:
+                continue
+            total += parameter.numel()
+            if parameter.ndim >= 2 and not isinstance(module, usual):
+                left[f"{path}.{attribute}"] = parameter.numel()
+    number = sum(left.values())
+    if number < _WORTH_TELLING * total:
+        return
+    kinds = sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in left})
+    yield Problem(
+        where="kbit",
+        severity="warning",
+        message=f"{number:,} of {total:,} parameters stay in {_name(ctx)},"
+        f" {number * ctx.dtype.itemsize:,} bytes: bitsandbytes quantises linear layers, and"
+        f" {', '.join(kinds[:_SHOWN])}{', ...' if len(kinds) > _SHOWN else ''} are none",
+        fix="Count on that memory, or use a checkpoint that is quantised otherwise.",
+    )
 
 
 def _described(ctx: LoadContext, section: KbitSection) -> str:
