@@ -869,7 +869,8 @@ def test_experts_that_stay_in_16_bits_are_a_warning_with_their_bytes(
         if ".experts." in n or ".mlp.gate.w" in n or (".router." in n and p.ndim > 1)
     )
     total = sum(p.numel() for p in model.parameters())
-    (warning,) = llmload.plan({"model": str(folder), "kbit": {}}).warnings
+    spec = {"model": str(folder), "kbit": {}, "trainable": False}
+    (warning,) = llmload.plan(spec).warnings
     assert warning.where == "kbit"
     assert warning.message.startswith(
         f"{experts:,} of {total:,} parameters stay in bfloat16, {2 * experts:,} bytes: bitsandbytes"
@@ -877,5 +878,11 @@ def test_experts_that_stay_in_16_bits_are_a_warning_with_their_bytes(
     )
 
 
-def test_linear_layers_alone_are_no_warning(folder: Path) -> None:
-    assert llmload.plan({"model": str(folder), "kbit": {}}).warnings == []
+def test_a_quantised_model_that_nobody_can_train_is_a_warning(folder: Path) -> None:
+    (warning,) = llmload.plan({"model": str(folder), "kbit": {}}).warnings
+    assert str(warning) == (
+        "kbit: no parameter will be trainable: quantised weights are frozen, and nothing is put on"
+        " them. Add an adapter with `lora`, or write `trainable: false` if this is meant."
+    )
+    for keys in ({"trainable": False}, {"lora": {"target_modules": ["q_proj"]}}):
+        assert llmload.plan({"model": str(folder), "kbit": {}, **keys}).warnings == []

@@ -660,3 +660,34 @@ def test_a_plugin_that_wraps_first_is_found_by_the_audit(llama: Path) -> None:
         "lora: the finished model is a LlamaForCausalLM without the adapter. Another plugin wraps"
         " the model: remove its section or `lora`."
     )
+
+
+# --- new tokens, whose rows somebody has to train -----------------------------------------------
+
+
+def warnings_of(folder: Path, lora: dict[str, Any], **core: Any) -> list[str]:
+    spec = {"model": str(folder), "lora": lora, "embeddings": {}, **core}
+    plan = llmload.plan(spec)
+    assert plan.errors == []
+    return [str(problem) for problem in plan.warnings]
+
+
+def test_new_tokens_in_a_frozen_embedding_are_a_warning_with_the_way_out(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path, vocab_size=51)
+    new = {"tokenizer": {"add_tokens": ["<a>", "<pad>"], "pad_token": "<pad>"}}
+    assert warnings_of(folder, QV, **new) == [
+        "lora.trainable_token_indices: the new tokens '<a>' have rows in a frozen embedding: no"
+        " training will change what they mean. Write `trainable_token_indices: [51]` to train"
+        " these rows, or name the embedding and the head in `modules_to_save`."
+    ]
+    assert warnings_of(folder, QV, trainable=False, **new)[:1] != []
+    assert warnings_of(folder, QV | {"modules_to_save": ["embed_tokens", "lm_head"]}, **new) == []
+    only_padding = {"tokenizer": {"add_tokens": ["<pad>"], "pad_token": "<pad>"}}
+    assert warnings_of(folder, QV, **only_padding) == []
+
+
+@needs_peft("0.15.0")
+def test_new_tokens_whose_rows_are_trained_are_no_warning(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path, vocab_size=51)
+    new = {"tokenizer": {"add_tokens": ["<a>"]}}
+    assert warnings_of(folder, QV | {"trainable_token_indices": [51]}, **new) == []

@@ -188,6 +188,25 @@ def test_mis_shaped_keys_are_named(llama: Path, trained: Path) -> None:
     )
 
 
+def test_an_adapter_with_other_embeddings_says_how_it_would_fit(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path, vocab_size=51)
+    section = QV | {"modules_to_save": ["embed_tokens", "lm_head"]}
+    core: dict[str, Any] = {"tokenizer": {"add_tokens": ["<a>"]}, "embeddings": {}}
+    made = load(folder, section, **core)
+    adapter = save(made.model, tmp_path / "adapter")
+    made.tokenizer.save_pretrained(adapter)
+    message = refusal(folder, {"adapter": str(adapter)})
+    assert (
+        "Give the embeddings the adapter's size before it is resumed: name the tokenizer that was"
+        " saved with it in `tokenizer: {name_or_path: ...}`, and write `embeddings: {}`, with the"
+        " `pad_to_multiple_of` of its training, for 52 rows. Plain PEFT needs"
+        " `resize_token_embeddings(52)` before it." in message
+    )
+    way_out: dict[str, Any] = {"tokenizer": {"name_or_path": str(adapter)}, "embeddings": {}}
+    again = load(folder, {"adapter": str(adapter)}, **way_out)
+    assert same_state(again.model, made.model)
+
+
 def test_an_adapter_of_another_model_is_refused_with_every_fault(
     trained: Path, tmp_path: Path
 ) -> None:

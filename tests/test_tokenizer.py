@@ -694,3 +694,13 @@ def test_a_special_token_of_the_folder_that_has_no_row_is_refused(
     model = llmload.load({"model": str(folder), "embeddings": {}}).model
     model.save_pretrained(tmp_path / "saved")
     llmload.load({"model": str(tmp_path / "saved")})
+
+
+def test_an_ordinary_word_as_pad_token_is_a_warning(folder: Path) -> None:
+    assert problems(folder, pad_token="fox") == [
+        "warning tokenizer.pad_token: the pad token 'fox' is an ordinary token of the vocabulary:"
+        " where a text has it, a loss that leaves out padding leaves it out. Give padding a token"
+        " of its own: list it in `tokenizer.add_tokens`."
+    ]
+    assert problems(folder, pad_token="unk") == []
+    assert problems(folder, pad_token="<own>", add_tokens=["<own>"]) == []

@@ -405,3 +405,18 @@ def test_two_whole_configs_must_say_the_same_of_what_partitions() -> None:
     assert announced(with_zero(sub_group_size=7), config=with_zero()) == [
         "zero3.config.zero_optimization.sub_group_size"
     ]
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_file_of_something_else_is_no_deepspeed_config(tmp_path: Path, inline: bool) -> None:
+    other = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "bf16"}
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(json.dumps(other))
+    section = Zero3Section(config=other if inline else str(file))
+    with pytest.raises(RequestError) as caught:
+        config.read(section)
+    assert str(caught.value) == (
+        f"zero3.config: {'the mapping' if inline else repr(str(file))} has none of DeepSpeed's"
+        " keys: it has compute_environment, mixed_precision. Give a DeepSpeed config, with at"
+        ' least {"zero_optimization": {"stage": 3}}.'
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import as_quantised
 from llmload.errors import CheckpointError, Problem
@@ -12,11 +12,16 @@ from llmload.loading import audit
 from llmload.spec.suggest import closest
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from llmload.checkpoint.accounting import Accounting
     from llmload.context.context import LoadContext
 
 ADAPTER_CONFIG = "adapter_config.json"
 """By this file transformers finds an adapter."""
+
+_FEW = 12
+"""Token ids up to which they are written out."""
 
 _ELSEWHERE = ("fusion_config", "transformers_weights")
 """Keys of a config by which transformers reads other tensors than those of the checkpoint."""
@@ -81,6 +86,46 @@ def adapter_beside(ctx: LoadContext) -> bool:
     """Whether an adapter lies beside the weights, where transformers would load it along."""
     checkpoint = ctx.checkpoint
     return checkpoint is not None and (checkpoint.root / ADAPTER_CONFIG).exists()
+
+
+def untrained(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
+    """Warn of what a training of the finished model would leave as it is, against all expectation.
+
+    :param model: as it came out of the rehearsal.
+    """
+    if not ctx.spec.trainable:
+        return
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        if ctx.providing("quantisation") and not ctx.wraps_adapter:
+            yield Problem(
+                where="kbit",
+                severity="warning",
+                message="no parameter will be trainable: quantised weights are frozen, and nothing"
+                " is put on them",
+                fix="Add an adapter with `lora`, or write `trainable: false` if this is meant.",
+            )
+        return
+    # Nobody needs to learn what padding is.
+    padding = getattr(ctx.tokenizer, "pad_token", None)
+    new = {token: number for token, number in ctx.new_tokens.items() if token != padding}
+    if not (new and ctx.wraps_adapter):
+        return
+    try:
+        embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    except (AttributeError, NotImplementedError):
+        return
+    if embedding is not None and not any(p.requires_grad for p in embedding.parameters()):
+        ids = sorted(new.values())
+        yield Problem(
+            where="lora.trainable_token_indices",
+            severity="warning",
+            message=f"the new tokens {audit.some([*new])} have rows in a frozen embedding: no"
+            " training will change what they mean",
+            fix=f"Write `trainable_token_indices: {ids}` to train these rows,"
+            " or name the embedding and the head in `modules_to_save`."
+            if len(ids) <= _FEW
+            else "Name the embedding and the head in `modules_to_save`.",
+        )
 
 
 def _undecided_adapter(ctx: LoadContext) -> Iterator[Problem]:

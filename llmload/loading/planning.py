@@ -85,6 +85,8 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
         except RequestError as error:
             plan.problems += error.problems
         rehearsal = rehearse(host, ctx, plan)
+        if rehearsal is not None:
+            plan.problems += fit.untrained(ctx, rehearsal.model)
     prepared = Prepared(plan=plan, host=host, ctx=ctx, rehearsal=rehearsal)
     if not plan.errors:
         plan.problems += lock.problems(prepared)

@@ -84,10 +84,27 @@ def _mismatches(
             yield _problem(
                 f"{name!r} has the shape {list(found[name].shape)} in {str(saved.folder)!r} and"
                 f" {list(known[name].shape)} in the model",
-                "Check that model and adapter belong together, and that the embeddings have the"
-                " adapter's size.",
+                _how_it_would_fit(saved, model, found[name].shape, known[name].shape),
             )
 
 
 def _problem(message: str, fix: str) -> Problem:
     return Problem(where="lora.adapter", message=message, fix=fix)
+
+
+def _how_it_would_fit(
+    saved: SavedAdapter, model: PeftModel, stored: torch.Size, held: torch.Size
+) -> str:
+    """Say how the embeddings get the adapter's size, where it is they that do not fit."""
+    rows = partitions.shape(model.get_base_model().get_input_embeddings().weight)[0]
+    if rows not in held or len(stored) != len(held) or stored[0] == held[0]:
+        return (
+            "Check that model and adapter belong together, and that the embeddings have the"
+            " adapter's size."
+        )
+    return (
+        "Give the embeddings the adapter's size before it is resumed: name the tokenizer that was"
+        f" saved with it in `tokenizer: {{name_or_path: ...}}`, and write `embeddings: {{}}`, with"
+        f" the `pad_to_multiple_of` of its training, for {stored[0]} rows. Plain PEFT needs"
+        f" `resize_token_embeddings({stored[0]})` before it."
+    )

@@ -83,6 +83,16 @@ def _set_pad_token(
                 fix="Set `tokenizer.keep_pad: true` to keep it, or `overwrite_pad: true`.",
             )
             return
+        if vocabulary[token] not in tokenizer.added_tokens_decoder and token not in {
+            *tokenizer.all_special_tokens
+        }:
+            yield Problem(
+                where="tokenizer.pad_token",
+                severity="warning",
+                message=f"the pad token {token!r} is an ordinary token of the vocabulary: where a"
+                " text has it, a loss that leaves out padding leaves it out",
+                fix="Give padding a token of its own: list it in `tokenizer.add_tokens`.",
+            )
         # The token with its own flags, so that an eos token that pads stays what it was.
         flagged = tokenizer.added_tokens_decoder.get(vocabulary[token], token)
         tokenizer.add_special_tokens({"pad_token": flagged})

@@ -35,6 +35,35 @@ _BY_HIDDEN_SIZE: Final[Mapping[str, Callable[[int], int]]] = {
 }
 """Keys of ``zero_optimization`` -> the value that the Trainer of transformers gives ``auto``."""
 
+_SHOWN: Final = 5
+_TOP_LEVEL: Final = frozenset(
+    {
+        "zero_optimization",
+        "bf16",
+        "fp16",
+        "bfloat16",
+        "optimizer",
+        "scheduler",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "activation_checkpointing",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "communication_data_type",
+        "tensor_parallel",
+        "weight_quantization",
+        "data_types",
+        "torch_autocast",
+        "aio",
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "flops_profiler",
+    }
+)
+"""Keys of which a DeepSpeed config has at least one."""
+
 _PRECISIONS: Final = {"bf16": "bfloat16", "fp16": "float16"}
 
 _WANTS_DEEPSPEEDS_OWN: Final = {
@@ -101,7 +130,7 @@ def read(section: Zero3Section) -> dict[str, Any]:
     if section.config is None:
         return _made(section)
     if isinstance(section.config, Mapping):
-        return copy.deepcopy(dict(section.config))
+        return _recognised(copy.deepcopy(dict(section.config)), "the mapping")
     path = local_path(section.config, "zero3.config")
     try:
         text = read_file(path, "zero3.config", "the DeepSpeed config").decode("utf-8")
@@ -118,7 +147,19 @@ def read(section: Zero3Section) -> dict[str, Any]:
             f"the DeepSpeed config {str(path)!r} is no mapping of keys to values",
             'Write at least {"zero_optimization": {"stage": 3}}.',
         )
-    return content
+    return _recognised(content, repr(str(path)))
+
+
+def _recognised(content: dict[str, Any], what: str) -> dict[str, Any]:
+    """Refuse what is no config of DeepSpeed's, such as accelerate's or a spec."""
+    if content.keys() & _TOP_LEVEL:
+        return content
+    shown = ", ".join(map(str, [*content][:_SHOWN])) or "nothing"
+    raise _refusal(
+        "config",
+        f"{what} has none of DeepSpeed's keys: it has {shown}",
+        'Give a DeepSpeed config, with at least {"zero_optimization": {"stage": 3}}.',
+    )
 
 
 def _made(section: Zero3Section) -> dict[str, Any]:
