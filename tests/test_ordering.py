@@ -70,6 +70,7 @@ def test_the_built_in_plugins_fall_in_by_their_stages() -> None:
         "tokenizer",
         "embeddings",
         "coati",
+        "verify",
         "kbit",
         "dropout",
         "gradient_checkpointing",

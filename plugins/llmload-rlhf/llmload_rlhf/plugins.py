@@ -38,8 +38,7 @@ class HeadPlugin:
     name: ClassVar[str]
     Section: ClassVar[type[HeadSection]]
     layouts: ClassVar[Mapping[str, Layout]]
-    after = ("tokenizer", "embeddings", "kbit", "zero3")
-    before = ("dropout", "gradient_checkpointing", "cast", "lora")
+    stage = "heads"
 
     def __init_subclass__(cls) -> None:
         cls.conflicts = tuple(
