@@ -84,7 +84,7 @@ class LoadContext:
       than for the load.
     """
 
-    __slots__ = ("_blanks", "_engine", "asked", "found", "records")
+    __slots__ = ("__weakref__", "_blanks", "_engine", "asked", "found", "records")
 
     # --- asked ------------------------------------------------------------------------------------
     spec: _ReadOnly[LoadSpec] = _ReadOnly("asked")
