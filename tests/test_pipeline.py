@@ -110,6 +110,7 @@ def test_the_plan_reads_no_weight(folder: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(safetensors, "safe_open", refuse)
     monkeypatch.setattr("mmap.mmap", refuse)
+    monkeypatch.setattr("llmload.checkpoint.libc.mapped", refuse)
     plan = llmload.plan({"model": str(folder), "lora": {"r": 2}}, registry=create_registry())
     assert not plan.errors
 

@@ -84,10 +84,19 @@ def inside(root: Path, path: Path) -> Path:
 
 @contextmanager
 def regular_file(path: Path) -> Iterator[tuple[int, os.stat_result]]:
+    """``path`` open for reading, with its state, for a block; see :func:`open_regular`."""
+    descriptor, state = open_regular(path)
+    try:
+        yield descriptor, state
+    finally:
+        os.close(descriptor)
+
+
+def open_regular(path: Path) -> tuple[int, os.stat_result]:
     """``path`` open for reading, with its state; refused unless it is a plain file.
 
     ``path`` has its links resolved already. Never blocks on a fifo and never follows a link put
-    there since.
+    there since. The caller closes it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -95,13 +104,11 @@ def regular_file(path: Path) -> Iterator[tuple[int, os.stat_result]]:
         raise refuse(path, "the file is missing", "Download or save the folder again.") from None
     except OSError as error:
         raise refuse(path, f"the file cannot be opened: {error.strerror}") from None
-    try:
-        state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode):
-            raise refuse(path, "this is not a plain file")
-        yield descriptor, state
-    finally:
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode):
         os.close(descriptor)
+        raise refuse(path, "this is not a plain file")
+    return descriptor, state
 
 
 def read_index(index: Path) -> dict[str, str]:

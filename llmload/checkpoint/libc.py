@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import weakref
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,23 @@ def libc() -> Any:
     library.munmap.argtypes = [address, size]
     library.madvise.argtypes = [address, size, number]
     return library
+
+
+def mapped(descriptor: int, offset: int, length: int, protection: int, flags: int) -> Any:
+    """Map bytes of a file as a ``ctypes`` array, which unmaps them with the last use of it.
+
+    Python's own ``mmap`` keeps a file descriptor for each mapping, as long as it lives. The offset
+    is a multiple of the page size; a descriptor of -1 maps no file.
+
+    :raises OSError: with the number of what is wrong.
+    """
+    address = libc().mmap(None, length, protection, flags, descriptor, offset)
+    if address == ctypes.c_void_p(-1).value:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    memory = (ctypes.c_ubyte * length).from_address(address)
+    weakref.finalize(memory, libc().munmap, address, length).atexit = False
+    return memory
 
 
 def populate(tensor: torch.Tensor) -> None:

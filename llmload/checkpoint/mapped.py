@@ -12,16 +12,15 @@ import errno
 import mmap
 import os
 import sys
-import weakref
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmload.checkpoint.contents import Checkpoint, CheckpointFile, identity
+from llmload.checkpoint import libc
+from llmload.checkpoint.contents import Checkpoint, CheckpointFile
 from llmload.checkpoint.dtypes import torch_dtype
-from llmload.checkpoint.folder import refuse, regular_file
-from llmload.checkpoint.libc import libc
-from llmload.errors import CheckpointError
+from llmload.checkpoint.folder import refuse
+from llmload.checkpoint.open_files import OpenFiles, changed
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +42,10 @@ _FAULT_AROUND = 16 * mmap.PAGESIZE
 class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
     """Hands out a checkpoint's tensors and counts the bytes that were asked for, file by file.
 
-    Files are opened on first use and closed at the end of the ``with`` block; tensors that are kept
-    keep their file's mapping alive. A file that changed since its header was checked is refused
-    each time a tensor is asked of it, because reading pages a file no longer has kills the process.
+    Files are mapped on first use, and few are open at a time; tensors that are kept keep their
+    file's mapping alive, and no descriptor. A file that changed since its header was checked is
+    refused each time a tensor is asked of it, because reading pages a file no longer has kills the
+    process.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, may_stay: bool = True) -> None:
@@ -61,11 +61,11 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
         """Pieces in which they were handed out, by file."""
         self._files = {file.path: file for file in checkpoint.files}
         self._open: dict[Path, _MappedFile] = {}
-        self._stack = ExitStack()
+        self._descriptors = OpenFiles(checkpoint.files)
 
     def __exit__(self, *exc: object) -> None:
         self._open.clear()
-        self._stack.close()
+        self._descriptors.__exit__()
 
     def tensor(self, info: TensorInfo) -> torch.Tensor:
         """The tensor over the file's own pages; writable, and not counted as read yet.
@@ -136,84 +136,69 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
 
     def _file(self, path: Path) -> _MappedFile:
         if path not in self._open:
-            descriptor, _ = self._stack.enter_context(regular_file(path))
-            self._open[path] = _MappedFile(self._files[path], descriptor)
+            self._open[path] = _MappedFile(self._files[path], self._descriptors)
         return self._open[path]
 
 
 class _MappedFile:
-    def __init__(self, file: CheckpointFile, descriptor: int) -> None:
-        import torch
-
-        self._file = file
-        self._descriptor = descriptor
-        self._refuse_if_changed()
+    def __init__(self, file: CheckpointFile, descriptors: OpenFiles) -> None:
+        self._path = file.path
+        self._size = file.size
+        self._descriptors = descriptors
         # None where the file is mapped; else what has been read of it.
         self._copied: set[tuple[int, int]] | None = None
+        descriptor = self.checked()
         try:
-            self._buffer = mmap.mmap(descriptor, file.size, flags=_PRIVATE, prot=_READ_AND_WRITE)
+            self._buffer = libc.mapped(descriptor, 0, file.size, _READ_AND_WRITE, _PRIVATE)
         except OSError:
             # A file system that cannot map (FUSE without it, some NFS): memory of our own, filled
             # as tensors are asked for.
             self._copied = set()
-            self._buffer = mmap.mmap(-1, file.size, flags=_OWN, prot=_READ_AND_WRITE)
-        self.address = torch.frombuffer(self._buffer, dtype=torch.uint8, count=1).data_ptr()
+            self._buffer = libc.mapped(-1, 0, file.size, _READ_AND_WRITE, _OWN)
+        self.address = ctypes.addressof(self._buffer)
 
-    def checked(self) -> None:
-        """Raise where the file is no longer the one whose header was checked."""
-        self._refuse_if_changed()
+    def checked(self) -> int:
+        """Return the descriptor; raise where the file is not the one whose header was checked."""
+        return self._descriptors.descriptor(self._path)
 
-    def bytes(self, start: int, stop: int) -> mmap.mmap:
+    def bytes(self, start: int, stop: int) -> memoryview:
         """The memory that holds the whole file, in which these bytes can be used."""
-        self._refuse_if_changed()
+        self.checked()
+        whole = memoryview(self._buffer).cast("B")
         if self._copied is not None and (start, stop) not in self._copied:
-            self.read(start, memoryview(self._buffer)[start:stop])
+            self.read(start, whole[start:stop])
             self._copied.add((start, stop))
-        return self._buffer
+        return whole
 
     def read(self, start: int, into: memoryview) -> None:
         while into:
-            count = os.preadv(self._descriptor, [into], start)
+            count = os.preadv(self.checked(), [into], start)
             if not count:
-                raise self._changed()
+                raise changed(self._path)
             start, into = start + count, into[count:]
 
     def part(self, start: int, nbytes: int) -> torch.Tensor | None:
         import torch
 
-        self._refuse_if_changed()
+        descriptor = self.checked()
         if self._copied is not None:
             values = torch.empty(nbytes, dtype=torch.uint8)
             self.read(start, values.numpy().data)
             return values
         offset = start // mmap.PAGESIZE * mmap.PAGESIZE
         length = start + nbytes - offset
-        # Not Python's mmap, each of which keeps a file descriptor: thousands of parts may live.
-        address = libc().mmap(None, length, _READ_AND_WRITE, _PRIVATE, self._descriptor, offset)
-        if address == ctypes.c_void_p(-1).value:
-            if ctypes.get_errno() == errno.ENOMEM:
+        try:
+            memory = libc.mapped(descriptor, offset, length, _READ_AND_WRITE, _PRIVATE)
+        except OSError as error:
+            if error.errno == errno.ENOMEM:
                 return None
-            raise OSError(ctypes.get_errno(), "a file of weights cannot be mapped")
-        memory = (ctypes.c_ubyte * length).from_address(address)
-        weakref.finalize(memory, libc().munmap, address, length).atexit = False
-        libc().madvise(address, length, mmap.MADV_WILLNEED)
+            raise
+        libc.libc().madvise(ctypes.addressof(memory), length, mmap.MADV_WILLNEED)
         return torch.frombuffer(memory, dtype=torch.uint8, offset=start - offset, count=nbytes)
-
-    def _refuse_if_changed(self) -> None:
-        state = os.fstat(self._descriptor)
-        if (state.st_size, identity(state)) != (self._file.size, self._file.identity):
-            raise self._changed()
-
-    def _changed(self) -> CheckpointError:
-        return refuse(
-            self._file.path,
-            "the file changed while it was being loaded",
-            "Load again when nothing writes to the folder.",
-        )
 
     def drop(self, start: int, stop: int) -> None:
         if self._copied is not None:
             return  # there is no file beneath to fetch it from again
         start = max(0, start - _FAULT_AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
-        stop = min(stop + _FAULT_AROUND, self._file.size)
-        self._buffer.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        stop = min(stop + _FAULT_AROUND, self._size)
+        libc.libc().madvise(self.address + start, stop - start, mmap.MADV_DONTNEED)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.dtypes import torch_dtype
+from llmload.checkpoint.open_files import OpenFiles
 from llmload.errors import AuditError, CheckpointError, Problem
 from llmload.hf import quantised
 from llmload.loading import hook_calls
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from llmload.checkpoint import Checkpoint, TensorInfo
+    from llmload.checkpoint import TensorInfo
     from llmload.context.context import LoadContext
     from llmload.hf.constructor import Values
     from llmload.host.registry import Host
@@ -127,7 +128,7 @@ def compare_with_checkpoint(ctx: LoadContext, model: nn.Module, lost: Collection
     compared, ends, computed = 0, _Ends(), _computed(model)
     # Codes of a quantised checkpoint may be floats of 8 bits, and mean nothing without their scale.
     dequantised = quantised.declared(ctx.config) is not None
-    with _Files(ctx.checkpoint) as files:
+    with _Files(ctx.checkpoint.files) as files:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             info = ctx.checkpoint.tensors.get(name)
             if info is None or name in lost or name in computed:
@@ -168,24 +169,15 @@ def _comparable(info: TensorInfo, tensor: torch.Tensor) -> bool:
     )
 
 
-class _Files:
-    """The checkpoint's files, each opened once, for a few bytes here and there."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._open = {file.path: -1 for file in checkpoint.files}
+class _Files(OpenFiles):
+    """The checkpoint's files, for a few bytes here and there."""
 
     def __enter__(self) -> _Files:
-        for path in self._open:
-            self._open[path] = os.open(path, os.O_RDONLY)
         return self
-
-    def __exit__(self, *exc: object) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
 
     def read(self, info: TensorInfo, offset: int, length: int) -> bytes:
         """Return bytes of a tensor."""
-        return os.pread(self._open[info.file], length, info.start + offset)
+        return os.pread(self.descriptor(info.file), length, info.start + offset)
 
 
 class _Ends:

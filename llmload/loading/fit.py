@@ -23,9 +23,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 _FEW = 12
 """Token ids up to which they are written out."""
 
-_ELSEWHERE = ("fusion_config", "transformers_weights")
-"""Keys of a config by which transformers reads other tensors than those of the checkpoint."""
-
 
 def problems(ctx: LoadContext) -> Iterator[Problem]:
     """Yield what of the checkpoint does not fit the model, for every loader alike.
@@ -45,10 +42,8 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
     yield from generation.problems(ctx.folder, ctx.model_class)
     if installed_transformers().unsuited() is not None:
         return
-    if any(getattr(config, key, None) is not None for key in _ELSEWHERE):
-        return
-    if getattr(type(config), "extra_files", ()):
-        return
+    if getattr(config, "fusion_config", None) or getattr(type(config), "extra_files", ()):
+        return  # transformers makes other tensors of them, or reads further ones
     found = ctx.accounting(ctx.blank)
     if stored is not None:
         found = as_quantised(ctx.blank, found)

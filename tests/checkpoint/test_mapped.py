@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import resource
 import subprocess
@@ -16,7 +15,7 @@ import torch
 from raw_files import entry, write
 from safetensors.torch import save_file
 
-from llmload.checkpoint import Checkpoint
+from llmload.checkpoint import Checkpoint, libc
 from llmload.checkpoint.dtypes import safetensors_dtype, torch_dtype
 from llmload.checkpoint.header import DTYPE_BITS
 from llmload.checkpoint.mapped import MappedCheckpoint
@@ -300,14 +299,14 @@ def test_a_file_system_that_cannot_map_is_read_from(
     """No file system here is without mmap, so the call is made to fail as theirs does."""
     weights = {"a": torch.arange(5000.0), "b": torch.arange(7, dtype=torch.int16)}
     save_file(weights, tmp_path / "model.safetensors")
-    map_memory = mmap.mmap
+    map_memory = libc.mapped
 
-    def cannot_map(descriptor: int, *args: Any, **options: Any) -> mmap.mmap:
+    def cannot_map(descriptor: int, *args: Any) -> Any:
         if descriptor >= 0:
             raise OSError(errno.ENODEV, "No such device")
-        return map_memory(descriptor, *args, **options)
+        return map_memory(descriptor, *args)
 
-    monkeypatch.setattr(mmap, "mmap", cannot_map)
+    monkeypatch.setattr(libc, "mapped", cannot_map)
     checkpoint = Checkpoint.open(tmp_path)
     with MappedCheckpoint(checkpoint) as files:
         found = {name: files.tensor(checkpoint[name]) for name in weights}

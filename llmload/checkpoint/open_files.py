@@ -1,0 +1,56 @@
+"""A checkpoint's files, few of them open at a time: a process may have no more than 256 open."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Final
+
+from llmload.checkpoint.contents import CheckpointFile, identity
+from llmload.checkpoint.folder import open_regular, refuse
+
+_MOST: Final = 16
+"""Tensors are asked for file by file, or of the few files that a layer lies in."""
+
+
+class OpenFiles(AbstractContextManager["OpenFiles"]):
+    """Opens the files of a checkpoint as they are asked for, and closes those not used lately.
+
+    Each is held to what it was when its header was checked, whenever it is asked for.
+    """
+
+    def __init__(self, files: Iterable[CheckpointFile]) -> None:
+        self._files = {file.path: file for file in files}
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def __exit__(self, *exc: object) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def descriptor(self, path: Path) -> int:
+        """Return a file's descriptor, to be used before another file is asked for.
+
+        :raises CheckpointError: it cannot be opened, or has changed since its header was checked.
+        """
+        if path in self._open:
+            self._open.move_to_end(path)
+        else:
+            if len(self._open) == _MOST:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[path] = open_regular(path)[0]
+        file, state = self._files[path], os.fstat(self._open[path])
+        if (state.st_size, identity(state)) != (file.size, file.identity):
+            raise changed(path)
+        return self._open[path]
+
+
+def changed(path: Path) -> Exception:
+    """The error about a file that is no longer what its header said, to be raised by the caller."""
+    return refuse(
+        path,
+        "the file changed while it was being loaded",
+        "Load again when nothing writes to the folder.",
+    )
