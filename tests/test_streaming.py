@@ -350,20 +350,64 @@ def test_tied_weights_are_one_parameter_however_they_are_stored(
         assert differences(model, from_pretrained(AutoModelForCausalLM, folder)) == []
 
 
-@pytest.mark.refused_late
-def test_weights_stored_with_different_values_are_not_tied(tmp_path: Path) -> None:
-    folder = edit_weights(
-        tiny_llama(tmp_path, tied=True), lambda w: w.update({"lm_head.weight": -w[EMBEDDING]})
-    )
+DIFFERENT = (
+    "the config ties 'lm_head.weight' to '{}', and the checkpoint holds different values for them"
+)
+
+
+@pytest.mark.parametrize("loader", ["streaming", "transformers"])
+@pytest.mark.parametrize("lora", [None, {"target_modules": "all-linear"}])
+@pytest.mark.parametrize("where", ["everywhere", "in one element"])
+def test_weights_stored_with_different_values_are_not_tied_and_the_config_no_longer_says_so(
+    where: str, lora: dict[str, str] | None, loader: str, tmp_path: Path
+) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        head = -weights[EMBEDDING] if where == "everywhere" else weights[EMBEDDING].clone()
+        head[60, 3] += 1
+        weights["lm_head.weight"] = head
+
+    folder = edit_weights(tiny_llama(tmp_path, tied=True), change)
+    stored = load_file(folder / "model.safetensors")
+    spec = {"model": str(folder), "lora": lora}
+    registry = llmload.create_registry(block={"streaming"} - {loader})
+    plan = llmload.plan(spec, registry=registry)
+    result = llmload.load(spec, registry=registry)
+    model = result.model.get_base_model() if lora else result.model
+    for name in ("lm_head.weight", EMBEDDING):
+        assert torch.equal(model.get_parameter(name), stored[name])
+    assert plan.parameters == result.report.parameters
+    assert not model.config.tie_word_embeddings
+    assert result.report.warnings == [
+        f"model: {DIFFERENT.format(EMBEDDING)}: both are kept, and the config of the loaded model"
+        " says that they are not tied. Set `tie_word_embeddings` to false in config.json."
+    ]
+    if not lora:
+        model.save_pretrained(tmp_path / "saved")
+        again = llmload.load({"model": str(tmp_path / "saved")})
+        assert again.report.warnings == []
+        assert torch.equal(again.model.lm_head.weight, stored["lm_head.weight"])
+
+
+@pytest.mark.parametrize("loader", ["streaming", "transformers"])
+@pytest.mark.parametrize("lora", [None, {"target_modules": "all-linear"}])
+def test_one_of_several_ties_that_is_stored_otherwise_is_counted_apart_or_refused(
+    lora: dict[str, str] | None, loader: str, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(tmp_path / "t5", "t5", auto_class="seq2seq_lm")
+    edit_weights(folder, lambda w: w.update({"lm_head.weight": -w["shared.weight"]}))
+    spec = {"model": str(folder), "auto_class": "seq2seq_lm", "lora": lora}
+    registry = llmload.create_registry(block={"streaming"} - {loader})
+    message = f"model: {DIFFERENT.format('shared.weight')}, though others are tied by it"
+    fix = "Set `tie_word_embeddings` to false in config.json, or store them alike."
     if not IS_MODERN:
-        assert refusal(folder) == (
-            "the config ties 'lm_head.weight' and 'model.embed_tokens.weight', but the checkpoint"
-            " has different values for them. Set `tie_word_embeddings` to false in config.json."
-        )
+        with pytest.raises(llmload.PlanError) as caught:
+            llmload.load(spec, registry=registry)
+        assert str(caught.value) == f"{message}. {fix}"
         return
-    model = load(folder).model
-    assert model.lm_head.weight is not model.model.embed_tokens.weight
-    assert differences(model, from_pretrained(AutoModelForCausalLM, folder)) == []
+    plan = llmload.plan(spec, registry=registry)
+    report = llmload.load(spec, registry=registry).report
+    assert plan.parameters == report.parameters
+    assert report.warnings == [f"{message}: they are not tied. {fix}"]
 
 
 def test_modules_that_stay_in_float32_do(tmp_path: Path) -> None:

@@ -37,6 +37,13 @@ class Blanks:
             setattr(self._pristine, name, value)
         self._kept = self._accounting = None
 
+    def untie(self, config: PretrainedConfig) -> None:
+        """Let a run's config, and those to come, say that no weights are tied."""
+        for each in (config, self._pristine):
+            for part in (each, each.get_text_config(), each.get_text_config(decoder=True)):
+                part.tie_word_embeddings = False
+        self._kept = self._accounting = None
+
     def blank(self, checkpoint: Checkpoint | None) -> PreTrainedModel:
         """Return the kept model, which belongs to the plan."""
         if self._kept is None:
@@ -69,6 +76,10 @@ class Blanks:
         if unchanged:
             self._accounting = found
         return found
+
+    def accounted(self, config: PretrainedConfig) -> Accounting | None:
+        """Return what :meth:`account` found out, if it was asked and the config is the same."""
+        return None if self._is_changed(config) else self._accounting
 
     def _is_changed(self, config: PretrainedConfig) -> bool:
         # As dicts: comparing configs whose layers differ raises.

@@ -110,6 +110,7 @@ class LoadContext:
     adapter_from: _Stated[Path | None] = _Stated("found")
     cast_later_by: _Stated[str] = _Stated("found")
     to_initialise: _ReadOnly[dict[str, str]] = _ReadOnly("found")
+    apart: _ReadOnly[set[str]] = _ReadOnly("found")
 
     # --- recorded by one run ----------------------------------------------------------------------
     config: _ReadOnly[PretrainedConfig] = _ReadOnly("records")
@@ -218,6 +219,10 @@ class LoadContext:
             setattr(self.config, name, value)
         self._blanks.configure(fields)
 
+    def untie(self) -> None:
+        """Let the config, and that of its text part, say for plan and load that nothing is tied."""
+        self._blanks.untie(self.config)
+
     @property
     def blank(self) -> PreTrainedModel:
         """The model on the meta device, weights not tied: names, shapes and dtypes to look at.
@@ -261,6 +266,11 @@ class LoadContext:
         """
         assert self.checkpoint is not None
         return self._blanks.account(model, self.config, self.checkpoint)
+
+    @property
+    def accounted(self) -> Accounting | None:
+        """What :meth:`accounting` found out, if it was asked and the config is the same."""
+        return self._blanks.accounted(self.config)
 
     # --- what hooks do and say --------------------------------------------------------------------
 

@@ -55,5 +55,8 @@ class Found:
     to_initialise: dict[str, str] = field(default_factory=dict)
     """Parameter of the base model that needs no value in the checkpoint -> why. Written by the
     plugin that answers for its value; read by loaders and the host, for ``strict``."""
+    apart: set[str] = field(default_factory=set)
+    """Parameters that the config ties and the checkpoint holds with other values, so that they stay
+    apart, among others that are tied. Written and read by the host."""
     handed_on: dict[str, Any] = field(default_factory=dict)
     """What a plugin's ``check`` leaves for its own later hooks, by plugin name."""

@@ -135,6 +135,14 @@ class Transformers(Protocol):
         """Return the parameters that the config ties to another one, which keeps its own name."""
         ...
 
+    def ties(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return those of :meth:`tied_names` with the name of what each is tied to."""
+        ...
+
+    def keeps_apart(self) -> bool:
+        """Say whether weights that are to be tied stay apart where they are stored differently."""
+        ...
+
     def trains_once_loaded(self, like: torch.Tensor) -> bool:
         """Say whether a parameter requires gradients when it is loaded in place of ``like``."""
         ...

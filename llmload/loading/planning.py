@@ -13,7 +13,7 @@ from llmload.hf import deepspeed, installed_transformers, locating, model_classe
 from llmload.hf.engine import Engine
 from llmload.hf.versions import refuse_unsupported
 from llmload.host.distributions import version_of
-from llmload.loading import fit, hook_calls, key_mapping, lock
+from llmload.loading import fit, hook_calls, key_mapping, lock, ties
 from llmload.loading.garbage import collection_paused
 from llmload.loading.plan import Plan, Step
 from llmload.loading.prepared import Prepared
@@ -76,6 +76,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
     if not plan.errors:
         try:
             plan.keys = key_mapping.assign(host, ctx)
+            plan.problems += ties.undone(ctx)
         except RequestError as error:
             plan.problems += error.problems
     if not plan.errors:

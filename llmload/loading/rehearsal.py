@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from llmload.model import partitions
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from llmload.context.context import LoadContext
     from llmload.host.registry import Host
@@ -53,12 +55,13 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
         model: Any = ctx.blank
         base = dict(model.named_parameters(remove_duplicate=False))
         plan.frozen = [name for name, parameter in base.items() if not parameter.requires_grad]
-        tied = still_apart = installed_transformers().tied_names(ctx.blank)
+        tied = still_apart = installed_transformers().tied_names(ctx.blank) - ctx.apart
         wider = _kept_in_float32(ctx)
         shaping = host.shaping("post_load") or host.shaping("wrap_adapter")
         if shaping or (tied and not ctx.spec.trainable):
             model = ctx.take_blank()
             model.tie_weights()
+            _keep_apart(model, ctx.apart)
             base = dict(model.named_parameters(remove_duplicate=False))
             still_apart = set()
             ledger.take_stock(plan.loader, model)
@@ -99,6 +102,15 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
     foretold = {name: plan.loader for name in unique if name in ctx.to_initialise}
     plan.new_parameters = foretold | ledger.made(model, plan.loader)
     return Rehearsal(model=model, base=base, changed_base=ledger.changed_base())
+
+
+def _keep_apart(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Give parameters that are tied a place of their own."""
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        tied = module.get_parameter(attribute)
+        setattr(module, attribute, type(tied)(tied.data, requires_grad=tied.requires_grad))
 
 
 def _kept_in_float32(ctx: LoadContext) -> set[str]:

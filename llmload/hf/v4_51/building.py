@@ -169,6 +169,18 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     return set((model._tied_weights_keys or ()) if tied else ())
 
 
+def ties(model: PreTrainedModel) -> dict[str, str]:
+    """All are tied to the embedding of the tokens."""
+    embedding = model.get_input_embeddings()
+    paths = [path for path, module in model.named_modules() if module is embedding]
+    return {name: f"{paths[0]}.weight" for name in tied_names(model)} if paths else {}
+
+
+def keeps_apart() -> bool:
+    """One would be lost."""
+    return False
+
+
 def trains_once_loaded(like: torch.Tensor) -> bool:
     """It stays as the constructor made it."""
     return like.requires_grad

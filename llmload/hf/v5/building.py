@@ -131,7 +131,17 @@ def adapters_left_alone() -> AbstractContextManager[None]:
 
 def tied_names(model: PreTrainedModel) -> set[str]:
     """Each model has its pairs."""
-    return set(getattr(model, "all_tied_weights_keys", None) or ())
+    return set(ties(model))
+
+
+def ties(model: PreTrainedModel) -> dict[str, str]:
+    """Each model has its pairs."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def keeps_apart() -> bool:
+    """They do."""
+    return True
 
 
 def trains_once_loaded(like: torch.Tensor) -> bool:
