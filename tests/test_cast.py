@@ -66,7 +66,7 @@ def test_an_adapter_keeps_its_own_dtype_and_trains_under_autocast(folder: Path) 
     layer = result.model.get_base_model().model.layers[0].mlp.gate_proj
     assert layer.base_layer.weight.dtype == torch.float32
     assert layer.lora_A["default"].weight.dtype == torch.bfloat16
-    assert result.report.audit[-1] == "gradients reach 4 of 4 trainable parameters"
+    assert "gradients reach 4 of 4 trainable parameters" in result.report.audit
     with torch.autocast("cpu", dtype=torch.bfloat16):
         first, *_, last = losses(result.model, 5)
     assert last < first

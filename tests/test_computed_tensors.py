@@ -155,9 +155,9 @@ def test_the_report_says_how_many_tensors_no_checkpoint_holds(folders: dict[str,
     result = load(folders, "PlainAttributes")
     number = len(found(result.model)) - len(list(result.model.parameters()))
     assert number > 7
-    assert result.report.audit[-1] == (
+    assert (
         f"{number} tensors that no checkpoint holds have the values of the model's class"
-    )
+    ) in result.report.audit
 
 
 # --- under ZeRO-3 -------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from llmload.builtin.transformers.plugin import TransformersLoader
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Plain, Source, Target
 from llmload.checkpoint.proof import sha256
+from llmload.hf import installed_transformers
 from llmload.testing import edit_config, save_checkpoint, tiny_checkpoint, tiny_llama, tiny_model
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -408,6 +409,35 @@ def test_one_of_several_ties_that_is_stored_otherwise_is_counted_apart_or_refuse
     report = llmload.load(spec, registry=registry).report
     assert plan.parameters == report.parameters
     assert report.warnings == [f"{message}: they are not tied. {fix}"]
+
+
+@pytest.mark.parametrize("loader", ["streaming", "transformers"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", ["int8", "uint8", "int32", "int64", "bool", "complex64"])
+def test_a_weight_stored_as_no_float_is_refused_whichever_loader_would_cast_it(
+    stored: str, dtype: str, loader: str, tmp_path: Path
+) -> None:
+    kind = getattr(torch, stored)
+    folder = edit_weights(
+        tiny_llama(tmp_path), lambda w: w.update({EMBEDDING: w[EMBEDDING].mul(100).to(kind)})
+    )
+    registry = llmload.create_registry(block={"streaming"} - {loader})
+    with pytest.raises(llmload.RequestError) as caught:
+        llmload.load({"model": str(folder), "dtype": dtype}, registry=registry)
+    assert str(caught.value).startswith(f"{EMBEDDING}: the checkpoint has {stored} (128, 16)")
+
+
+def test_so_it_is_where_this_transformers_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = edit_weights(tiny_llama(tmp_path), lambda w: w.update({EMBEDDING: w[EMBEDDING].int()}))
+    monkeypatch.setattr(installed_transformers(), "unsuited", lambda: "a function differs")
+    with pytest.raises(llmload.PlanError) as caught:
+        llmload.load({"model": str(folder)})
+    assert str(caught.value) == (
+        f"{EMBEDDING}: the checkpoint has int32 (128, 16), the model takes float32 (128, 16). Check"
+        " that config.json and weights belong together."
+    )
 
 
 def test_modules_that_stay_in_float32_do(tmp_path: Path) -> None:

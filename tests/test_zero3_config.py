@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stacks import IS_MODERN
+from stacks import IS_MODERN, needs_bitsandbytes
 
 import llmload
 from llmload import testing
@@ -15,6 +15,7 @@ from llmload.builtin.zero3 import config
 from llmload.builtin.zero3.section import Zero3Section
 from llmload.errors import RequestError, SpecError
 from llmload.model.partitions import Span
+from llmload.plugin import Checkpoint
 
 
 def resolved(dtype: str = "bfloat16", hidden: int | None = 64, **section: Any) -> Any:
@@ -231,6 +232,25 @@ def test_plan_names_the_loader_where_deepspeed_itself_partitions(tmp_path: Path)
     assert f"rank 0 reads and from_pretrained partitions: {reason}" in notes(plan)
     without = llmload.plan(spec, registry=llmload.create_registry(block={"streaming"}))
     assert (without.loader, without.declined) == ("zero3", {})
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("block", [set(), {"streaming"}])
+def test_plan_warns_that_what_is_quantised_in_the_checkpoint_is_whole_on_every_rank(
+    block: set[str], tmp_path: Path
+) -> None:
+    base = testing.tiny_llama(tmp_path)
+    quantised = tmp_path / "quantised"
+    llmload.load({"model": str(base), "kbit": {"bits": 4}}).model.save_pretrained(quantised)
+    nbytes = Checkpoint.open(quantised).total_bytes
+    spec = {"model": str(quantised), "kbit": {"bits": 4}, "zero3": {}}
+    plan = llmload.plan(spec, registry=llmload.create_registry(block=block))
+    assert (
+        "zero3: from_pretrained does not partition what is quantised in the checkpoint: every rank"
+        f" holds all {nbytes:,} bytes of it until DeepSpeed's `initialize`. Load the checkpoint"
+        " from before it was quantised, with `kbit` if it is to be."
+    ) in [str(problem) for problem in plan.warnings]
+    assert not [note for step in plan.steps for note in step.notes if "partitions" in note]
 
 
 def test_lower_stages_leave_the_model_whole(tmp_path: Path) -> None:

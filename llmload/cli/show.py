@@ -90,8 +90,6 @@ def report(report: Report) -> RenderableType:
         facts.add_row(shown.label, shown.text)
     for name in _made_by(report.left_out):
         facts.add_row("left out", name)
-    if report.compared:
-        facts.add_row("proved", f"{report.compared} parameters hold what the checkpoint says")
     for line in report.audit:
         facts.add_row("proved", line)
     return Group(phases, facts, Text(report.trainable_line()))

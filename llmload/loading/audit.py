@@ -111,35 +111,38 @@ def hold_to_claims(ctx: LoadContext) -> None:
         )
 
 
-def compare_with_checkpoint(ctx: LoadContext, model: nn.Module, lost: Collection[str]) -> int:
+def compare_with_checkpoint(ctx: LoadContext, model: nn.Module, lost: Collection[str]) -> Compared:
     """Hold the first and last values of each parameter and buffer against the file's bytes.
 
-    Only tensors that the checkpoint holds under the same name and shape, after the cast to the
-    tensor's dtype; merged, split and quantised ones are for the loader to account for. Of a
+    Only tensors that the checkpoint holds as they are, under this name or another, after the cast
+    to the tensor's dtype; merged, split and quantised ones are for the loader to account for. Of a
     partitioned one, this rank's part. Works for every loader alike and reads two small pieces of
     each tensor.
 
     :param lost: names that have no value from the checkpoint.
-    :returns: the number of tensors compared.
-    :raises AuditError: values differ, or a tensor is still on the meta device.
+    :returns: what was compared.
+    :raises AuditError: values differ.
     """
-    if ctx.checkpoint is None:
-        return 0
-    compared, ends, computed = 0, _Ends(), _computed(model)
+    compared = Compared(0 if ctx.checkpoint is None else len(ctx.checkpoint.tensors))
+    if ctx.checkpoint is None or ctx.awaiting is not None:
+        return compared
+    computed = _computed(model)
+    infos = dict(ctx.checkpoint.tensors)
+    if ctx.accounted is not None:
+        infos |= ctx.accounted.as_stored
     # Codes of a quantised checkpoint may be floats of 8 bits, and mean nothing without their scale.
     dequantised = quantised.declared(ctx.config) is not None
     with _Files(ctx.checkpoint.files) as files:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            info = ctx.checkpoint.tensors.get(name)
+            info = infos.get(name)
             if info is None or name in lost or name in computed:
                 continue
             if not _comparable(info, tensor):
                 continue
             if dequantised and torch_dtype(info.dtype) != tensor.dtype and info.dtype[:2] == "F8":
                 continue
-            compared += 1
-            ends.take(name, info, tensor, files)
-    wrong = ends.differing()
+            compared.take(name, info, tensor, files)
+    wrong = compared.differing()
     if wrong:
         raise AuditError(
             f"{some(wrong)} differ from the checkpoint after loading",
@@ -180,26 +183,34 @@ class _Files(OpenFiles):
         return os.pread(self.descriptor(info.file), length, info.start + offset)
 
 
-class _Ends:
+class Compared:
     """First and last elements of many tensors, as stored and as loaded: cast and compared at once,
-    because an operation of torch for each would take longer than to read them."""
+    because an operation of torch for each would take longer than to read them.
 
-    def __init__(self) -> None:
-        self._found: dict[Any, list[tuple[str, bytes, bytes]]] = {}
+    :param stored: tensors in the checkpoint.
+    """
+
+    def __init__(self, stored: int) -> None:
+        self._stored = stored
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._sizes: dict[str, int] = {}
+        self._found: dict[Any, list[tuple[str, bytes, int]]] = {}
 
     def take(self, name: str, info: TensorInfo, tensor: torch.Tensor, files: _Files) -> None:
         """Note both ends of a tensor, or of the part of it that this process holds."""
         held = partitions.held(tensor)
+        self._tensors[name] = tensor
         if held is None or held[0].numel() == 0:
             return  # none of it is in this process's memory
         flat, first = held
+        self._sizes[name] = flat.numel()
         stored = torch_dtype(info.dtype)
         assert stored is not None  # _comparable saw to it
         count = min(_SAMPLE, flat.numel())
         found = self._found.setdefault((stored, tensor.dtype), [])
         for start in {0, flat.numel() - count}:
             raw = files.read(info, (first + start) * stored.itemsize, count * stored.itemsize)
-            found.append((name, raw, _bytes(flat, start, count)))
+            found.append((name, raw, start))
 
     def differing(self) -> list[str]:
         """Return the names of those that are not as stored, bit by bit after the cast."""
@@ -211,14 +222,45 @@ class _Ends:
             # As bytes, so that NaN equals NaN and -0.0 differs from 0.0.
             expected = torch.frombuffer(raw, dtype=stored).to(dtype).view(torch.uint8)
             data = expected.numpy().tobytes()
-            if data == b"".join(held for _, _, held in found):
-                continue
             at = 0
-            for name, _, held in found:
-                if data[at : at + len(held)] != held:
+            for name, piece, start in found:
+                count = len(piece) // stored.itemsize
+                if not self._holds(
+                    name, dtype, start, count, data[at : at + count * dtype.itemsize]
+                ):
                     wrong[name] = None
-                at += len(held)
+                at += count * dtype.itemsize
         return list(wrong)
+
+    def _holds(self, name: str, dtype: torch.dtype, start: int, count: int, data: bytes) -> bool:
+        held = partitions.held(self._tensors[name])
+        if held is None or held[0].dtype != dtype or held[0].numel() != self._sizes[name]:
+            return False
+        return _bytes(held[0], start, count) == data
+
+    def handed_out(self, model: nn.Module) -> tuple[int, list[str]]:
+        """Count the tensors that the finished model has as they are stored, and say so.
+
+        Plugins may have replaced, merged, cast or resized others since they were compared.
+        """
+        if not self._stored:
+            return 0, []
+        there = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        gone = {name for name, tensor in self._tensors.items() if id(tensor) not in there}
+        changed = len(gone.union(self.differing()))
+        held = len(self._tensors) - changed
+        said = (
+            f"{held} of the checkpoint's {self._stored} tensors are in the model as they are"
+            " stored, by their first and last values"
+        )
+        if changed:
+            said += f"; {changed} more were, and plugins have changed them since"
+        others = self._stored - len(self._tensors)
+        if others:
+            said += (
+                f"; {others} could not be compared, as they were converted, quantised or left out"
+            )
+        return held, [said]
 
 
 def _bytes(flat: torch.Tensor, start: int, count: int) -> bytes:

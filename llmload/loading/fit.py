@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import as_quantised
+from llmload.checkpoint.dtypes import torch_dtype
 from llmload.errors import CheckpointError, Problem
 from llmload.hf import generation, installed_transformers, quantised
 from llmload.loading import audit
@@ -41,6 +42,8 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
         yield from quantised.problems(config, ctx.spec, ctx.dtype)
     yield from generation.problems(ctx.folder, ctx.model_class)
     if installed_transformers().unsuited() is not None:
+        if stored is None:
+            yield from _not_floats(ctx)
         return
     if getattr(config, "fusion_config", None) or getattr(type(config), "extra_files", ()):
         return  # transformers makes other tensors of them, or reads further ones
@@ -56,6 +59,24 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
         )
     yield from found.misfits()
     yield from _keys(ctx, found)
+
+
+def _not_floats(ctx: LoadContext) -> Iterator[Problem]:
+    """Refuse weights that from_pretrained would cast from integers, where only names tell."""
+    assert ctx.checkpoint is not None
+    parameters = dict(ctx.blank.named_parameters(remove_duplicate=False))
+    for name, info in ctx.checkpoint.tensors.items():
+        kind, parameter = torch_dtype(info.dtype), parameters.get(name)
+        if parameter is None or kind is None or kind.is_floating_point:
+            continue
+        if parameter.is_floating_point():
+            expected = f"{str(parameter.dtype).removeprefix('torch.')} {tuple(parameter.shape)}"
+            yield Problem(
+                where=name,
+                message=f"the checkpoint has {str(kind).removeprefix('torch.')} {info.shape}, the"
+                f" model takes {expected}",
+                fix="Check that config.json and weights belong together.",
+            )
 
 
 def _unknown_places(ctx: LoadContext) -> Iterator[Problem]:

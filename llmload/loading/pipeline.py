@@ -163,7 +163,7 @@ def execute(
             audit.hold_to_strict(ctx, lost, ctx.unexpected)
             if prove:
                 with report.phase("audit", report.loader):
-                    report.compared = audit.compare_with_checkpoint(ctx, model, lost)
+                    compared = audit.compare_with_checkpoint(ctx, model, lost)
                     computed = audit.hold_to_constructor(ctx, model, values, lost)
 
             model, report.declined_adapters = hook_calls.finish(
@@ -179,7 +179,8 @@ def execute(
             with report.phase("audit"):
                 report.audit += audit.prove(ctx, plan, model)
                 report.audit += audit.hold_to_numbers(plan, report, apart)
-                report.audit += computed
+                report.compared, said = compared.handed_out(model)
+                report.audit += [*computed, *said]
             for plugin in host.implementing("audit"):
                 with report.phase("audit", plugin):
                     found = audit.ask(host, plugin, ctx, model)

@@ -55,8 +55,8 @@ class Report(BaseModel):
     left_out: dict[str, str] = Field(default_factory=dict)
     """Keys of the checkpoint whose tensors the model does not get -> why."""
     compared: int = 0
-    """Parameters whose first and last values the audit held against the checkpoint, after the
-    declared cast."""
+    """Tensors of the checkpoint that the model handed out has as they are stored, after the
+    declared cast: by their first and last values. ``audit`` says of how many."""
     audit: list[str] = Field(default_factory=list)
     """What the audit proved, and what it could not look at, one sentence each."""
     warnings: list[str] = Field(default_factory=list)

@@ -44,13 +44,13 @@ def undone(ctx: LoadContext) -> Iterator[Problem]:
     message = f"the config ties {pairs}, and the checkpoint holds different values for them"
     if len(apart) < len(tied):
         # A config cannot say that one is tied and another is not, and some models scale by it.
-        severity = "warning" if installed_transformers().keeps_apart() else "error"
+        kept = installed_transformers().keeps_apart()
         ctx.apart.update(apart)
         yield Problem(
             where="model",
-            severity=severity,
+            severity="warning" if kept else "error",
             message=f"{message}, though others are tied by it"
-            + (": they are not tied" if severity == "warning" else ""),
+            + (": they are not tied" if kept else ""),
             fix="Set `tie_word_embeddings` to false in config.json, or store them alike.",
         )
         return

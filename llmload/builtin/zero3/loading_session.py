@@ -110,6 +110,17 @@ class Session(AbstractContextManager["Session"]):
         """Check the size of every partition."""
         if self._config.stage < 3:
             return
+        parameters = list(model.parameters())
+        quantised = getattr(self._ctx.config, "quantization_config", None)  # the plan says it
+        if parameters and not quantised and not any(map(partitions.is_partitioned, parameters)):
+            nbytes = sum(parameter.nbytes for parameter in parameters)
+            yield Problem(
+                where="zero3",
+                severity="warning",
+                message=f"none of {len(parameters)} parameters is partitioned: this rank holds all"
+                f" {nbytes:,} bytes until DeepSpeed's `initialize`",
+                fix="Leave the loading to `streaming` or `zero3`.",
+            )
         for name, parameter in model.named_parameters():
             if not partitions.is_partitioned(parameter):
                 continue  # made after the load; DeepSpeed partitions it in `initialize`

@@ -83,6 +83,9 @@ class Zero3Plugin:
         yield from disk.problems(resolved)
         if resolved.left:
             yield Note(text=f"`auto` is left to the training loop: {', '.join(resolved.left)}")
+        if ctx.checkpoint is not None and getattr(ctx.config, "quantization_config", None):
+            yield _whole_on_every_rank(ctx.checkpoint.total_bytes)
+            return
         reason = resolved.beyond_us()
         if reason:
             yield Note(text=f"rank 0 reads and from_pretrained partitions: {reason}")
@@ -178,6 +181,16 @@ def _resolve(ctx: LoadContext) -> DeepSpeedConfig:
         hidden = max(text.hidden_sizes)
     announced = deepspeed_config()
     return config.resolve(ctx.section(Zero3Section), _name(ctx), hidden, announced)
+
+
+def _whole_on_every_rank(nbytes: int) -> Problem:
+    return Problem(
+        where="zero3",
+        severity="warning",
+        message="from_pretrained does not partition what is quantised in the checkpoint: every rank"
+        f" holds all {nbytes:,} bytes of it until DeepSpeed's `initialize`",
+        fix="Load the checkpoint from before it was quantised, with `kbit` if it is to be.",
+    )
 
 
 def _name(ctx: LoadContext) -> str:

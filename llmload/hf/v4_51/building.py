@@ -173,7 +173,7 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
     """All are tied to the embedding of the tokens."""
     embedding = model.get_input_embeddings()
     paths = [path for path, module in model.named_modules() if module is embedding]
-    return {name: f"{paths[0]}.weight" for name in tied_names(model)} if paths else {}
+    return dict.fromkeys(tied_names(model), f"{paths[0]}.weight") if paths else {}
 
 
 def keeps_apart() -> bool:
