@@ -375,6 +375,24 @@ BAD_SPECS = [
         ),
     ),
     BadSpec(
+        "disk",
+        "model: gpt2\ndevice_map: {'': disk}\n",
+        (
+            "2:14: device_map['']: weights are not kept on a disk: no loader here does that. Write"
+            " a device; ZeRO-3 keeps its partitions on one with `zero3: {offload_param: {device:"
+            " nvme, nvme_path: ...}}`.",
+        ),
+    ),
+    BadSpec(
+        "disk alone",
+        "model: gpt2\ndevice_map: disk\n",
+        (
+            "2:1: device_map: weights are not kept on a disk: no loader here does that. Write a"
+            " device; ZeRO-3 keeps its partitions on one with `zero3: {offload_param: {device:"
+            " nvme, nvme_path: ...}}`.",
+        ),
+    ),
+    BadSpec(
         "device map is a list",
         "model: gpt2\ndevice_map: [cuda]\n",
         ("2:1: device_map: expected a whole number, text or a mapping, found a list",),

@@ -288,7 +288,7 @@ def test_strict_says_which_keys_may_be_missing_or_unexpected(
 @pytest.mark.parametrize(
     "device_map",
     [None, "auto", "balanced", "sequential", "cpu", "cuda", "cuda:1", "mps", 0, {"": 0},
-     {"model.embed": "cpu", "lm_head": "cuda:0", "model.layers": 1, "rest": "disk"}],
+     {"model.embed": "cpu", "lm_head": "cuda:0", "model.layers": 1, "rest": "xpu:0"}],
 )  # fmt: skip
 def test_device_maps_of_transformers_are_taken(device_map: Any) -> None:
     assert LoadSpec(model="gpt2", device_map=device_map).device_map == device_map

@@ -25,8 +25,6 @@ from transformers import (
 )
 
 import llmload
-from llmload import hookimpl
-from llmload.builtin.transformers.plugin import TransformersLoader
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Plain, Source, Target
 from llmload.checkpoint.proof import sha256
@@ -661,14 +659,36 @@ def test_a_model_type_with_weights_in_further_files_is_left_to_from_pretrained(
 
 
 @pytest.mark.refused_late
-def test_weights_kept_on_disk_are_left_to_from_pretrained(
+def test_what_would_have_to_be_kept_on_a_disk_is_refused_before_a_weight_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        TransformersLoader, "load", hookimpl(lambda self, ctx: llmload.Decline("not now"))
+    spread = {"model": "cpu", "lm_head": "disk"}  # as accelerate does where memory is short
+    monkeypatch.setattr(installed_transformers(), "resolve_device_map", lambda model, asked: spread)
+    assert refusal(tiny_llama(tmp_path), device_map="auto") == (
+        "device_map: 'auto' leaves modules without a device: the memory of all of them is too"
+        " little for the model, and weights are not kept on a disk. Quantise with `kbit`, partition"
+        " with `zero3`, or take a smaller model."
     )
-    text = refusal(tiny_llama(tmp_path), device_map={"model": "disk", "lm_head": "cpu"})
-    assert "(streaming: the device map keeps weights on disk, which accelerate does; " in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are devices here")
+@pytest.mark.parametrize(
+    ("device_map", "where", "device", "kind"),
+    [
+        ("cuda:0", "device_map", "'cuda:0'", "cuda"),
+        ("npu:0", "device_map", "'npu:0'", "npu"),
+        ("xpu", "device_map", "'xpu'", "xpu"),
+        (0, "device_map", "0", "accelerator"),
+        ({"model": "cpu", "lm_head": "cuda:1"}, "device_map.lm_head", "'cuda:1'", "cuda"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_by_the_plan(
+    device_map: Any, where: str, device: str, kind: str, tmp_path: Path
+) -> None:
+    assert refusal(tiny_llama(tmp_path), device_map=device_map) == (
+        f"{where}: there is no device {device}: of kind {kind!r} there are none here. Name one that"
+        " is here, or remove `device_map` for the CPU."
+    )
 
 
 @pytest.mark.skipif(not IS_MODERN, reason="4.51.3 converts nothing")

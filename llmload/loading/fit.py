@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 """By this file transformers finds an adapter."""
 
+SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of ``device_map`` by which a model is spread over what is there."""
 _FEW = 12
 """Token ids up to which they are written out."""
 
@@ -36,6 +38,7 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
         return
     yield from _undecided_adapter(ctx)
     yield from _unknown_places(ctx)
+    yield from _absent_devices(ctx)
     config = ctx.config
     stored = quantised.declared(config)
     if stored is not None and not quantised.by_bitsandbytes(stored):  # which has its own section
@@ -96,6 +99,39 @@ def _unknown_places(ctx: LoadContext) -> Iterator[Problem]:
                 else "Give names of modules as they are in the model, such as"
                 f" {next(name for name in names if name)!r}.",
             )
+
+
+def _absent_devices(ctx: LoadContext) -> Iterator[Problem]:
+    """Refuse devices that this machine does not have."""
+    import torch
+
+    asked = ctx.spec.device_map
+    by_key = asked if isinstance(asked, Mapping) else {"": asked}
+    for key, device in by_key.items():
+        number = device if isinstance(device, int) else None
+        kind, _, index = str(device).partition(":")
+        if number is not None:
+            found, kind = _accelerators(), "accelerator"
+        elif device is None or kind in ("cpu", *SPREADING):
+            continue
+        else:
+            module = getattr(torch, kind, None)
+            found = module.device_count() if hasattr(module, "device_count") else 0
+            number = int(index or 0)
+        if number >= found:
+            here = f"of kind {kind!r} there {'is' if found == 1 else 'are'} {found or 'none'} here"
+            yield Problem(
+                where=f"device_map.{key}" if key else "device_map",
+                message=f"there is no device {device!r}: {here}",
+                fix="Name one that is here, or remove `device_map` for the CPU.",
+            )
+
+
+def _accelerators() -> int:
+    import torch
+
+    kinds = torch.accelerator if hasattr(torch, "accelerator") else torch.cuda  # since torch 2.6
+    return int(kinds.device_count())
 
 
 def adapter_beside(ctx: LoadContext) -> bool:

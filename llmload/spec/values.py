@@ -20,7 +20,7 @@ AUTO_CLASSES: Final = (
 CLASS_PATH: Final = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 _LONGEST_PATTERN: Final = 10_000
 _PLACEMENTS: Final = ("auto", "balanced", "balanced_low_0", "sequential")
-_DEVICES: Final = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa", "disk")
+_DEVICES: Final = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa")
 
 
 def regex(pattern: str) -> str:
@@ -58,6 +58,12 @@ def device_name(name: int | str) -> int | str:
             return name
     elif re.fullmatch(rf"({'|'.join(_DEVICES)})(:\d+)?", name):
         return name
+    if name == "disk":
+        raise InvalidValueError(
+            "weights are not kept on a disk: no loader here does that",
+            fix="Write a device; ZeRO-3 keeps its partitions on one with `zero3: {offload_param:"
+            " {device: nvme, nvme_path: ...}}`.",
+        )
     raise InvalidValueError(
         f"{name!r} is not a device",
         fix=(isinstance(name, str) and nearest(name, _DEVICES))
@@ -69,6 +75,8 @@ def device_or_spread(value: int | str) -> int | str:
     """Hold a value to a device, or a way to spread a model over several."""
     if value in _PLACEMENTS:
         return value
+    if value == "disk":
+        return device_name(value)  # which refuses it in words of its own
     try:
         return device_name(value)
     except InvalidValueError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llmload import Decline, Note, Problem
+from llmload import Decline, Note, Problem, RequestError
 from llmload.builtin.streaming.section import StreamingSection
 from llmload.hookspecs import hookimpl
 from llmload.plugin import MISSING, account, filesystem, installed_transformers, torch_dtype
@@ -85,7 +85,7 @@ class StreamingLoader:
             model, ctx.load_options.get("device_map", ctx.spec.device_map)
         )
         if device_map and "disk" in device_map.values():
-            return Decline("the device map keeps weights on disk, which accelerate does")
+            raise RequestError(_too_little_memory(ctx))
         accounting = ctx.accounting(model)
         account(ctx, accounting)
         placement.prepare(model)
@@ -108,6 +108,15 @@ class StreamingLoader:
         return transformers.finish(
             model, ctx.folder, device_map, trust_remote_code=ctx.spec.trust_remote_code
         )
+
+
+def _too_little_memory(ctx: LoadContext) -> Problem:
+    return Problem(
+        where="device_map",
+        message=f"{ctx.spec.device_map!r} leaves modules without a device: the memory of all of"
+        " them is too little for the model, and weights are not kept on a disk",
+        fix="Quantise with `kbit`, partition with `zero3`, or take a smaller model.",
+    )
 
 
 def _unfit(ctx: LoadContext) -> str | None:
