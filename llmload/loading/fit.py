@@ -115,7 +115,7 @@ def _absent_devices(ctx: LoadContext) -> Iterator[Problem]:
         elif device is None or kind in ("cpu", *SPREADING):
             continue
         else:
-            module = getattr(torch, kind, None)
+            module: Any = getattr(torch, kind, None)
             found = module.device_count() if hasattr(module, "device_count") else 0
             number = int(index or 0)
         if number >= found:

@@ -172,7 +172,7 @@ def backend() -> Iterator[Problem]:
 def _devices(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
     asked = ctx.spec.device_map
     places = {str(place) for place in asked.values()} if isinstance(asked, Mapping) else set()
-    on_host = places & {"cpu", "disk"}
+    on_host = places & {"cpu"}
     if section.fp32_cpu_offload and not (on_host and places - on_host):
         yield Problem(
             where="kbit.fp32_cpu_offload",
