@@ -278,6 +278,12 @@ class NearMiss:
 class Circle:
     name = "faulty"
     after = ("embeddings",)
+    before = ("embeddings",)
+
+
+class MovesOthers:
+    name = "faulty"
+    after = ("embeddings",)
     before = ("tokenizer",)
 
 
@@ -678,7 +684,8 @@ FAULTS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
     "a section without docstring": (WithoutDocstring, "section-schema", "no docstring", {}),
     "a section without schema": (NoJson, "section-schema", "has no JSON schema", {}),
     "an order after a near miss": (NearMiss, "order", "Did you mean 'embeddings'?", {}),
-    "an order that goes in a circle": (Circle, "order", "cannot be ordered", {}),
+    "an order that goes in a circle": (Circle, "order", "go in a circle: ", {}),
+    "an order that moves others": (MovesOthers, "order", "would move 'embeddings' before", {}),
     "an order after itself": (AfterItself, "order", "its `after` names itself", {}),
     "a section that cannot be guessed": (Unguessable, "example", "no section could be made up", {}),
     "a plan that always fails": (AlwaysRefuses, "example", "not today", {}),

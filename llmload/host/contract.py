@@ -22,6 +22,7 @@ from llmload.checkpoint.renaming import RULES
 from llmload.context.peers import ABILITIES
 from llmload.errors import Conflict
 from llmload.host.discovery import GROUP, PluginInfo
+from llmload.host.ordering import CircleError, plan_order
 from llmload.spec.foreign_keys import Spelling
 from llmload.spec.loadspec import LoadSpec
 from llmload.spec.suggest import nearest
@@ -44,8 +45,11 @@ def break_faulty(infos: Iterable[PluginInfo]) -> None:
     manager = manager_of(info.plugin for info in active)
     # A plugin that is not imported may declare hooks that others implement.
     complete = len(active) == len(infos)
+    builtin = {info.name: info.plugin for info in active if info.builtin}
     for info in active:
         _break(info, partial(faults, info, manager, complete=complete))
+        if info.status == "active" and not info.builtin:
+            _break(info, partial(order_faults, info, builtin))
 
 
 def break_double_rules(infos: Iterable[PluginInfo]) -> None:
@@ -117,6 +121,22 @@ def name_faults(info: PluginInfo) -> Iterator[str]:
         yield f"its entry point is called {info.name!r}, but its `name` is {name!r}"
     if info.name in LoadSpec.model_fields:
         yield f"the name {info.name!r} is a core key of the spec"
+
+
+def order_faults(info: PluginInfo, others: Mapping[str, object]) -> Iterator[str]:
+    """Find an order that cannot hold among other plugins, or that would change theirs."""
+    try:
+        order = plan_order({**others, info.name: info.plugin})
+    except CircleError as error:
+        yield f"its `after` and `before` go in a circle: {' -> '.join(error.circle)}"
+        return
+    if not (getattr(info.plugin, "after", ()) and getattr(info.plugin, "before", ())):
+        return  # it moves nobody
+    order.remove(info.name)
+    for moved, stayed in zip(order, plan_order(others), strict=True):
+        if moved != stayed:
+            yield f"its `after` and `before` would move {moved!r} before {stayed!r}"
+            return
 
 
 def section_faults(plugin: object) -> Iterator[str]:

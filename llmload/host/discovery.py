@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
-from typing import Any, Literal
+from time import perf_counter
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel
 
@@ -19,6 +23,8 @@ from llmload.host.distributions import name_and_version
 
 GROUP = "llmload"
 GIVEN = "given as an object"
+SLOW: Final = 2.0
+"""Seconds of an import that people are told of."""
 
 Status = Literal["active", "blocked", "not selected", "broken"]
 
@@ -130,12 +136,25 @@ def installed(named: set[str], *, autoload: bool, blocked: set[str]) -> list[Plu
 
 
 def _import(info: PluginInfo, load: Callable[[], Any]) -> None:
+    """Import a plugin; what it writes to standard output, which is for data, goes to people."""
+    start = perf_counter()
     try:
-        plugin = load()
-        info.plugin = plugin() if inspect.isclass(plugin) else plugin
+        with nullcontext() if info.builtin else redirect_stdout(sys.stderr):
+            plugin = load()
+            info.plugin = plugin() if inspect.isclass(plugin) else plugin
     # SystemExit too: a module that exits at import must not end everybody's process.
     except (Exception, SystemExit) as error:
         info.status, info.reason = "broken", f"{type(error).__name__}: {error}"
+    seconds = perf_counter() - start
+    if seconds > SLOW and not info.builtin:
+        logging.getLogger(GROUP).warning(
+            "importing plugin %r (%s) took %.1f s, which every command waits for; leave it out with"
+            " `-p no:%s`",
+            info.name,
+            info.distribution,
+            seconds,
+            info.name,
+        )
 
 
 def take_place_of_installed(infos: Iterable[PluginInfo]) -> list[PluginInfo]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 from llmload.errors import PluginError
@@ -10,6 +10,18 @@ from llmload.hookspecs import STAGES
 
 LAST = "*"
 _PLACE = {stage: place for place, stage in enumerate(STAGES)}
+
+
+class CircleError(PluginError):
+    """Plugins want to come before one another, in a circle."""
+
+    def __init__(self, circle: Sequence[str]) -> None:
+        self.circle = tuple(circle)
+        super().__init__(
+            f"the plugins cannot be ordered: {' -> '.join(circle)}, each of which wants to come"
+            " before the next",
+            fix="Change `after` or `before` of one of them, or leave one out with `-p no:NAME`.",
+        )
 
 
 def stage_of(plugin: object) -> str:
@@ -30,7 +42,7 @@ def plan_order(plugins: Mapping[str, object]) -> list[str]:
     that plugin took part. ``after = ("*",)`` means after all that neither say so too nor have asked
     to come later than this one.
 
-    :raises PluginError: the wishes contradict each other; the message shows the circle.
+    :raises CircleError: the wishes contradict each other; the message shows the circle.
     """
     after = {name: set(getattr(plugin, "after", ())) for name, plugin in plugins.items()}
     for name, plugin in plugins.items():
@@ -45,11 +57,7 @@ def plan_order(plugins: Mapping[str, object]) -> list[str]:
     try:
         possible = list(TopologicalSorter(earlier).static_order())
     except CycleError as error:
-        circle = " -> ".join(error.args[1])
-        raise PluginError(
-            f"the plugins cannot be ordered: {circle}, each of which wants to come before the next",
-            fix="Change `after` or `before` of one of them, or leave one out with `-p no:NAME`.",
-        ) from None
+        raise CircleError(error.args[1]) from None
     place = _places(plugins, possible)
     sorter.prepare()
     order: list[str] = []

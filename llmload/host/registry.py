@@ -307,7 +307,7 @@ class Registry:
                 else:
                     continue
             taking_part[info.name] = info
-        order = ordering.plan_order({name: info.plugin for name, info in taking_part.items()})
+        order = _order(taking_part, spec)
         return Host(spec, [taking_part[name] for name in order], sections, self.key_rules)
 
     @contextmanager
@@ -396,6 +396,28 @@ def _own(asked: Mapping[str, Any], plugin: str) -> Mapping[str, Any] | None:
 
 def _any(asked: Mapping[str, Any]) -> Mapping[str, Any]:
     return next(iter(_members(asked)), {})
+
+
+def _order(taking_part: dict[str, PluginInfo], spec: LoadSpec) -> list[str]:
+    """Order plugins; those that nobody asked for are broken and left out where they cannot be.
+
+    :raises CircleError: plugins that are asked for contradict one another.
+    """
+    while True:
+        try:
+            return ordering.plan_order({name: info.plugin for name, info in taking_part.items()})
+        except ordering.CircleError as error:
+            unasked = [
+                info
+                for info in (taking_part[name] for name in dict.fromkeys(error.circle))
+                if not (info.builtin or info.named or info.name in spec.sections)
+            ]
+            if not unasked:
+                raise
+            for info in unasked:
+                info.status = "broken"
+                info.reason = f"its order contradicts others': {' -> '.join(error.circle)}"
+                del taking_part[info.name]
 
 
 def create_registry(

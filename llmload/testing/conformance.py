@@ -19,7 +19,6 @@ from typing import Any, Final
 from pydantic import BaseModel, ValidationError
 
 import llmload
-from llmload.errors import LlmloadError
 from llmload.host import ordering
 from llmload.host.contract import (
     building_faults,
@@ -27,6 +26,7 @@ from llmload.host.contract import (
     hook_faults,
     manager_of,
     name_faults,
+    order_faults,
     section_faults,
 )
 from llmload.host.discovery import PluginInfo
@@ -305,11 +305,10 @@ def _of_order(plugin: Any) -> Iterator[Finding]:
                 yield Finding(
                     "order", "its `before` has '*'", "Only `after` takes it: after all others."
                 )
-    try:
-        ordering.plan_order({other.name: other for other in _others(plugin)} | {name: plugin})
-    except LlmloadError as error:
-        (problem,) = error.problems
-        yield Finding("order", problem.message, "Take one of the wishes back.")
+    others = {other.name: other for other in _others(plugin)}
+    info = PluginInfo(name, "", builtin=False, status="active", plugin=plugin)
+    for text in order_faults(info, others):
+        yield Finding("order", text, "Take one of the wishes back.")
 
 
 def _of_import(kind: type) -> Iterator[Finding]:
