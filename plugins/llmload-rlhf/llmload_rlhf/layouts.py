@@ -110,15 +110,18 @@ def pad_id(ctx: LoadContext, config: Any) -> Any:
 
 
 def _coati_reward(ctx: LoadContext, base: Any, head: nn.Module, section: Any) -> nn.Module:
-    from llmload_rlhf.models import CoatiRewardModel
+    from llmload_rlhf import coati_models
 
-    return CoatiRewardModel(base, head)
+    mean = section.version == "0.2.8"
+    kind = coati_models.MeanRewardModel if mean else coati_models.RewardModel
+    return kind(base, head)
 
 
 def _coati_critic(ctx: LoadContext, base: Any, head: nn.Module, section: Any) -> nn.Module:
-    from llmload_rlhf.models import CoatiCritic
+    from llmload_rlhf import coati_models
 
-    return CoatiCritic(base, head)
+    kinds = {"0.2.8": coati_models.MeanCritic, "0.3.4": coati_models.SequenceCritic}
+    return kinds.get(section.version, coati_models.Critic)(base, head)
 
 
 def _trl(ctx: LoadContext, base: Any, head: nn.Module, section: Any) -> nn.Module:

@@ -1,7 +1,7 @@
 """The models: a transformer and a head on it, with names, outputs and files of their systems.
 
-Facts from DeepSpeedExamples 45b4b715 (applications/DeepSpeed-Chat), ColossalAI 4f9953be3 and v0.3.4
-(coati) and TRL 0.11.4 (trl/models/modeling_value_head.py; the class left TRL with v1.0).
+Facts from DeepSpeedExamples 45b4b715 (applications/DeepSpeed-Chat) and TRL 0.11.4
+(trl/models/modeling_value_head.py; the class left TRL with v1.0).
 """
 
 from __future__ import annotations
@@ -110,38 +110,6 @@ def _rank() -> int:
     import torch.distributed as dist
 
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-class CoatiRewardModel(HeadedModel):
-    """coati's ``RewardModel``: one score per sequence, taken at its last token."""
-
-    base_model_prefix = "model"
-    head_attribute = "value_head"
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any
-    ) -> torch.Tensor:
-        """Return scores, (rows,), at the last token that ``attention_mask`` has; all by default."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        hidden = self.model(input_ids, attention_mask=attention_mask, **others)[0]
-        columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (attention_mask * columns).amax(-1)
-        rows = torch.arange(len(input_ids), device=input_ids.device)
-        return self.scores(hidden[rows, last])
-
-
-class CoatiCritic(HeadedModel):
-    """coati's ``Critic``: one value per token."""
-
-    base_model_prefix = "model"
-    head_attribute = "value_head"
-
-    def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any
-    ) -> torch.Tensor:
-        """Return values, (rows, length)."""
-        return self.scores(self.model(input_ids, attention_mask=attention_mask, **others)[0])
 
 
 class ValueHead(nn.Module):

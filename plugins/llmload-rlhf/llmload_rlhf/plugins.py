@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from llmload import LoadContext
 
 _SECTIONS = ("critic_head", "reward_head", "value_head")
+_OF_LAYOUT = {
+    "num_padding_at_beginning": "deepspeed_chat",
+    "compute_fp32_loss": "deepspeed_chat",
+    "version": "coati",
+}
+"""Setting -> the only layout that has it."""
 
 
 class HeadPlugin:
@@ -85,7 +91,8 @@ class HeadPlugin:
                 self._hold_to_request(ctx, layout, [])
             yield from self._shape_problems(ctx, layout)
             start = "new" if section.new else "from the checkpoint"
-            yield Note(text=f"{section.layout}: {', '.join(layout.head_keys.values())}, {start}")
+            which = f"coati {section.version}" if section.layout == "coati" else section.layout
+            yield Note(text=f"{which}: {', '.join(layout.head_keys.values())}, {start}")
         yield from self._unused_keys(ctx)
         yield from self._frozen_by_lora(ctx, "score" if layout is None else layout.head)
         if section.layout in ("deepspeed_chat", "sequence_classification"):
@@ -172,8 +179,9 @@ class HeadPlugin:
 
     def _unused_keys(self, ctx: LoadContext) -> Iterator[Problem]:
         section = self._section(ctx)
-        ours = section.model_fields_set & {"num_padding_at_beginning", "compute_fp32_loss"}
-        for key in sorted(ours) if section.layout != "deepspeed_chat" else ():
+        for key in sorted(section.model_fields_set & _OF_LAYOUT.keys()):
+            if section.layout == _OF_LAYOUT[key]:
+                continue
             yield Problem(
                 where=f"{self.name}.{key}",
                 message=f"the layout {section.layout!r} has no such setting",

@@ -20,13 +20,21 @@ class HeadSection(Section):
     """Dtype of the head's parameters; null for the model's, and for TRL's head float32."""
 
 
+CoatiVersion = Literal["0.2.8", "0.3.4", "colossalchat"]
+"""Generations of coati whose models differ in what they return."""
+
+
 class ScoreSection(HeadSection):
-    """What a head of DeepSpeed-Chat has besides; the other layouts do without."""
+    """What heads of DeepSpeed-Chat and of coati have besides; the other layouts do without."""
 
     num_padding_at_beginning: Annotated[int, Field(ge=0)] = 0
     """Pad tokens with which every sequence begins: 1 for OPT's tokenizer. DeepSpeed-Chat only."""
     compute_fp32_loss: bool = False
     """Compute the pairwise loss in float32. DeepSpeed-Chat only."""
+    version: CoatiVersion = "colossalchat"
+    """Which coati's model it is, coati only. ``colossalchat``, today's: a reward for the last token,
+    a value for each. ``0.3.4``, as from ColossalAI 0.3.3: reward and value for the last token.
+    ``0.2.8``, as to 0.3.2: both the mean over tokens."""
 
 
 class RewardHeadSection(ScoreSection):
@@ -38,7 +46,7 @@ class RewardHeadSection(ScoreSection):
 
 
 class CriticHeadSection(ScoreSection):
-    """A value for every token."""
+    """A value for every token; with an old coati, for every sequence."""
 
     layout: Literal["deepspeed_chat", "coati"]
     """Whose model it is: ``deepspeed_chat`` its ``RewardModel``, of which step 3 asks

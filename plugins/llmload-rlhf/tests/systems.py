@@ -1,7 +1,8 @@
 """The seed systems told anew, slowly and row by row, from what is known of their code.
 
-DeepSpeedExamples 45b4b715 (dschat/utils/model/reward_model.py), ColossalAI 4f9953be3 (coati/models)
-and TRL 0.11.4 (models/modeling_value_head.py). Nothing here is ours: plain torch and transformers.
+DeepSpeedExamples 45b4b715 (dschat/utils/model/reward_model.py), ColossalAI 4f9953be3, v0.3.4
+and v0.2.8 (coati/models) and TRL 0.11.4 (models/modeling_value_head.py). Nothing here is ours:
+plain torch and transformers.
 """
 
 from __future__ import annotations
@@ -84,6 +85,25 @@ class CoatiRewardModel(nn.Module):
             return values
         last = [max(i for i, seen in enumerate(row.tolist()) if seen) for row in mask]
         return torch.stack([row[i] for row, i in zip(values, last, strict=True)])
+
+
+class OldCoati(CoatiRewardModel):
+    """coati of v0.2.8, whose reward and value are means that pay padding no heed."""
+
+    def reward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        rows = self(ids, mask, pooled=False)
+        return torch.stack([row[: ids.shape[1] - 1].mean() for row in rows])
+
+    def value(self, ids: torch.Tensor, actions: int, mask: torch.Tensor) -> torch.Tensor:
+        """With ``use_action_mask``, as its train_prompts.py has it."""
+        prompt = ids.shape[1] - actions
+        rows = zip(self(ids, mask, pooled=False), mask, strict=True)
+        found = [
+            sum(value for value, seen in zip(row[:prompt], one[:prompt], strict=True) if seen)
+            / one[:prompt].sum()
+            for row, one in rows
+        ]
+        return torch.stack(found)
 
 
 class TrlValueHead(nn.Module):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import systems
 import torch
 from making import CASES, IDS, MASK, PAD, load, saved
 from transformers import AutoModelForSequenceClassification
@@ -92,6 +93,36 @@ def test_coatis_critic_gives_a_value_for_every_token(tmp_path: Path) -> None:
     folder, theirs = saved(tmp_path, "coati", "opt")
     found = load(folder, ("critic_head", "coati")).model(IDS, attention_mask=MASK)
     assert torch.equal(found, theirs(IDS, MASK, pooled=False))
+
+
+@pytest.mark.parametrize("version", ["0.2.8", "0.3.4", "colossalchat"])
+def test_coatis_reward_and_value_are_those_of_the_version_that_the_spec_names(
+    version: str, tmp_path: Path
+) -> None:
+    folder, theirs = saved(tmp_path, "coati", "gpt2")
+    reward, value = (
+        load(folder, (section, "coati"), head_version=version).model
+        for section in ("reward_head", "critic_head")
+    )
+    old = systems.OldCoati(theirs.model)
+    old.value_head = theirs.value_head
+    # As many rows as tokens, where a wrong generation's shape would go unnoticed in a loss.
+    ids, mask = IDS.repeat(2, 1), MASK.repeat(2, 1)
+    expected = {
+        "0.2.8": (old.reward(ids, mask), old.reward(ids, mask)),
+        "0.3.4": (theirs(ids, mask), theirs(ids, mask)),
+        "colossalchat": (theirs(ids, mask), theirs(ids, mask, pooled=False)),
+    }[version]
+    found = (reward(ids, attention_mask=mask), value(ids, attention_mask=mask))
+    for ours, wanted in zip(found, expected, strict=True):
+        assert ours.shape == wanted.shape
+        torch.testing.assert_close(ours, wanted)
+    if version == "0.2.8":
+        left, seen = ids.flip(1), mask.flip(1)
+        found = value(left, torch.ones(8, 3), attention_mask=seen)
+        torch.testing.assert_close(found[::4], old.value(left, 3, seen)[::4])
+        without = value(left, torch.ones(8, 3))
+        torch.testing.assert_close(without, old.value(left, 3, torch.ones_like(left)))
 
 
 def test_trls_model_gives_logits_loss_and_values(tmp_path: Path) -> None:

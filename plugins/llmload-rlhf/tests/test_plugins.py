@@ -81,6 +81,18 @@ def test_a_setting_of_another_layout_is_refused(causal: Path) -> None:
     )
 
 
+def test_a_version_of_coati_is_refused_in_other_layouts_and_where_there_was_none(
+    causal: Path,
+) -> None:
+    chat = ("critic_head", "deepspeed_chat")
+    assert refusal(causal, chat, head_new=True, head_version="0.3.4") == (
+        "critic_head.version: the layout 'deepspeed_chat' has no such setting. Remove the key."
+    )
+    message = refusal(causal, ("critic_head", "coati"), head_new=True, head_version="0.1")
+    assert message.startswith("critic_head.version: ")
+    assert "'0.2.8', '0.3.4' or 'colossalchat'" in message
+
+
 def test_without_a_pad_token_the_ends_of_sequences_are_unknown(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path, "llama")
     assert refusal(folder, ("reward_head", "deepspeed_chat"), head_new=True) == (
@@ -189,7 +201,9 @@ def test_the_plan_says_what_head_there_will_be(tmp_path: Path) -> None:
         }
     )
     (step,) = [step for step in plan.steps if step.plugin == "critic_head"]
-    assert step.notes == ["coati: value_head.weight, value_head.bias, from the checkpoint"]
+    assert step.notes == [
+        "coati colossalchat: value_head.weight, value_head.bias, from the checkpoint"
+    ]
     assert plan.keys == ["20 renamed by plugin 'critic_head'"]
     size = sum(p.numel() for p in tiny_model("llama", auto_class="base").parameters())
     assert plan.parameters == plan.trainable == size + 17
