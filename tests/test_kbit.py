@@ -886,3 +886,33 @@ def test_a_quantised_model_that_nobody_can_train_is_a_warning(folder: Path) -> N
     )
     for keys in ({"trainable": False}, {"lora": {"target_modules": ["q_proj"]}}):
         assert llmload.plan({"model": str(folder), "kbit": {}, **keys}).warnings == []
+
+
+# --- adapters that look at the weights they are put on --------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "start", [{"use_dora": True}, {"init_lora_weights": "olora"}], ids=["DoRA", "OLoRA"]
+)
+def test_adapters_that_look_at_quantised_weights_are_planned_made_and_resumed(
+    folder: Path, tmp_path: Path, start: dict[str, Any], bits: int
+) -> None:
+    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"], **start}
+    made = load(folder, {"bits": bits}, lora=lora)
+    assert made.plan.warnings == []
+    assert made.plan.trainable_parameters
+    for parameter in made.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    made.model.save_pretrained(tmp_path / "adapter")
+    again = load(folder, {"bits": bits}, lora={"adapter": str(tmp_path / "adapter")})
+    assert again.plan.trainable_parameters == made.plan.trainable_parameters
+    assert unlike(again.model, made.model) == []
+
+
+def test_dora_on_a_folder_that_holds_4_bits(folder: Path, tmp_path: Path) -> None:
+    load(folder, {}).model.save_pretrained(tmp_path)
+    lora = {"r": 2, "target_modules": ["q_proj"], "use_dora": True}
+    result = load(tmp_path, {}, lora=lora, dtype="auto")
+    assert any("magnitude" in name for name in result.plan.trainable_parameters or ())

@@ -691,3 +691,49 @@ def test_new_tokens_whose_rows_are_trained_are_no_warning(tmp_path: Path) -> Non
     folder = tiny_llama(tmp_path, vocab_size=51)
     new = {"tokenizer": {"add_tokens": ["<a>"]}}
     assert warnings_of(folder, QV | {"trainable_token_indices": [51]}, **new) == []
+
+
+# --- experts in one parameter -------------------------------------------------------------------
+
+
+@needs_peft("0.19.0")
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"target_modules": "all-linear"},
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    ],
+    ids=["all-linear", "named"],
+)
+def test_an_adapter_on_experts_is_merged(
+    tmp_path: Path, model_type: str, section: dict[str, Any]
+) -> None:
+    folder = tmp_path / model_type
+    architectures.build("causal_lm", model_type).save_pretrained(folder)
+    model = load(folder, {"r": 2} | section).model.eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=generator) / 10
+        expected = model(input_ids=IDS).logits
+        adapter = {"adapter": str(save(model, tmp_path / "adapter")), "merge": True}
+        result = load(folder, adapter)
+        torch.testing.assert_close(
+            result.model.eval()(input_ids=IDS).logits, expected, atol=1e-5, rtol=0
+        )
+    assert result.plan.parameters == result.report.parameters
+
+
+@needs_peft("0.14.0")
+def test_a_bias_that_the_base_has_no_place_for_is_not_merged(tmp_path: Path) -> None:
+    llama = tiny_llama(tmp_path)
+    model = load(llama, QV | {"lora_bias": True}).model
+    adapter = {"adapter": str(save(model, tmp_path / "adapter")), "merge": True}
+    assert refusal(llama, adapter).startswith(
+        "lora.merge: PEFT refuses this adapter: Impossible to merge LoRA with `lora_bias=True`"
+    )

@@ -66,7 +66,8 @@ class Records:
     changed_base: dict[str, str] = field(default_factory=dict)
     """Parameter of the finished model that an adapter needs otherwise than the checkpoint has it ->
     what changed it: with the adapter off it is not the base model. Written by the hook that changed
-    it and taken by the host, as ``newly_initialised``; read by groups."""
+    it and taken by the host, as ``newly_initialised``; read by groups, and by audits, for which the
+    host puts it back under the final names."""
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """JSON-able facts for plan or report, by plugin name. Written by ``record``; read by a plugin's
     own later hooks and by the host."""

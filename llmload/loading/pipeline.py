@@ -172,6 +172,7 @@ def execute(
 
         audit.hold_to_claims(ctx)
         _fill(report, prepared, ctx, model, ledger)
+        ctx.changed_base.update(ledger.changed_base())  # audits look at it once more
         excused = audit.excused(ctx, lost, ctx.unexpected)  # which the plan may have had
         warnings = [*plan.warnings, *excused]
         report.warnings = list(dict.fromkeys(map(str, warnings)))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
 import peft
@@ -16,6 +16,7 @@ from llmload.builtin.lora import resume, targets, ties
 from llmload.builtin.lora.dispatch import Dispatcher, record
 from llmload.builtin.lora.layers import adapter_parameters, lora_layers, own_name
 from llmload.builtin.lora.names import translate_targets
+from llmload.builtin.lora.outlines import dequantised_by_shape, is_quantised
 from llmload.builtin.lora.request import Request, heard, refused, resolve
 from llmload.plugin import alike, matching_within_budget, partitions
 
@@ -124,7 +125,7 @@ def merge(ctx: LoadContext, model: PeftModel) -> PreTrainedModel:
                     layer.merge(safe_merge=False, adapter_names=[adapter])
             merged = model.merge_and_unload(safe_merge=False)
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        raise refused(error) from error
+        raise refused(error, "lora.merge") from error
     ties.tie(merged, together)
     partitions.split(merged, like=merged)  # PEFT's copies of modules to save are whole
     if tied and ties.are_apart(tied, merged):
@@ -170,7 +171,10 @@ def _config(ctx: LoadContext, request: Request, model: nn.Module, **changes: Any
                     " transformers' Conv1D.",
                 )
             )
-    if ctx.rehearsing and request.initialisation in _NEED_VALUES:
+    needs_values = request.initialisation in _NEED_VALUES or (
+        request.initialisation == "olora" and is_quantised(model)
+    )
+    if ctx.rehearsing and needs_values:
         changes["init_lora_weights"] = True
     config = request.config(**changes)
     try:
@@ -190,7 +194,7 @@ def _wrap(ctx: LoadContext, request: Request, model: nn.Module, config: LoraConf
     dispatcher = Dispatcher(ctx, config)
     try:
         # Made on the meta device, the adapter costs no memory and draws no random number.
-        with torch.device("meta") if ctx.rehearsing else nullcontext():
+        with _without_values(ctx) if ctx.rehearsing else nullcontext():
             wrapped = peft.get_peft_model(
                 model,
                 config,
@@ -202,6 +206,12 @@ def _wrap(ctx: LoadContext, request: Request, model: nn.Module, config: LoraConf
     dispatcher.finish()
     _name_base(ctx, request, config)
     return wrapped
+
+
+@contextmanager
+def _without_values(ctx: LoadContext) -> Iterator[None]:
+    with torch.device("meta"), dequantised_by_shape(ctx.dtype):
+        yield
 
 
 def _prepare(config: LoraConfig, model: nn.Module) -> None:

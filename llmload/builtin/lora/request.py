@@ -272,12 +272,12 @@ def _nested_class(name: str) -> Any:
     return getattr(config, _NESTED[name])
 
 
-def refused(error: Exception) -> RequestError:
+def refused(error: Exception, where: str = "lora") -> RequestError:
     """Tell PEFT's own refusal of a request, in one line."""
     reason = " ".join(str(error).split()).rstrip(".")
     return RequestError(
         Problem(
-            where="lora",
+            where=where,
             message=f"PEFT refuses this adapter: {reason}",
             # Of a missing package PEFT itself says that it must be installed.
             fix="" if isinstance(error, ImportError) else "Change what it names.",
