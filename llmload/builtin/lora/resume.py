@@ -10,6 +10,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from llmload import CheckpointError, Problem
 from llmload.builtin.lora.names import translate_weights
+from llmload.builtin.lora.request import heard
 from llmload.plugin import partitions, some
 
 if TYPE_CHECKING:
@@ -56,9 +57,10 @@ def allowed(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
 
 
 def _named(model: PeftModel, adapter: str, *, embeddings: bool) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        model, adapter_name=adapter, save_embedding_layers=embeddings
-    )
+    with heard():  # that biases have one dimension, for example
+        tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            model, adapter_name=adapter, save_embedding_layers=embeddings
+        )
     return tensors
 
 
