@@ -288,7 +288,7 @@ def test_legacy_is_what_peft_prepares(
     assert {dtype for dtype in dtypes(ours).values() if dtype.is_floating_point} == {torch.float32}
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "bloom"])
 def test_trl_legacy_is_what_trl_cast_after_that(model_type: str, tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / model_type, model_type)
     ours = load(folder, {"prepare": "trl_legacy"}).model

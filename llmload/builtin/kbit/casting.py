@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from llmload.builtin.kbit.section import KbitSection
 
@@ -32,6 +32,10 @@ class Casting:
             self._profile = "legacy"
         head = getattr(model, "get_output_embeddings", lambda: None)()
         self._head = None if head is None else id(head)
+        self._owners: dict[int, list[tuple[str, nn.Module]]] = {}
+        for path, owner in model.named_modules():
+            for parameter in owner.parameters(recurse=False):
+                self._owners.setdefault(id(parameter), []).append((path, owner))
 
     def dtype(self, name: str, module: nn.Module, parameter: torch.Tensor) -> torch.dtype:
         """Return the dtype that a parameter is to have.
@@ -43,7 +47,11 @@ class Casting:
         if is_quantised(parameter) or not parameter.is_floating_point():
             return parameter.dtype
         asked = self._asked.get(self.group(name, module))
-        return asked or self._by_profile(name, module, parameter.dtype)
+        if asked is not None:
+            return asked
+        # A shared one has several names, of which a rule may know only one.
+        owners = self._owners.get(id(parameter)) or [(name.rpartition(".")[0], module)]
+        return self._by_profile(owners, parameter.dtype)
 
     def group(self, name: str, module: nn.Module) -> Group:
         """Return the group of parameters that a parameter of ``module`` belongs to."""
@@ -55,14 +63,19 @@ class Casting:
             return "norms"
         return "other"
 
-    def _by_profile(self, name: str, module: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    def _by_profile(
+        self, owners: Iterable[tuple[str, nn.Module]], dtype: torch.dtype
+    ) -> torch.dtype:
         if self._profile in ("minimal", "trl"):
             return dtype
-        owner = name.rpartition(".")[0]
-        in_bfloat16 = self._profile == "trl_legacy" and not _is_norm(owner, module)
-        if in_bfloat16 and any(part in owner for part in _BFLOAT16_IN_TRL):
-            return torch.bfloat16
-        return torch.float32
+        found = torch.float32
+        if self._profile == "trl_legacy":
+            for path, owner in owners:  # TRL goes through all modules, and the last one wins
+                if _is_norm(path, owner):
+                    found = torch.float32
+                elif any(part in path for part in _BFLOAT16_IN_TRL):
+                    found = torch.bfloat16
+        return found
 
 
 def _is_norm(name: str, module: nn.Module) -> bool:
