@@ -68,6 +68,20 @@ class AdapterView(nn.Module):
         """The floating-point dtype of the base model."""
         return self.model.get_base_model().dtype  # type: ignore[no-any-return]
 
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without its head, seen the same way: trainers that compute the head's part of a
+        loss themselves (TRL since 1.10) call it."""
+        return _Backbone(self)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the model's input embedding."""
+        return self.model.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the model's head."""
+        return self.model.get_output_embeddings()  # type: ignore[no-any-return]
+
     def train(self, mode: bool = True) -> AdapterView:
         """Stay in eval mode."""
         return self
@@ -109,6 +123,18 @@ class AdapterView(nn.Module):
                 module.training = mode
             for layer, disabled, active in switches:
                 layer._disable_adapters, layer._active_adapter = disabled, active
+
+
+class _Backbone(nn.Module):
+    """The model of a view without its head."""
+
+    def __init__(self, view: AdapterView) -> None:
+        super().__init__()
+        self._view = (view,)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self._view[0].switched() as model:
+            return model.get_base_model().base_model(*args, **kwargs)
 
 
 def _switches(module: Any) -> bool:
