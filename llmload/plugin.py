@@ -8,6 +8,14 @@ any plugin can; what cannot be written with them is a fault of this page.
 
 Nothing here is imported before it is used: ``import llmload.plugin`` imports no torch.
 
+What every plugin speaks in, the same as in :mod:`llmload`:
+
+- ``LoadContext``, ``LoadSpec``, ``Section``: one load, what is asked of it, and a part of that.
+- ``Problem``, ``Note``, ``Decline``, ``Conflict``: what hooks find and plugins declare.
+- ``LlmloadError`` and below it ``RequestError`` (``SpecError``, ``InvalidValueError``,
+  ``PluginError``, ``CheckpointError``, ``PlanError``) for what the user can mend, and
+  ``LoadFailedError`` (``AuditError``) for what failed on the way.
+
 Values of a section:
 
 - ``Regex``: a field that holds a regular expression, refused where it is none; ``patterns``:
@@ -85,7 +93,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmload import patterns as patterns
     from llmload.checkpoint import filesystem as filesystem
     from llmload.checkpoint.accounting import Accounting as Accounting
     from llmload.checkpoint.contents import Checkpoint as Checkpoint
@@ -100,11 +107,23 @@ if TYPE_CHECKING:
     from llmload.checkpoint.placement import Splitting as Splitting
     from llmload.checkpoint.placement import Target as Target
     from llmload.checkpoint.proof import Proof as Proof
-    from llmload.checkpoint.renaming import KeyRule as KeyRule
     from llmload.checkpoint.untrusted import UntrustedFolder as UntrustedFolder
     from llmload.checkpoint.untrusted import local_path as local_path
     from llmload.checkpoint.untrusted import read_file as read_file
+    from llmload.context.context import LoadContext as LoadContext
     from llmload.context.peers import ABILITIES as ABILITIES
+    from llmload.errors import AuditError as AuditError
+    from llmload.errors import CheckpointError as CheckpointError
+    from llmload.errors import Conflict as Conflict
+    from llmload.errors import Decline as Decline
+    from llmload.errors import LlmloadError as LlmloadError
+    from llmload.errors import LoadFailedError as LoadFailedError
+    from llmload.errors import Note as Note
+    from llmload.errors import PlanError as PlanError
+    from llmload.errors import PluginError as PluginError
+    from llmload.errors import Problem as Problem
+    from llmload.errors import RequestError as RequestError
+    from llmload.errors import SpecError as SpecError
     from llmload.errors import in_one_line as in_one_line
     from llmload.hf.adapters import hold_adapter as hold_adapter
     from llmload.hf.adapters import matching_within_budget as matching_within_budget
@@ -136,6 +155,7 @@ if TYPE_CHECKING:
     from llmload.ranks.launcher import tell as tell
     from llmload.ranks.meeting import Ranks as Ranks
     from llmload.ranks.presence import Presence as Presence
+    from llmload.spec import patterns as patterns
     from llmload.spec.foreign_keys import DTYPE_WORDS as DTYPE_WORDS
     from llmload.spec.foreign_keys import Keys as Keys
     from llmload.spec.foreign_keys import Removal as Removal
@@ -144,8 +164,12 @@ if TYPE_CHECKING:
     from llmload.spec.foreign_keys import listed as listed
     from llmload.spec.foreign_keys import switch as switch
     from llmload.spec.foreign_keys import words as words
+    from llmload.spec.loadspec import LoadSpec as LoadSpec
     from llmload.spec.loadspec import Regex as Regex
+    from llmload.spec.loadspec import Section as Section
+    from llmload.spec.refusals import InvalidValueError as InvalidValueError
     from llmload.spec.refusals import explain as explain
+    from llmload.spec.renaming import KeyRule as KeyRule
     from llmload.spec.suggest import closest as closest
     from llmload.spec.suggest import nearest as nearest
     from llmload.spec.yaml_read import parse as parse_yaml
@@ -155,23 +179,39 @@ __all__ = [
     "DTYPE_WORDS",
     "MISSING",
     "Accounting",
+    "AuditError",
     "Checkpoint",
+    "CheckpointError",
+    "Conflict",
+    "Decline",
+    "InvalidValueError",
     "KeyRule",
     "Keys",
+    "LlmloadError",
+    "LoadContext",
+    "LoadFailedError",
+    "LoadSpec",
     "MappedCheckpoint",
+    "Note",
     "Part",
     "Placement",
     "Plain",
+    "PlanError",
+    "PluginError",
     "Presence",
     "ProbeResult",
+    "Problem",
     "Proof",
     "RandomOp",
     "Ranks",
     "Regex",
     "Removal",
+    "RequestError",
+    "Section",
     "Sentence",
     "Source",
     "Span",
+    "SpecError",
     "Spelling",
     "Splitting",
     "Target",
@@ -218,6 +258,26 @@ __all__ = [
 ]
 
 _HOME = {
+    "LoadContext": "context.context",
+    **dict.fromkeys(
+        (
+            "AuditError",
+            "CheckpointError",
+            "Conflict",
+            "Decline",
+            "LlmloadError",
+            "LoadFailedError",
+            "Note",
+            "PlanError",
+            "PluginError",
+            "Problem",
+            "RequestError",
+            "SpecError",
+        ),
+        "errors",
+    ),
+    **dict.fromkeys(("LoadSpec", "Section"), "spec.loadspec"),
+    "InvalidValueError": "spec.refusals",
     "ABILITIES": "context.peers",
     "Accounting": "checkpoint.accounting",
     "Checkpoint": "checkpoint.contents",
@@ -225,7 +285,7 @@ _HOME = {
     "Proof": "checkpoint.proof",
     "TensorInfo": "checkpoint.header",
     **dict.fromkeys(("UntrustedFolder", "local_path", "read_file"), "checkpoint.untrusted"),
-    "KeyRule": "checkpoint.renaming",
+    "KeyRule": "spec.renaming",
     "main_file": "checkpoint.folder",
     "torch_dtype": "checkpoint.dtypes",
     **dict.fromkeys(
@@ -243,7 +303,7 @@ _HOME = {
     **dict.fromkeys(("alike", "size_text"), "loading.wording"),
     "filesystem": "checkpoint.filesystem",
     "partitions": "model.partitions",
-    "patterns": "patterns",
+    "patterns": "spec.patterns",
     "Span": "model.partitions",
     **dict.fromkeys(("ProbeResult", "probe"), "model.dry_run"),
     "RandomOp": "model.randomness",

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalL
 import llmload
 from llmload import hookimpl
 from llmload.builtin.coati.keys import undo as undo_coati
-from llmload.checkpoint.renaming import RULES, Renaming
+from llmload.spec.renaming import RULES, Renaming
 from llmload.spec.schema import json_schema
 from llmload.testing import tiny_checkpoint, tiny_llama, tiny_model
 

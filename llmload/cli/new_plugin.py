@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from llmload.errors import Problem, RequestError
+from llmload.host.distributions import version_of
 from llmload.spec.loadspec import LoadSpec
 from llmload.spec.suggest import nearest
 
@@ -106,13 +107,11 @@ def _templates(kind: str) -> dict[str, str]:
 
 
 def _filled(template: str, name: str) -> str:
-    from llmload import __version__
-
     folder = resources.files("llmload.cli") / "template"
     text = folder.joinpath(template).read_text("utf-8")
     for old, new in _names(name):
         text = text.replace(old, new)
-    return text.replace("LLMLOAD_VERSION", __version__)
+    return text.replace("LLMLOAD_VERSION", version_of("llmload") or "")
 
 
 def _names(name: str) -> Iterable[tuple[str, str]]:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
-from llmload import patterns
 from llmload.checkpoint.patching import replaced
 from llmload.checkpoint.strict_json import short
+from llmload.spec import patterns
 
 if TYPE_CHECKING:
     from llmload.checkpoint import Checkpoint

@@ -18,13 +18,13 @@ import pluggy
 from pydantic import BaseModel, PydanticUserError
 
 from llmload import hookspecs
-from llmload.checkpoint.renaming import RULES
 from llmload.context.peers import ABILITIES
 from llmload.errors import Conflict
 from llmload.host.discovery import GROUP, PluginInfo
 from llmload.host.ordering import CircleError, plan_order
 from llmload.spec.foreign_keys import Spelling
 from llmload.spec.loadspec import LoadSpec
+from llmload.spec.renaming import RULES
 from llmload.spec.suggest import nearest
 
 _MISSPELT = 0.85

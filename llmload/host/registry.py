@@ -18,7 +18,6 @@ import pluggy
 from pydantic import BaseModel
 
 from llmload import hookspecs
-from llmload.checkpoint.renaming import RULES, KeyRule
 from llmload.context.peers import Peer
 from llmload.errors import (
     LlmloadError,
@@ -42,6 +41,7 @@ from llmload.host.discovery import (
 from llmload.spec import files, groupspec
 from llmload.spec.groupspec import GroupSpec
 from llmload.spec.loadspec import LoadSpec, validate
+from llmload.spec.renaming import RULES, KeyRule
 from llmload.spec.suggest import nearest
 
 PLUGINS_VARIABLE = "LLMLOAD_PLUGINS"

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from llmload.checkpoint.renaming import Renaming
 from llmload.errors import LlmloadError, PluginError
 from llmload.loading import hook_calls
+from llmload.spec.renaming import Renaming
 
 if TYPE_CHECKING:
     from llmload.context.context import LoadContext

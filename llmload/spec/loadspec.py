@@ -25,9 +25,8 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from llmload import patterns
 from llmload.errors import Problem, SpecError
-from llmload.spec import foreign_keys
+from llmload.spec import foreign_keys, patterns
 from llmload.spec.foreign_keys import Spelling
 from llmload.spec.refusals import (
     SHOWN,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Final
 
-from llmload import patterns
+from llmload.spec import patterns
 from llmload.spec.refusals import InvalidValueError, meant
 from llmload.spec.suggest import nearest
 

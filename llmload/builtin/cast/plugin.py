@@ -6,16 +6,15 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmload import Conflict, Note, PlanError, Problem
 from llmload.builtin.cast.section import CastSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import patterns
+from llmload.plugin import Conflict, Note, PlanError, Problem, patterns
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 
 class CastPlugin:

@@ -7,8 +7,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from llmload import Section
-from llmload.plugin import Regex
+from llmload.plugin import Regex, Section
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 
-from llmload import CheckpointError, Problem
+from llmload.plugin import CheckpointError, Problem
 
 
 def undo(keys: Iterable[str], of_model: Collection[str]) -> dict[str, str]:

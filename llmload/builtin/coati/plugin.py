@@ -10,18 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from llmload import Conflict, Note, Problem
 from llmload.builtin.coati import keys
 from llmload.builtin.coati.section import STARTS, CoatiSection
 from llmload.hookspecs import hookimpl
+from llmload.plugin import Conflict, Note, Problem
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
     from torch import nn
 
-    from llmload import LoadContext
-    from llmload.plugin import KeyRule
+    from llmload.plugin import KeyRule, LoadContext
 
 # Fields of the section `lora` that say where an adapter goes and what it is called.
 _ELSEWHERE: Final = frozenset(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from llmload import Section
+from llmload.plugin import Section
 
 STARTS: Final = (True, "pissa_niter_4")
 """Values of ``init_lora_weights`` that ColossalChat has; the second is its ``PiSSA``."""

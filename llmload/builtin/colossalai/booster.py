@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmload import Problem
 from llmload.builtin.colossalai.lazy_models import (
     is_lazy,
     keep_dtype,
@@ -23,13 +22,13 @@ from llmload.builtin.colossalai.lazy_models import (
     materialise,
 )
 from llmload.builtin.colossalai.section import MATERIALISE, ColossalaiSection
-from llmload.plugin import account, default_dtype, installed_transformers, main_file, some
+from llmload.plugin import Problem, account, default_dtype, installed_transformers, main_file, some
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 _NEVER_MATERIALISES = {
     "TorchDDPPlugin": "ends the process on a lazy model, with a segmentation fault",

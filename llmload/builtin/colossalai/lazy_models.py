@@ -15,14 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from llmload import LlmloadError, LoadFailedError, RequestError
-from llmload.plugin import Plain, default_dtype, installed_transformers, some
+from llmload.plugin import (
+    LlmloadError,
+    LoadFailedError,
+    Plain,
+    RequestError,
+    default_dtype,
+    installed_transformers,
+    some,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmload import LoadContext
-    from llmload.plugin import Source, Target
+    from llmload.plugin import LoadContext, Source, Target
 
 
 @cache

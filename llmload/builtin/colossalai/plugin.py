@@ -12,16 +12,15 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from llmload import Conflict, Decline, Note, Problem
 from llmload.builtin.colossalai.section import MATERIALISE, ColossalaiSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import version_of
+from llmload.plugin import Conflict, Decline, Note, Problem, version_of
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 _LAZY_ONLY = (
     "Install it with `pip install --no-deps colossalai==0.5.0`: what it asks for would replace"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from llmload import Section
+from llmload.plugin import Section
 
 MATERIALISE = "Use `materialize: true`."
 """The way out of all that a lazy model cannot have."""

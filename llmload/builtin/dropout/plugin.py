@@ -14,16 +14,15 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from llmload import Note, PlanError, Problem
 from llmload.builtin.dropout import rates
 from llmload.builtin.dropout.section import DropoutSection
 from llmload.hookspecs import hookimpl
+from llmload.plugin import Note, PlanError, Problem
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmload import LoadContext
-    from llmload.plugin import ProbeResult, RandomOp
+    from llmload.plugin import LoadContext, ProbeResult, RandomOp
 
 
 class DropoutPlugin:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llmload import Section
 from llmload.builtin.dropout.spellings import SPELLINGS
+from llmload.plugin import Section
 
 
 class DropoutSection(Section):

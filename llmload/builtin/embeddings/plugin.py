@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmload import Note, Problem
 from llmload.builtin.embeddings.resizing import (
     input_embedding,
     named_tensors,
@@ -18,13 +17,13 @@ from llmload.builtin.embeddings.resizing import (
 )
 from llmload.builtin.embeddings.section import EmbeddingsSection, InitNew
 from llmload.hookspecs import hookimpl
-from llmload.plugin import partitions
+from llmload.plugin import Note, Problem, partitions
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 
 _CHUNK = 8192

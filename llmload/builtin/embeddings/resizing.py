@@ -7,15 +7,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmload import Problem, RequestError
-from llmload.plugin import installed_transformers
+from llmload.plugin import Problem, RequestError, installed_transformers
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 _COUNTS = ("vocab_size", "decoder_vocab_size")
 # What transformers calls on the model to fill new rows. Marian does whatever `mean_resizing` says.

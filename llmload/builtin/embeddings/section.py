@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llmload import Section
 from llmload.builtin.embeddings.spellings import SPELLINGS
+from llmload.plugin import Section
 
 InitNew = Literal["mean", "normal", "zero"]
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from llmload import Conflict, Note, Problem, RequestError
 from llmload.builtin.gradient_checkpointing.section import GradientCheckpointingSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import installed_transformers
+from llmload.plugin import Conflict, Note, Problem, RequestError, installed_transformers
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 
 class GradientCheckpointingPlugin:

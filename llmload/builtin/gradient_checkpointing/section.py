@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmload import InvalidValueError, Section
 from llmload.builtin.gradient_checkpointing.spellings import SPELLINGS
+from llmload.plugin import InvalidValueError, Section
 
 
 class GradientCheckpointingSection(Section):

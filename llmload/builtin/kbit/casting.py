@@ -46,7 +46,7 @@ class Casting:
         """
         if is_quantised(parameter) or not parameter.is_floating_point():
             return parameter.dtype
-        asked = self._asked.get(self.group(name, module))
+        asked: torch.dtype | None = self._asked.get(self.group(name, module))
         if asked is not None:
             return asked
         # A shared one has several names, of which a rule may know only one.

@@ -8,12 +8,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from llmload import Note, Problem
 from llmload.builtin.kbit.section import KbitSection
-from llmload.plugin import in_one_line, installed_transformers, version_of
+from llmload.plugin import Note, Problem, in_one_line, installed_transformers, version_of
 
 if TYPE_CHECKING:
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 _IN_CONFIG: Final = {
     "quant_type": "bnb_4bit_quant_type",

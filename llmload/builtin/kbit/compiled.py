@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from llmload import LlmloadError
+from llmload.plugin import LlmloadError
 
 _SOURCE: Final = Path(__file__).with_name("_kernel.c")
 # Rounding as in the source: no products and sums in one.

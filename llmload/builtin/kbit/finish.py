@@ -12,18 +12,17 @@ from bitsandbytes.nn import Int8Params, Linear4bit
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llmload import CheckpointError, Problem, RequestError
 from llmload.builtin.kbit import check
 from llmload.builtin.kbit.casting import Casting, is_quantised, parameters
 from llmload.builtin.kbit.quantise import quantised_layers, rehearse
-from llmload.plugin import partitions, size_text, some
+from llmload.plugin import CheckpointError, Problem, RequestError, partitions, size_text, some
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmload import LoadContext
     from llmload.builtin.kbit.quantise import QuantisedLayer
     from llmload.builtin.kbit.section import KbitSection
+    from llmload.plugin import LoadContext
 
 
 def finish(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> None:

@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmload import Conflict, Note
 from llmload.builtin.kbit import check
 from llmload.builtin.kbit.section import KbitSection
 from llmload.hookspecs import hookimpl
+from llmload.plugin import Conflict, Note
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload import LoadContext, Problem
+    from llmload.plugin import LoadContext, Problem
 
 
 @contextmanager

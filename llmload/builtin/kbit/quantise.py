@@ -17,17 +17,15 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
-from llmload import Problem, RequestError
 from llmload.builtin.kbit import check
 from llmload.builtin.kbit.casting import Casting
-from llmload.plugin import Part, Plain, default_dtype, installed_transformers
+from llmload.plugin import Part, Plain, Problem, RequestError, default_dtype, installed_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmload import LoadContext
     from llmload.builtin.kbit.section import KbitSection
-    from llmload.plugin import Placement, Source, Splitting, Target
+    from llmload.plugin import LoadContext, Placement, Source, Splitting, Target
 
 QuantisedLayer: TypeAlias = Linear4bit | Linear8bitLt
 

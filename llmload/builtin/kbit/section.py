@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
-from llmload import InvalidValueError, Section
 from llmload.builtin.kbit.spellings import SPELLINGS
+from llmload.plugin import InvalidValueError, Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

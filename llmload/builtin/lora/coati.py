@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import Field, ValidationError
 
-from llmload import Problem, Section, SpecError
 from llmload.builtin.lora.section import Alpha, Names, Rank
 from llmload.builtin.lora.spellings import SPELLINGS
-from llmload.plugin import explain, local_path, read_file
+from llmload.plugin import Problem, Section, SpecError, explain, local_path, read_file
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,10 +10,10 @@ import peft
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from llmload import PluginError, Problem
+from llmload.plugin import PluginError, Problem
 
 if TYPE_CHECKING:
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 
 @dataclasses.dataclass

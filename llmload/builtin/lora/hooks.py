@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from torch import nn
 
-    from llmload import LoadContext, Note, Problem, Section
+    from llmload.plugin import LoadContext, Note, Problem, Section
 
 
 class Hooks:

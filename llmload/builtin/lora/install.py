@@ -11,20 +11,19 @@ import peft
 import torch
 from torch import nn
 
-from llmload import Problem, RequestError
 from llmload.builtin.lora import resume, targets, ties
 from llmload.builtin.lora.dispatch import Dispatcher, record
 from llmload.builtin.lora.layers import adapter_parameters, lora_layers, own_name
 from llmload.builtin.lora.names import translate_targets
 from llmload.builtin.lora.outlines import dequantised_by_shape, is_quantised
 from llmload.builtin.lora.request import Request, heard, refused, resolve
-from llmload.plugin import alike, matching_within_budget, partitions
+from llmload.plugin import Problem, RequestError, alike, matching_within_budget, partitions
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 PREFIX: Final = "base_model.model."
 """Goes before the base model's names in a ``PeftModel``."""

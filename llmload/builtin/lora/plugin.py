@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from llmload import Conflict, Note, Problem
 from llmload.builtin.lora.hooks import Hooks
 from llmload.builtin.lora.section import LoraSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import version_of
+from llmload.plugin import Conflict, Note, Problem, version_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload import LoadContext
     from llmload.builtin.lora.request import Request
+    from llmload.plugin import LoadContext
 
 __all__ = ["LoraPlugin", "LoraSection"]
 

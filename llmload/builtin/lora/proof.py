@@ -10,15 +10,14 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from llmload import Problem
 from llmload.builtin.lora import resume
 from llmload.builtin.lora.layers import adapter_parameters, lora_layers, own_name
 from llmload.builtin.lora.names import translate_weights
 from llmload.builtin.lora.request import Request, resolve
-from llmload.plugin import partitions, some
+from llmload.plugin import Problem, partitions, some
 
 if TYPE_CHECKING:
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 _REPORT = "Report this with the plan and the versions of `llmload env`."
 

@@ -13,15 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from llmload import Problem, RequestError
 from llmload.builtin.lora import coati, saved
 from llmload.builtin.lora.section import FIELDS_SINCE, INITIALISATIONS, LoraSection
-from llmload.plugin import nearest, version_of
+from llmload.plugin import Problem, RequestError, nearest, version_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 TASKS: Final = {
     "causal_lm": "CAUSAL_LM",

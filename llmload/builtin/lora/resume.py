@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from llmload import CheckpointError, Problem
 from llmload.builtin.lora.names import translate_weights
 from llmload.builtin.lora.request import heard
-from llmload.plugin import partitions, some
+from llmload.plugin import CheckpointError, Problem, partitions, some
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from llmload import LoadContext
     from llmload.builtin.lora.saved import SavedAdapter
+    from llmload.plugin import LoadContext
 
 
 def restore(ctx: LoadContext, saved: SavedAdapter, model: PeftModel, adapter: str) -> list[str]:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import ValidationError
 
-from llmload import CheckpointError, Problem
 from llmload.builtin.lora.section import LEFT_TO_PEFT, OWN_FIELDS, LoraSection
 from llmload.builtin.lora.spellings import SPELLINGS
 from llmload.plugin import (
     Checkpoint,
+    CheckpointError,
     MappedCheckpoint,
+    Problem,
     UntrustedFolder,
     explain,
     hold_adapter,

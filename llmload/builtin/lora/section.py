@@ -13,9 +13,8 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, model_validator
 
-from llmload import InvalidValueError, Section
 from llmload.builtin.lora.spellings import SPELLINGS
-from llmload.plugin import Regex, nearest, replicated_layers
+from llmload.plugin import InvalidValueError, Regex, Section, nearest, replicated_layers
 
 OWN_FIELDS: Final = frozenset(
     {"adapter", "adapter_dtype", "adapter_name", "lora_config", "merge", "tied_weights"}

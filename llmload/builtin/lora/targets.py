@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llmload import Problem, RequestError
 from llmload.builtin.lora.layers import own_name
 from llmload.builtin.lora.request import ALL_LINEAR
-from llmload.plugin import closest, partitions, patterns
+from llmload.plugin import Problem, RequestError, closest, partitions, patterns
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -10,9 +10,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from llmload import Problem, RequestError
 from llmload.builtin.lora.layers import lora_layers, own_name, token_wrappers
-from llmload.plugin import partitions
+from llmload.plugin import Problem, RequestError, partitions
 
 if TYPE_CHECKING:
     from peft import PeftModel

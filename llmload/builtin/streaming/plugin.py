@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llmload import Decline, Note, Problem, RequestError
 from llmload.builtin.streaming.section import StreamingSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import MISSING, account, filesystem, installed_transformers, torch_dtype
+from llmload.plugin import (
+    MISSING,
+    Decline,
+    Note,
+    Problem,
+    RequestError,
+    account,
+    filesystem,
+    installed_transformers,
+    torch_dtype,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 _HONOURED = {"device_map"}
 _OF_TRAINER = ("trainer_state.json", "training_args.bin")

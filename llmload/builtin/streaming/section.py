@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmload import Section
+from llmload.plugin import Section
 
 
 class StreamingSection(Section):

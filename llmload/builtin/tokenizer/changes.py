@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llmload import Problem
-from llmload.plugin import closest
+from llmload.plugin import Problem, closest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

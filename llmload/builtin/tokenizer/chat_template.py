@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmload import CheckpointError, Problem, RequestError
-from llmload.plugin import UntrustedFolder, local_path, locate_files, read_file
+from llmload.plugin import (
+    CheckpointError,
+    Problem,
+    RequestError,
+    UntrustedFolder,
+    local_path,
+    locate_files,
+    read_file,
+)
 
 if TYPE_CHECKING:
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 _WHERE = "tokenizer.chat_template"
 _MARKS = ("{{", "{%")

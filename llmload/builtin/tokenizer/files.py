@@ -8,15 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmload import CheckpointError, Problem, RequestError
 from llmload.builtin.tokenizer import vetting
-from llmload.plugin import UntrustedFolder, in_one_line, locate_files, read_config
+from llmload.plugin import (
+    CheckpointError,
+    Problem,
+    RequestError,
+    UntrustedFolder,
+    in_one_line,
+    locate_files,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmload import LoadContext
     from llmload.builtin.tokenizer.section import TokenizerSection
+    from llmload.plugin import LoadContext
 
 # Any of these makes a folder one with a tokenizer; the first alone holds no vocabulary.
 _CONFIG = "tokenizer_config.json"

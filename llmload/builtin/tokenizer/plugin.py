@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from llmload import Note, Problem
 from llmload.builtin.tokenizer import chat_template, files, ids
 from llmload.builtin.tokenizer.changes import change
 from llmload.builtin.tokenizer.section import TokenizerSection
 from llmload.hookspecs import hookimpl
+from llmload.plugin import Note, Problem
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 _SHOWN = 3
 _IN_EVERY_TEXT = ("pad", "bos", "eos", "unk", "sep", "cls")

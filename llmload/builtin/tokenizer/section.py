@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llmload import InvalidValueError, Section
 from llmload.builtin.tokenizer.spellings import SPELLINGS
+from llmload.plugin import InvalidValueError, Section
 
 
 class AddedToken(Section):

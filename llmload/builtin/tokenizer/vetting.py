@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from llmload import CheckpointError, Problem, RequestError
-from llmload.plugin import UntrustedFolder
+from llmload.plugin import CheckpointError, Problem, RequestError, UntrustedFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 _CONFIGS: Final = ("tokenizer_config.json", "special_tokens_map.json")
 _ADDED: Final = "added_tokens.json"

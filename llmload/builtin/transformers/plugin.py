@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llmload import Note, Problem
 from llmload.hookspecs import hookimpl
+from llmload.plugin import Note, Problem
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from llmload import LoadContext
+    from llmload.plugin import LoadContext
 
 
 class TransformersLoader:

@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmload import Note, Problem
 from llmload.builtin.verify.section import Signature, VerifySection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import in_one_line, partitions, some
+from llmload.plugin import Note, Problem, in_one_line, partitions, some
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from llmload import LoadContext, LoadSpec
+    from llmload.plugin import LoadContext, LoadSpec
 
 _PIECE = 2**24
 """Values looked at in one go: what is computed of them takes as much memory again."""

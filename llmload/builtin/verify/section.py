@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from llmload import InvalidValueError, Section
+from llmload.plugin import InvalidValueError, Section
 
 
 class Signature(Section):

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from llmload import Problem, RequestError
 from llmload.builtin.zero3.section import Zero3Section
-from llmload.plugin import local_path, parse_yaml, read_file
+from llmload.plugin import Problem, RequestError, local_path, parse_yaml, read_file
 
 AUTO: Final = "auto"
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
-from llmload import Problem
 from llmload.builtin.zero3.config import DeepSpeedConfig
+from llmload.plugin import Problem
 
 
 def problems(config: DeepSpeedConfig) -> Iterator[Problem]:

@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.integrations import deepspeed as integration
 
-from llmload import LoadFailedError, Problem
 from llmload.builtin.zero3.leaves import mark_leaf_modules
 from llmload.builtin.zero3.placement import Partitioned
 from llmload.builtin.zero3.process_group import connect
 from llmload.builtin.zero3.section import Zero3Section
-from llmload.plugin import Ranks, Span, partitions, request_of
+from llmload.plugin import LoadFailedError, Problem, Ranks, Span, partitions, request_of
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmload import LoadContext
     from llmload.builtin.zero3.config import DeepSpeedConfig
+    from llmload.plugin import LoadContext
 
 
 class Session(AbstractContextManager["Session"]):

@@ -13,20 +13,18 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from llmload import Conflict, Decline, Note, Problem
 from llmload.builtin.zero3 import config
 from llmload.builtin.zero3.section import Zero3Section
 from llmload.hookspecs import hookimpl
-from llmload.plugin import rank, store_is_there, world_size
+from llmload.plugin import Conflict, Decline, Note, Problem, rank, store_is_there, world_size
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload import LoadContext
     from llmload.builtin.zero3.config import DeepSpeedConfig
     from llmload.builtin.zero3.loading_session import Session
-    from llmload.plugin import Presence
+    from llmload.plugin import LoadContext, Presence
 
 
 _EXAMPLES = (2, 4, 8)

@@ -10,7 +10,7 @@ import os
 import deepspeed
 import torch.distributed as dist
 
-from llmload import RequestError
+from llmload.plugin import RequestError
 from llmload.plugin import connect as gather
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from llmload import InvalidValueError, Section
 from llmload.builtin.zero3.spellings import SPELLINGS
+from llmload.plugin import InvalidValueError, Section
 
 
 class OffloadParam(Section):

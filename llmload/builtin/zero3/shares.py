@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from llmload import LoadContext
-    from llmload.plugin import Accounting
+    from llmload.plugin import Accounting, LoadContext
 
 
 def share(module: nn.Module, attribute: str, elements: int, rank: int, ranks: int) -> Span:

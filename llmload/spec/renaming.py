@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeAlias
 
-from llmload import patterns
 from llmload.errors import CheckpointError, Problem
+from llmload.spec import patterns
 
 KeyRule: TypeAlias = (
     tuple[tuple[str, str], ...] | Callable[[Sequence[str], Collection[str]], Mapping[str, str]]
