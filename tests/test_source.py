@@ -6,15 +6,19 @@ No hub can be reached here: ``snapshot_download`` is replaced by a stand-in wher
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from llmload import LoadSpec
 from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.errors import CheckpointError
 from llmload.hf import locating
+from llmload.hf.hub import cache_dir
 from llmload.testing import tiny_checkpoint
 
 
@@ -69,38 +73,112 @@ def test_a_revision_of_a_folder_is_refused(folder: Path) -> None:
 # --- the hub ------------------------------------------------------------------------------------
 
 
+OTHERS = (
+    "LICENSE.txt",
+    "README.md",
+    "consolidated.safetensors",
+    "model.fp16.safetensors",
+    "original/params.json",
+    "original/consolidated.00.pth",
+    "onnx/model.onnx",
+    "onnx/config.json",
+    "checkpoint-5/model.safetensors",
+    "checkpoint-5/config.json",
+    "pytorch_model.bin",
+    "tf_model.h5",
+    "modeling_own.py",
+)
+"""What lies in repositories beside what a load needs."""
+
+
 @pytest.fixture
-def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A stand-in for the hub: every repository is ``folder``; returns what was asked."""
-    asked: list[dict[str, Any]] = []
+def fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """A stand-in for the hub: loads from a folder, and returns the files fetched of it."""
 
-    def snapshot_download(repo: str, **options: Any) -> str:
-        asked.append({"repo": repo, **options})
-        return str(folder)
+    def fetch(remote: Path, *, weights: bool = True, **keys: Any) -> list[str]:
+        for name in OTHERS:
+            path = remote / keys.get("subfolder", "") / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        here = tmp_path / "snapshot"
+        here.mkdir()
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    return asked
+        def snapshot_download(repo: str, **options: Any) -> str:
+            assert (repo, options["revision"]) == ("org/name", keys.get("revision"))
+            names = [str(p.relative_to(remote)) for p in remote.rglob("*") if p.is_file()]
+            patterns = {key: options[key] for key in ("allow_patterns", "ignore_patterns")}
+            for name in filter_repo_objects(names, **patterns):
+                (here / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(remote / name, here / name)
+            return str(here)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+        locating.resolve(LoadSpec(model="org/name", **keys), weights=weights)
+        return sorted(str(p.relative_to(here)) for p in here.rglob("*") if p.is_file())
+
+    return fetch
 
 
-def test_a_hub_id_is_fetched_at_its_revision_without_pickles(
-    hub: list[dict[str, Any]], folder: Path
+METADATA = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+"""What every load fetches; 4.51.3 saves one file more."""
+
+
+def test_just_what_is_needed_is_fetched_at_the_revision(
+    tmp_path: Path, fetched: Callable[..., list[str]]
 ) -> None:
-    spec = LoadSpec(model="org/name", revision="v2", local_files_only=True)
-    assert locating.resolve(spec, weights=True) == folder
-    (asked,) = hub
-    assert (asked["repo"], asked["revision"], asked["local_files_only"]) == ("org/name", "v2", True)
-    assert "*.safetensors" in asked["allow_patterns"]
-    assert "*.bin" not in asked["allow_patterns"]
+    remote = tiny_checkpoint(tmp_path / "remote", shards=2)
+    shards = {path.name for path in remote.glob("model*")}
+    assert len(shards) > 2  # with the index
+    found = set(fetched(remote, revision="v2")) - {"special_tokens_map.json"}
+    assert found == METADATA | shards
 
 
-def test_for_a_plan_no_weight_file_is_fetched(hub: list[dict[str, Any]]) -> None:
-    locating.resolve(LoadSpec(model="org/name"), weights=False)
-    assert not {"*.safetensors", "*.bin"} & set(hub[0]["allow_patterns"])
+def test_a_single_file_is_fetched_where_there_is_no_index(
+    tmp_path: Path, fetched: Callable[..., list[str]]
+) -> None:
+    found = fetched(tiny_checkpoint(tmp_path / "remote"))
+    assert set(found) - {"special_tokens_map.json"} == METADATA | {"model.safetensors"}
 
 
-def test_pickles_are_fetched_where_they_are_allowed(hub: list[dict[str, Any]]) -> None:
-    locating.resolve(LoadSpec(model="org/name", allow_pickle=True), weights=True)
-    assert "*.bin" in hub[0]["allow_patterns"]
+def test_for_a_plan_no_weight_file_is_fetched(
+    tmp_path: Path, fetched: Callable[..., list[str]]
+) -> None:
+    found = fetched(tiny_checkpoint(tmp_path / "remote"), weights=False)
+    assert set(found) - {"special_tokens_map.json"} == METADATA
+
+
+def test_pickles_are_fetched_where_they_are_allowed_and_all_there_is(
+    tmp_path: Path, fetched: Callable[..., list[str]]
+) -> None:
+    remote = tiny_checkpoint(tmp_path / "remote")
+    (remote / "model.safetensors").unlink()
+    assert "pytorch_model.bin" in fetched(remote, allow_pickle=True)
+
+
+def test_a_pickle_beside_safetensors_is_not_fetched(
+    tmp_path: Path, fetched: Callable[..., list[str]]
+) -> None:
+    assert "pytorch_model.bin" not in fetched(
+        tiny_checkpoint(tmp_path / "remote"), allow_pickle=True
+    )
+
+
+def test_code_is_fetched_where_it_is_trusted(
+    tmp_path: Path, fetched: Callable[..., list[str]]
+) -> None:
+    remote = tiny_checkpoint(tmp_path / "remote")
+    assert "modeling_own.py" in fetched(remote, trust_remote_code=True)
+
+
+def test_of_a_folder_in_the_repository_the_same_is_fetched(
+    tmp_path: Path, fetched: Callable[..., list[str]]
+) -> None:
+    tiny_checkpoint(tmp_path / "remote" / "actor", shards=2)
+    found = fetched(tmp_path / "remote", subfolder="actor")
+    assert {name for name in found if not name.startswith("actor/")} == set()
+    names = {name.removeprefix("actor/") for name in found} - {"special_tokens_map.json"}
+    assert names >= METADATA
+    assert not names & set(OTHERS)
 
 
 def test_a_hub_id_that_cannot_be_fetched_is_refused(tmp_path: Path) -> None:
@@ -150,13 +228,13 @@ def test_the_first_cache_candidate_that_exists_wins(tmp_path: Path) -> None:
     (tmp_path / "second").mkdir()
     (tmp_path / "third").mkdir()
     names = [str(tmp_path / name) for name in ("first", "second", "third")]
-    assert locating.cache_dir(LoadSpec(model="m", cache_dir=names)) == tmp_path / "second"
+    assert cache_dir(LoadSpec(model="m", cache_dir=names)) == tmp_path / "second"
 
 
 def test_the_last_cache_candidate_is_taken_where_none_exists(tmp_path: Path) -> None:
     names = [str(tmp_path / "first"), str(tmp_path / "second")]
-    assert locating.cache_dir(LoadSpec(model="m", cache_dir=names)) == tmp_path / "second"
-    assert locating.cache_dir(LoadSpec(model="m")) is None
+    assert cache_dir(LoadSpec(model="m", cache_dir=names)) == tmp_path / "second"
+    assert cache_dir(LoadSpec(model="m")) is None
 
 
 # --- configs ------------------------------------------------------------------------------------

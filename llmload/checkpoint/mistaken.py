@@ -58,6 +58,9 @@ def without_config(folder: Path) -> tuple[str, str]:
 def without_weights(folder: Path) -> str:
     """Return the way out for a folder that holds a config and no weights by their usual names."""
     found = _entries(folder)
+    hub_id = _hub_id(folder)
+    if hub_id:
+        return f"Fetch the weights with `hf download {hub_id}`."
     if "zero_to_fp32.py" in found:
         return (
             "These are DeepSpeed's partitions: join them with `python -m"

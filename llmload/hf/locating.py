@@ -11,14 +11,12 @@ from llmload.checkpoint.folder import member
 from llmload.checkpoint.strict_json import short
 from llmload.checkpoint.untrusted import UntrustedFolder, local_path
 from llmload.errors import CheckpointError, Problem
+from llmload.hf import hub
 
 if TYPE_CHECKING:
     from llmload.spec.loadspec import LoadSpec
 
 CONFIG = "config.json"
-_METADATA_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer*"]
-_SAFE_WEIGHTS = ["*.safetensors"]
-_PICKLED_WEIGHTS = ["*.bin"]
 
 GENERATION_CONFIG = "generation_config.json"
 _OTHER_CONFIGS = (
@@ -79,7 +77,7 @@ def locate(spec: LoadSpec, *, weights: bool) -> Path:
             )
         )
     if _is_hub_id(str(spec.model)):
-        return _snapshot(spec, weights=weights)
+        return hub.snapshot(spec, weights=weights)
     raise CheckpointError(
         Problem(
             where="model",
@@ -101,56 +99,6 @@ def _is_hub_id(model: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def _snapshot(spec: LoadSpec, *, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    patterns = list(_METADATA_FILES)
-    if weights:
-        patterns += _SAFE_WEIGHTS + (_PICKLED_WEIGHTS if spec.allow_pickle else [])
-    try:
-        return Path(
-            snapshot_download(
-                str(spec.model),
-                revision=spec.revision,
-                cache_dir=cache_dir(spec),
-                local_files_only=spec.local_files_only,
-                allow_patterns=patterns,
-            )
-        )
-    except GatedRepoError:
-        fix = "Ask for access on the model's page, then log in with `hf auth login`."
-        message = f"the hub repository {spec.model!r} is gated"
-    except RevisionNotFoundError:
-        fix = "Give a branch, tag or commit of the repository."
-        message = f"the hub repository {spec.model!r} has no revision {spec.revision!r}"
-    except RepositoryNotFoundError:
-        fix = "Check the id, or log in with `hf auth login` if it is private."
-        message = f"neither a folder nor a hub repository is called {spec.model!r}"
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        fix = "Give a local folder, or fetch it beforehand with `hf download`."
-        message = (
-            f"{spec.model!r} is not a folder, and the hub repository of that name is neither in"
-            f" the cache nor could it be fetched ({type(error).__name__})"
-        )
-    raise CheckpointError(Problem(where="model", message=message, fix=fix))
-
-
-def cache_dir(spec: LoadSpec) -> Path | None:
-    """Return the hub cache: the first candidate that exists, else the last, else the default."""
-    candidates = [local_path(candidate, "cache_dir") for candidate in spec.cache_candidates]
-    existing = [candidate for candidate in candidates if candidate.is_dir()]
-    if existing:
-        return existing[0]
-    return candidates[-1] if candidates else None
 
 
 def read_config(files: UntrustedFolder, spec: LoadSpec) -> dict[str, Any]:

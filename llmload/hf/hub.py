@@ -1,0 +1,154 @@
+"""The snapshot of a hub repository: what a load needs of it, from the cache or fetched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from llmload.checkpoint.folder import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
+from llmload.checkpoint.untrusted import local_path
+from llmload.errors import CheckpointError, Problem
+
+if TYPE_CHECKING:
+    from llmload.spec.loadspec import LoadSpec
+
+_METADATA: Final = (
+    "*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.codes", "tokenizer*", "vocab*",
+    "merges*", "dict*.txt",
+)  # fmt: skip
+_CODE: Final = "*.py"
+_SHOWN: Final = 5
+
+
+def snapshot(spec: LoadSpec, *, weights: bool) -> Path:
+    """Return the folder of a hub repository's snapshot, with what the load needs.
+
+    Fetched are configs and tokenizer, the code where it is trusted, and of the weights just the
+    files that will be read: those that the index names, or the single one; pickles only where they
+    are allowed and there is nothing else. Where the hub cannot be reached, what is in the cache
+    has to do: what is missing there is found when it is looked for.
+
+    :param weights: fetch the weights too.
+    :raises CheckpointError: the hub does not have it, or neither hub nor cache can give it.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        metadata = [*_METADATA, *([_CODE] if spec.trust_remote_code else [])]
+        folder = _fetch(spec, metadata, below=False)
+        for names in _weights(folder / (spec.subfolder or ""), spec) if weights else ():
+            folder = _fetch(spec, names, below=True)
+        return folder
+    except GatedRepoError:
+        fix = "Ask for access on the model's page, then log in with `hf auth login`."
+        message = f"the hub repository {spec.model!r} is gated"
+    except RevisionNotFoundError:
+        fix = "Give a branch, tag or commit of the repository."
+        message = f"the hub repository {spec.model!r} has no revision {spec.revision!r}"
+    except RepositoryNotFoundError:
+        fix = "Check the id, or log in with `hf auth login` if it is private."
+        message = f"neither a folder nor a hub repository is called {spec.model!r}"
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        found = _cached(spec)
+        if found is not None:
+            return found
+        message, fix = _unreachable(spec, type(error).__name__)
+    raise CheckpointError(Problem(where="model", message=message, fix=fix))
+
+
+def _fetch(spec: LoadSpec, names: list[str], *, below: bool) -> Path:
+    """Fetch files of the model's own folder.
+
+    :param below: also of folders in it, which patterns would match too (``original/``, ``onnx/``).
+    """
+    from huggingface_hub import snapshot_download
+
+    base = f"{spec.subfolder}/" if spec.subfolder else ""
+    return Path(
+        snapshot_download(
+            str(spec.model),
+            revision=spec.revision,
+            cache_dir=cache_dir(spec),
+            local_files_only=spec.local_files_only,
+            allow_patterns=[f"{base}{name}" for name in names],
+            ignore_patterns=None if below else [f"{base}*/*"],
+        )
+    )
+
+
+def _weights(folder: Path, spec: LoadSpec) -> Iterator[list[str]]:
+    """Yield the files of weights to fetch, until there are some."""
+    kinds = [(SINGLE, INDEX)] + ([(PICKLE_SINGLE, PICKLE_INDEX)] if spec.allow_pickle else [])
+    for single, index in kinds:
+        yield _shards(folder / index) or [single]
+        if (folder / single).exists() or (folder / index).exists():
+            return
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the files that an index names; it is held to the rules when it is read for the load.
+
+    A name that leads elsewhere is none of the repository, and fetches nothing.
+    """
+    try:
+        content = json.loads(index.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return []
+    mapping = content.get("weight_map") if isinstance(content, dict) else None
+    found: Any = mapping.values() if isinstance(mapping, dict) else ()
+    return sorted({name for name in found if isinstance(name, str) and "*" not in name})
+
+
+def _cached(spec: LoadSpec) -> Path | None:
+    """Return the snapshot in the cache, whatever of the repository it lacks."""
+    from huggingface_hub import try_to_load_from_cache
+
+    base = f"{spec.subfolder}/" if spec.subfolder else ""
+    for name in ("config.json", "tokenizer_config.json", "adapter_config.json"):
+        found = try_to_load_from_cache(
+            str(spec.model), base + name, cache_dir=cache_dir(spec), revision=spec.revision
+        )
+        if isinstance(found, str):
+            return Path(found.removesuffix(base + name))
+    return None
+
+
+def _unreachable(spec: LoadSpec, error: str) -> tuple[str, str]:
+    """Return what to say where neither the cache nor the hub has what is asked for."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = cache_dir(spec) or Path(HF_HUB_CACHE)
+    place = cache / f"models--{str(spec.model).replace('/', '--')}"
+    known = sorted(path.name for path in place.glob("refs/*"))
+    known += sorted(path.name for path in place.glob("snapshots/*"))
+    if known:
+        asked = spec.revision or "main"
+        shown = ", ".join(known[:_SHOWN]) + (", ..." if len(known) > _SHOWN else "")
+        return (
+            f"the cache {str(cache)!r} holds {spec.model!r} at {shown}, not at the revision"
+            f" {asked!r}, which could not be fetched ({error})",
+            f"Write `revision` with one of those, or fetch it with `hf download {spec.model}"
+            f" --revision {asked}`.",
+        )
+    return (
+        f"{spec.model!r} is not a folder, and the hub repository of that name is neither in the"
+        f" cache nor could it be fetched ({error})",
+        "Give a local folder, or fetch it beforehand with `hf download`.",
+    )
+
+
+def cache_dir(spec: LoadSpec) -> Path | None:
+    """Return the hub cache: the first candidate that exists, else the last, else the default."""
+    candidates = [local_path(candidate, "cache_dir") for candidate in spec.cache_candidates]
+    existing = [candidate for candidate in candidates if candidate.is_dir()]
+    if existing:
+        return existing[0]
+    return candidates[-1] if candidates else None
