@@ -32,9 +32,9 @@ class ScoreSection(HeadSection):
     compute_fp32_loss: bool = False
     """Compute the pairwise loss in float32. DeepSpeed-Chat only."""
     version: CoatiVersion = "colossalchat"
-    """Which coati's model it is, coati only. ``colossalchat``, today's: a reward for the last token,
-    a value for each. ``0.3.4``, as from ColossalAI 0.3.3: reward and value for the last token.
-    ``0.2.8``, as to 0.3.2: both the mean over tokens."""
+    """Which coati's model it is: ``colossalchat``, today's, with a reward for the last token and a
+    value for each; ``0.3.4``, as from ColossalAI 0.3.3, reward and value for the last token;
+    ``0.2.8``, as to 0.3.2, both the mean over tokens. coati only."""
 
 
 class RewardHeadSection(ScoreSection):
