@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from llmload.model import reachable
+from llmload.testing import tiny_model
 
 
 class Frequencies(LlamaForCausalLM):

@@ -15,7 +15,6 @@ from llmload.cli import demo
 from llmload.errors import PluginError, RequestError
 from llmload.group import loading
 from llmload.loading import pipeline
-from llmload.testing import FakeDistributions, fake_distributions
 
 # No test may reach for a hub, and progress bars have no place in captured output.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,15 +25,6 @@ def pytest_collection_finish() -> None:
     """Leave what is imported by now out of all later searches for garbage, half a second each."""
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture
-def distributions(tmp_path: Path) -> Iterator[FakeDistributions]:
-    """A place for fake distributions, on ``sys.path`` for the length of one test."""
-    root = tmp_path / "site"
-    root.mkdir()
-    with fake_distributions(root) as fakes:
-        yield fakes
 
 
 @pytest.fixture(autouse=True)

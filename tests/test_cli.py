@@ -283,11 +283,11 @@ def test_active_plugins_are_listed_in_plan_order() -> None:
 
 
 def test_every_kind_of_plugin_is_listed_and_broken_ones_with_the_reason(
-    distributions: FakeDistributions,
+    llmload_distributions: FakeDistributions,
 ) -> None:
     good = "class Good:\n    name = 'good'\n"
-    distributions.add("acme-good", {"good": "acme_good:Good"}, "acme_good", good)
-    distributions.add("acme-bad", {"bad": "acme_bad:Bad"}, "acme_bad", "import nowhere\n")
+    llmload_distributions.add("acme-good", {"good": "acme_good:Good"}, "acme_good", good)
+    llmload_distributions.add("acme-bad", {"bad": "acme_bad:Bad"}, "acme_bad", "import nowhere\n")
     entries = listed("-p", "no:dropout")
     assert (entries["good"]["status"], entries["good"]["distribution"]) == (
         "active",
@@ -349,8 +349,12 @@ class Greeter:
 """
 
 
-def test_what_a_library_prints_does_not_spoil_the_data(distributions: FakeDistributions) -> None:
-    distributions.add("acme-greeter", {"greeter": "acme_greeter:Greeter"}, "acme_greeter", GREETER)
+def test_what_a_library_prints_does_not_spoil_the_data(
+    llmload_distributions: FakeDistributions,
+) -> None:
+    llmload_distributions.add(
+        "acme-greeter", {"greeter": "acme_greeter:Greeter"}, "acme_greeter", GREETER
+    )
     result = run("plugins", "--json")
     assert "greeter" in {entry["name"] for entry in json.loads(result.stdout)["plugins"]}
     assert result.stderr == "hello from a library\n"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llama, tiny_model
 
 import llmload
 from llmload.hookspecs import hookimpl
+from llmload.testing import tiny_llama, tiny_model
 
 ENDS = "in the model as they are stored, by their first and last values"
 LOADERS = ("streaming", "transformers")

@@ -139,11 +139,13 @@ def test_without_the_ml_stack_no_load_works_and_the_way_to_it_is_said(
 
 
 def test_a_broken_plugin_is_named_and_the_exit_code_is_1(
-    distributions: FakeDistributions, monkeypatch: pytest.MonkeyPatch
+    llmload_distributions: FakeDistributions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "version_of", lambda name: "1")
     monkeypatch.setenv("LLMLOAD_DISABLE_PLUGIN_AUTOLOAD", "1")
-    distributions.add("acme-bad", {"bad": "acme_bad:Bad"}, "acme_bad", "raise ImportError('gone')")
+    llmload_distributions.add(
+        "acme-bad", {"bad": "acme_bad:Bad"}, "acme_bad", "raise ImportError('gone')"
+    )
     result = run("bad", "--json", "-p", "bad")
     (entry,) = json.loads(result.stdout)["plugins"]
     assert (entry["health"], result.exit_code) == ("broken", 1)

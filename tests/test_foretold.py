@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stacks import IS_MODERN
-from tiny import edit_config, tiny_llama
 
 import llmload
+from llmload.testing import edit_config, tiny_llama
 
 BLOCK = 128
 """Rows and columns that have one scale in an FP8 folder."""

@@ -153,9 +153,9 @@ def test_without_the_plugin_the_adapter_is_refused_and_the_plugin_named(
 
 
 def test_an_installed_plugin_is_found_again_in_another_process(
-    folder: Path, tmp_path: Path, distributions: FakeDistributions
+    folder: Path, tmp_path: Path, llmload_distributions: FakeDistributions
 ) -> None:
-    distributions.add(
+    llmload_distributions.add(
         "odd-lora", {"makes_odd": "odd_layers:MakesOdd", "adapts": "odd_layers:Adapts"}
     )
     adapter = save(load(folder).model, tmp_path / "adapter")
@@ -165,9 +165,8 @@ def test_an_installed_plugin_is_found_again_in_another_process(
         model = llmload.load(spec).model
         print(sum(type(module).__name__ == "OddLora" for module in model.modules()))
     """
-    path = (
-        f"import sys; sys.path[:0] = [{str(distributions.root)!r}, {str(Path(__file__).parent)!r}]"
-    )
+    places = [str(llmload_distributions.root), str(Path(__file__).parent)]
+    path = f"import sys; sys.path[:0] = {places!r}"
     done = subprocess.run(
         [sys.executable, "-c", path + "\n" + dedent(code)],
         capture_output=True,

@@ -14,13 +14,13 @@ import architectures
 import computed_tensors
 import pytest
 import torch
-from tiny import tiny_llama, tiny_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
 import llmload
 from llmload.model import reachable
 from llmload.model.dry_run import probe
+from llmload.testing import tiny_llama, tiny_model
 
 
 def everything(model: nn.Module) -> dict[str, Any]:

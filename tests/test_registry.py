@@ -35,9 +35,9 @@ class Plugin:
 """
 
 
-def add_good(distributions: FakeDistributions, name: str, distribution: str = "") -> None:
+def add_good(llmload_distributions: FakeDistributions, name: str, distribution: str = "") -> None:
     module = f"module_{distribution.replace('-', '_') or name}"
-    distributions.add(
+    llmload_distributions.add(
         distribution or f"dist-{name}", {name: f"{module}:Plugin"}, module, GOOD.format(name=name)
     )
 
@@ -59,9 +59,9 @@ def reason_of(plugin: object) -> str:
 
 
 def test_built_in_plugins_come_through_the_same_entry_points_as_others(
-    distributions: FakeDistributions,
+    llmload_distributions: FakeDistributions,
 ) -> None:
-    add_good(distributions, "extra")
+    add_good(llmload_distributions, "extra")
     registry = create_registry(environ={})
     status = {info.name: (info.builtin, info.status) for info in registry.plugins}
     assert status["transformers"] == (True, "active")
@@ -69,8 +69,8 @@ def test_built_in_plugins_come_through_the_same_entry_points_as_others(
     assert info(registry, "extra").distribution == "dist-extra 1.0"
 
 
-def test_two_registries_share_no_plugin_object(distributions: FakeDistributions) -> None:
-    add_good(distributions, "extra")
+def test_two_registries_share_no_plugin_object(llmload_distributions: FakeDistributions) -> None:
+    add_good(llmload_distributions, "extra")
     one, other = create_registry(environ={}), create_registry(environ={})
     assert info(one, "extra").plugin is not info(other, "extra").plugin
 
@@ -100,10 +100,10 @@ def test_the_plan_order_is_the_same_whatever_the_order_of_installation(
 
 
 def test_of_twenty_distributions_only_the_selected_one_is_imported(
-    distributions: FakeDistributions,
+    llmload_distributions: FakeDistributions,
 ) -> None:
     for number in range(20):
-        add_good(distributions, f"plugin{number}")
+        add_good(llmload_distributions, f"plugin{number}")
     registry = create_registry(select=["plugin7"], autoload=False, environ={})
     imported = [n for n in range(20) if f"module_plugin{n}" in sys.modules]
     assert imported == [7]
@@ -112,9 +112,9 @@ def test_of_twenty_distributions_only_the_selected_one_is_imported(
 
 
 def test_a_blocked_plugin_is_not_imported_even_when_selected(
-    distributions: FakeDistributions,
+    llmload_distributions: FakeDistributions,
 ) -> None:
-    add_good(distributions, "extra")
+    add_good(llmload_distributions, "extra")
     registry = create_registry(select=["extra"], block=["extra"], environ={})
     assert info(registry, "extra").status == "blocked"
     assert "module_extra" not in sys.modules
@@ -142,13 +142,13 @@ def test_a_blocked_name_cannot_be_taken_by_another_object() -> None:
     ],
 )
 def test_plugins_are_selected_by_argument_and_environment(
-    distributions: FakeDistributions,
+    llmload_distributions: FakeDistributions,
     select: list[str],
     environ: dict[str, str],
     expected: str,
 ) -> None:
-    add_good(distributions, "extra")
-    add_good(distributions, "other")
+    add_good(llmload_distributions, "extra")
+    add_good(llmload_distributions, "other")
     assert info(create_registry(select=select, environ=environ), "extra").status == expected
 
 
@@ -158,9 +158,9 @@ def test_built_in_plugins_stay_without_autoload() -> None:
 
 
 def test_a_plugin_can_be_selected_as_module_and_attribute(
-    distributions: FakeDistributions,
+    llmload_distributions: FakeDistributions,
 ) -> None:
-    (distributions.root / "loose.py").write_text(GOOD.format(name="loose"))
+    (llmload_distributions.root / "loose.py").write_text(GOOD.format(name="loose"))
     registry = create_registry(select=["loose:Plugin"], environ={})
     assert info(registry, "loose").status == "active"
 
@@ -196,9 +196,9 @@ def test_a_section_of_a_blocked_plugin_is_refused() -> None:
 
 
 def test_a_section_of_a_plugin_that_is_not_selected_is_refused(
-    distributions: FakeDistributions,
+    llmload_distributions: FakeDistributions,
 ) -> None:
-    add_good(distributions, "extra")
+    add_good(llmload_distributions, "extra")
     with pytest.raises(PluginError) as caught:
         create_registry(autoload=False, environ={}).validate({"model": "m", "extra": {}})
     assert str(caught.value) == (
@@ -217,10 +217,10 @@ def test_built_in_plugins_keep_the_contract() -> None:
 
 
 def test_a_built_in_plugin_is_held_to_the_contract_as_any_other(
-    distributions: FakeDistributions,
+    llmload_distributions: FakeDistributions,
 ) -> None:
     source = GOOD.format(name="odd").replace("post_load", "post_laod")
-    distributions.add("llmload", {"odd": "odd_module:Plugin"}, "odd_module", source)
+    llmload_distributions.add("llmload", {"odd": "odd_module:Plugin"}, "odd_module", source)
     found = info(create_registry(environ={}), "odd", builtin=True)
     assert found.builtin
     assert (found.status, found.reason) == (
@@ -230,11 +230,11 @@ def test_a_built_in_plugin_is_held_to_the_contract_as_any_other(
 
 
 def test_a_hook_of_a_plugin_that_is_left_out_breaks_nobody(
-    distributions: FakeDistributions,
+    llmload_distributions: FakeDistributions,
 ) -> None:
     registry = create_registry(block=["lora"], environ={})
     assert [i.name for i in registry.plugins if i.status == "broken"] == []
-    distributions.add(
+    llmload_distributions.add(
         "bad-dist",
         {"odd": "odd_module:Plugin"},
         "odd_module",
@@ -360,13 +360,13 @@ BROKEN = {
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_plugin_is_reported_and_fails_only_the_load_that_names_it(
-    distributions: FakeDistributions, fault: str
+    llmload_distributions: FakeDistributions, fault: str
 ) -> None:
     source, reason = BROKEN[fault]
-    distributions.add(
+    llmload_distributions.add(
         "bad-dist", {"broken": "broken_module:Plugin"}, "broken_module", source, "2.1"
     )
-    add_good(distributions, "extra")
+    add_good(llmload_distributions, "extra")
     registry = create_registry(environ={})
 
     assert info(registry, "broken").status == "broken"
@@ -386,27 +386,33 @@ def test_a_broken_plugin_is_reported_and_fails_only_the_load_that_names_it(
 
 
 def test_a_broken_plugin_that_is_selected_by_name_fails_every_load(
-    distributions: FakeDistributions,
+    llmload_distributions: FakeDistributions,
 ) -> None:
-    distributions.add("bad-dist", {"broken": "broken_module:Plugin"}, "broken_module", "1/0")
+    llmload_distributions.add(
+        "bad-dist", {"broken": "broken_module:Plugin"}, "broken_module", "1/0"
+    )
     registry = create_registry(select=["broken"], environ={})
     with pytest.raises(PluginError, match="is broken: ZeroDivisionError: division by zero"):
         registry.activate(LoadSpec(model="m"))
 
 
-def test_one_hook_of_a_broken_plugin_never_runs(distributions: FakeDistributions) -> None:
+def test_one_hook_of_a_broken_plugin_never_runs(llmload_distributions: FakeDistributions) -> None:
     # pluggy 1.6 keeps the hooks it had seen when a registration fails half-way.
     source = (
         GOOD.format(name="broken") + "\n    @llmload.hookimpl\n    def zzz(self):\n        pass\n"
     )
-    distributions.add("bad-dist", {"broken": "broken_module:Plugin"}, "broken_module", source)
+    llmload_distributions.add(
+        "bad-dist", {"broken": "broken_module:Plugin"}, "broken_module", source
+    )
     host = create_registry(environ={}).activate(LoadSpec(model="m"))
     assert "broken" not in host.implementing("post_load")
 
 
-def test_two_distributions_with_one_name_break_both(distributions: FakeDistributions) -> None:
-    add_good(distributions, "extra", "first-dist")
-    add_good(distributions, "extra", "second-dist")
+def test_two_distributions_with_one_name_break_both(
+    llmload_distributions: FakeDistributions,
+) -> None:
+    add_good(llmload_distributions, "extra", "first-dist")
+    add_good(llmload_distributions, "extra", "second-dist")
     registry = create_registry(environ={})
     both = [i for i in registry.plugins if i.name == "extra"]
     assert [i.status for i in both] == ["broken", "broken"]
@@ -416,17 +422,17 @@ def test_two_distributions_with_one_name_break_both(distributions: FakeDistribut
 
 
 def test_a_plugin_that_shadows_a_built_in_fails_the_load_that_names_it_and_no_other(
-    distributions: FakeDistributions,
+    llmload_distributions: FakeDistributions,
 ) -> None:
-    add_good(distributions, "dropout", "evil-dist")
+    add_good(llmload_distributions, "dropout", "evil-dist")
     registry = create_registry(environ={})
     registry.activate(LoadSpec(model="m"))
     with pytest.raises(PluginError, match=r"the name 'dropout' is provided by evil-dist 1\.0 and"):
         registry.validate({"model": "m", "dropout": {}})
 
 
-def test_a_plugin_may_not_take_a_core_key(distributions: FakeDistributions) -> None:
-    add_good(distributions, "dtype")
+def test_a_plugin_may_not_take_a_core_key(llmload_distributions: FakeDistributions) -> None:
+    add_good(llmload_distributions, "dtype")
     assert info(create_registry(environ={}), "dtype").reason == (
         "the name 'dtype' is a core key of the spec"
     )

@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 from stacks import IS_MODERN
-from tiny import tiny_llama, tiny_model
 
 import llmload
 from llmload.spec.foreign_keys import of_sections
 from llmload.spec.refusals import unknown_key
+from llmload.testing import tiny_llama, tiny_model
 
 SPELLINGS = of_sections(llmload.create_registry(environ={}).sections.values())
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_llama
 from typer.testing import CliRunner
 
 import llmload
 from llmload import Problem, hookimpl
 from llmload.cli import commands
+from llmload.testing import tiny_llama
 
 EOS = "tokenizer.pad_token: the pad token is the eos token '</s>'"
 """How the plan's warning begins that ``PADDED`` gives rise to."""

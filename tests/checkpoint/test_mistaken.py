@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import tiny_llama
 
 import llmload
 from llmload.checkpoint import mistaken
+from llmload.testing import tiny_llama
 
 ADAPTER = {"base_model_name_or_path": "org/base"}
 
