@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_llama
 
 import llmload
+from llmload.testing import tiny_llama
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 UNNEEDED = ("LICENSE.txt", "consolidated.safetensors", "original/params.json", "README.md")
