@@ -336,7 +336,8 @@ BAD_SPECS = [
         "model: gpt2\nauto_class: AutoModelForCausalLM\n",
         (
             "2:1: auto_class: expected 'causal_lm', 'seq2seq_lm', 'sequence_classification',"
-            " 'token_classification', 'base' or 'module:Class', found 'AutoModelForCausalLM'."
+            " 'token_classification', 'image_text_to_text', 'base' or 'module:Class',"
+            " found 'AutoModelForCausalLM'."
             " Write causal_lm.",
         ),
     ),
@@ -345,7 +346,8 @@ BAD_SPECS = [
         "model: gpt2\nauto_class: 'my.module:'\n",
         (
             "2:1: auto_class: expected 'causal_lm', 'seq2seq_lm', 'sequence_classification',"
-            " 'token_classification', 'base' or 'module:Class', found 'my.module:'",
+            " 'token_classification', 'image_text_to_text', 'base' or 'module:Class',"
+            " found 'my.module:'",
         ),
     ),
     BadSpec(

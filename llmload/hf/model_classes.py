@@ -24,6 +24,7 @@ AUTO_CLASSES = {
     "seq2seq_lm": "AutoModelForSeq2SeqLM",
     "sequence_classification": "AutoModelForSequenceClassification",
     "token_classification": "AutoModelForTokenClassification",
+    "image_text_to_text": "AutoModelForImageTextToText",
     "base": "AutoModel",
 }
 

@@ -142,6 +142,8 @@ _CLASSES: Final = {
     "AutoModelForSeq2SeqLM": "seq2seq_lm",
     "AutoModelForSequenceClassification": "sequence_classification",
     "AutoModelForTokenClassification": "token_classification",
+    "AutoModelForImageTextToText": "image_text_to_text",
+    "AutoModelForVision2Seq": "image_text_to_text",
     "AutoModel": "base",
     "CAUSAL_LM": "causal_lm",
     "SEQ_2_SEQ_LM": "seq2seq_lm",

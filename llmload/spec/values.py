@@ -15,6 +15,7 @@ AUTO_CLASSES: Final = (
     "seq2seq_lm",
     "sequence_classification",
     "token_classification",
+    "image_text_to_text",
     "base",
 )
 CLASS_PATH: Final = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
