@@ -170,6 +170,7 @@ if TYPE_CHECKING:
     from llmload.spec.refusals import InvalidValueError as InvalidValueError
     from llmload.spec.refusals import explain as explain
     from llmload.spec.renaming import KeyRule as KeyRule
+    from llmload.spec.renaming import unwrapped as unwrapped
     from llmload.spec.suggest import closest as closest
     from llmload.spec.suggest import nearest as nearest
     from llmload.spec.yaml_read import parse as parse_yaml
@@ -252,6 +253,7 @@ __all__ = [
     "switch",
     "tell",
     "torch_dtype",
+    "unwrapped",
     "version_of",
     "words",
     "world_size",
@@ -286,6 +288,7 @@ _HOME = {
     "TensorInfo": "checkpoint.header",
     **dict.fromkeys(("UntrustedFolder", "local_path", "read_file"), "checkpoint.untrusted"),
     "KeyRule": "spec.renaming",
+    "unwrapped": "spec.renaming",
     "main_file": "checkpoint.folder",
     "torch_dtype": "checkpoint.dtypes",
     **dict.fromkeys(

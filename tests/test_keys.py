@@ -147,11 +147,12 @@ def test_a_rule_that_nobody_has_is_refused_with_the_nearest() -> None:
         registry.validate({"model": "m", "key_rules": ["ddp", "deepspeed-chat", 3]})
     assert [str(problem) for problem in caught.value.problems] == [
         "key_rules[2]: expected text, found 3. Put it in quotes.",
-        "key_rules[1]: expected 'deepspeed_chat', 'ddp', 'compiled', 'peft' or 'coati', found"
+        "key_rules[1]: expected 'deepspeed_chat', 'ddp', 'compiled', 'fsdp',"
+        " 'activation_checkpointing', 'fabric', 'peft' or 'coati', found"
         " 'deepspeed-chat'. Did you mean 'deepspeed_chat'?",
     ]
     without = llmload.create_registry(block=["coati"], environ={})
-    with pytest.raises(llmload.SpecError, match=r"'compiled' or 'peft', found 'coati'"):
+    with pytest.raises(llmload.SpecError, match=r"'fabric' or 'peft', found 'coati'"):
         without.validate_group({"models": {"a": {"model": "m", "key_rules": ["coati"]}}})
 
 
@@ -249,6 +250,9 @@ def test_rules_that_cannot_be_break_their_plugin(rules: Any, fault: str) -> None
         ("ddp", "model.module.w", "model.module.w"),
         ("compiled", "_orig_mod.a._orig_mod.w", "a.w"),
         ("compiled", "not_orig_mod.w", "not_orig_mod.w"),
+        ("fsdp", "_fsdp_wrapped_module.a._fsdp_wrapped_module.w", "a.w"),
+        ("activation_checkpointing", "a._checkpoint_wrapped_module.w", "a.w"),
+        ("fabric", "_forward_module.a.w", "a.w"),
         ("peft", "base_model.model.model.q_proj.base_layer.weight", "model.q_proj.weight"),
         ("peft", "base_model.model.q.lora_A.default.weight", "q.lora_A.weight"),
         ("peft", "base_model.model.e.lora_embedding_A.default", "e.lora_embedding_A"),
@@ -556,3 +560,24 @@ def test_an_answer_that_makes_no_sense_is_refused(
     answer: Any, message: str, tmp_path: Path
 ) -> None:
     assert refusal(tiny_llama(tmp_path), "streaming", (Claiming(answer),)).rstrip(".") == message
+
+
+@pytest.mark.parametrize(
+    ("prefix", "rule"),
+    [
+        ("module.", "ddp"),
+        ("_orig_mod.", "compiled"),
+        ("_fsdp_wrapped_module.", "fsdp"),
+        ("_checkpoint_wrapped_module.", "activation_checkpointing"),
+        ("_forward_module.", "fabric"),
+    ],
+)
+def test_the_refusal_of_wrapped_keys_names_the_rule_that_mends_it(
+    tmp_path: Path, prefix: str, rule: str
+) -> None:
+    folder = tiny_llama(tmp_path)
+    file = folder / "model.safetensors"
+    save_file({prefix + key: value for key, value in load_file(file).items()}, file)
+    with pytest.raises(llmload.RequestError, match=rf"Write `key_rules: \[{rule}\]`"):
+        llmload.load({"model": str(folder)})
+    llmload.load({"model": str(folder), "key_rules": [rule]})

@@ -379,3 +379,28 @@ def test_the_audit_finds_a_weight_that_is_not_the_files(
         f"lora.adapter: '{Q0}' differ from the adapter in '{trained}'. Report this with the plan"
         " and the versions of `llmload env`."
     )
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "rule"),
+    [
+        ("module.base_model.model.", "ddp"),
+        ("base_model.model.module.", "ddp"),
+        ("base_model.model._orig_mod.", "compiled"),
+        ("_fsdp_wrapped_module.base_model.model._fsdp_wrapped_module.", "fsdp"),
+        ("_forward_module.base_model.model.", "fabric"),
+    ],
+)
+def test_rules_that_undo_wrappers_reach_an_adapter(
+    llama: Path, trained: Path, wrapped: str, rule: str
+) -> None:
+    expected = load(llama, {"adapter": str(trained)}).model
+
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace("base_model.model.", wrapped, 1)] = tensors.pop(key)
+
+    edit(trained, wrap)
+    assert "the model has no place for" in refusal(llama, {"adapter": str(trained)})
+    result = load(llama, {"adapter": str(trained)}, key_rules=[rule])
+    assert same_state(result.model, expected)

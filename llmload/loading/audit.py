@@ -13,6 +13,7 @@ from llmload.errors import AuditError, CheckpointError, Problem
 from llmload.hf import quantised
 from llmload.loading import hook_calls
 from llmload.model import partitions
+from llmload.spec.renaming import wrapped_by
 
 if TYPE_CHECKING:
     import torch
@@ -66,12 +67,19 @@ def hold_to_strict(ctx: LoadContext, lost: Mapping[str, str], unexpected: Iterab
             Problem(
                 where="strict",
                 message=f"the model has no place for {some(unexpected)} of the checkpoint",
-                fix="Map the keys with `key_map`, or list what may be left out in"
+                fix=_unwrapping(unexpected)
+                + "Map the keys with `key_map`, or list what may be left out in"
                 " `strict: {allow_unexpected: [...]}`.",
             )
         )
     if problems:
         raise CheckpointError(problems)
+
+
+def _unwrapping(keys: list[str]) -> str:
+    """Return the rules by which keys lose the names of wrappers, where all of them have some."""
+    rules = wrapped_by(keys)
+    return f"Write `key_rules: [{', '.join(rules)}]`, which undoes that. Or: " if rules else ""
 
 
 def excused(

@@ -205,9 +205,11 @@ class LoadSpec(Section):
     key_rules: tuple[str, ...] = ()
     """Undoes, after ``key_map`` and in this order, what systems do to keys, where they did it:
     ``deepspeed_chat`` the misspelt ``rwtranrsformer.``; ``ddp`` a leading ``module.``;
-    ``compiled`` every ``_orig_mod.``; ``peft`` the prefixes of a wrapped model; or what a plugin
-    undoes, such as ``coati`` the removal of the first ``model.`` from each key, held against the
-    model's own names."""
+    ``compiled`` every ``_orig_mod.``; ``fsdp`` every ``_fsdp_wrapped_module.``;
+    ``activation_checkpointing`` every ``_checkpoint_wrapped_module.``; ``fabric`` a leading
+    ``_forward_module.``; ``peft`` the prefixes of a wrapped model; or what a plugin undoes, such as
+    ``coati`` the removal of the first ``model.`` from each key, held against the model's own names.
+    Those of wrappers hold for the keys of an adapter that is resumed, too."""
     strict: bool | KeyExceptions = True
     """``true``: a missing or unexpected checkpoint key is an error; ``false``: it is reported, and
     the load goes on; or the exceptions by name. A model whose forward fails is one too."""

@@ -29,6 +29,9 @@ RULES: Mapping[str, KeyRule] = MappingProxyType(
         "deepspeed_chat": ((r"^rwtranrsformer\.", "rwtransformer."),),
         "ddp": ((r"^module\.", ""),),
         "compiled": ((r"(^|\.)_orig_mod\.", r"\1"),),
+        "fsdp": ((r"(^|\.)_fsdp_wrapped_module\.", r"\1"),),
+        "activation_checkpointing": ((r"(^|\.)_checkpoint_wrapped_module\.", r"\1"),),
+        "fabric": ((r"^_forward_module\.", ""),),
         "peft": (
             (r"^base_model\.model\.", ""),
             (r"\.base_layer\.", "."),
@@ -39,7 +42,38 @@ RULES: Mapping[str, KeyRule] = MappingProxyType(
 )
 """Rule -> how it is undone; plugins have further ones in their ``key_rules``."""
 
+_PEFT = "base_model.model."
+WRAPPERS = ("ddp", "compiled", "fsdp", "activation_checkpointing", "fabric")
+"""Those of the rules that take away what a wrapper put into keys, of an adapter too."""
+
 _SHOWN = 3
+
+
+def wrapped_by(keys: Collection[str]) -> list[str]:
+    """Return the rules that would each change every one of the keys: whose wrappers they show."""
+    found = []
+    for rule in WRAPPERS:
+        how = RULES[rule]
+        assert not callable(how)
+        if keys and all(any(re.search(pattern, key) for pattern, _ in how) for key in keys):
+            found.append(rule)
+    return found
+
+
+def unwrapped(key: str, rules: Iterable[str]) -> str:
+    """Return a key of an adapter without what wrappers put into it, around PEFT's model or inside.
+
+    :param rules: names of a spec's ``key_rules``; others than those of wrappers change nothing.
+    """
+    for rule in rules:
+        how = RULES.get(rule, ()) if rule in WRAPPERS else ()
+        assert not callable(how)
+        for pattern, replacement in how:
+            key = re.sub(pattern, replacement, key)
+            inner = key.removeprefix(_PEFT)
+            if inner != key:
+                key = _PEFT + re.sub(pattern, replacement, inner)
+    return key
 
 
 class Renaming:

@@ -108,7 +108,7 @@ def resolve(ctx: LoadContext) -> Request:
     given = section.given()
     base: dict[str, Any] = {}
     if section.adapter is not None:
-        adapter = saved.open_adapter(section.adapter)
+        adapter = saved.open_adapter(section.adapter, ctx.spec.key_rules)
         ctx.files.adopt("adapter", adapter.files)
         base = adapter.fields
         _refuse_contradictions(given, base, f"the adapter in {section.adapter!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,6 +21,7 @@ from llmload.plugin import (
     explain,
     hold_adapter,
     local_path,
+    unwrapped,
 )
 
 if TYPE_CHECKING:
@@ -81,9 +83,10 @@ class SavedAdapter:
         }
 
 
-def open_adapter(path: str) -> SavedAdapter:
+def open_adapter(path: str, key_rules: Sequence[str] = ()) -> SavedAdapter:
     """Describe the adapter at ``path``, reading its configuration and headers.
 
+    :param key_rules: the spec's; those that undo wrappers hold for the adapter's keys too.
     :raises CheckpointError: the folder or a file is missing, damaged, no LoRA, or made by a PEFT
         that knows more than this one.
     """
@@ -107,6 +110,13 @@ def open_adapter(path: str) -> SavedAdapter:
         )
     files.path(WEIGHTS)  # which no link may lead out of the folder
     checkpoint = Checkpoint.open(folder / WEIGHTS)
+    names = {key: unwrapped(key, key_rules) for key in checkpoint.tensors}
+    if len(set(names.values())) < len(names):
+        raise _refusal(
+            f"two keys of the adapter in {path!r} have one name after {list(key_rules)}",
+            "Remove the rule, or save the adapter again.",
+        )
+    checkpoint = checkpoint.renamed(names)
     hold_adapter(files, fields, checkpoint)
     return SavedAdapter(
         folder=folder,
