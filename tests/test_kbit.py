@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def problems(folder: Path, section: dict[str, Any], **keys: Any) -> list[str]:
     spec = {"model": str(folder), "dtype": "bfloat16", "kbit": section, **keys}
-    return [str(problem) for problem in llmload.plan(spec).problems]
+    return [str(problem) for problem in llmload.plan(spec).errors]
 
 
 def refusal(section: dict[str, Any]) -> str:
