@@ -86,11 +86,9 @@ def test_the_spec_asks_for_tokenizer_embeddings_dropout_and_lora(
     assert (folder / "demo.yaml").read_text() == shown["spec"]
     keys = files.parse(shown["spec"]).data.keys()
     assert keys >= {"tokenizer", "embeddings", "dropout", "lora"}
-    assert shown["report"]["facts"]["tokenizer"]["new_tokens"] == {"<pad>": 1000, "<|zen|>": 1001}
+    assert shown["report"]["facts"]["tokenizer"]["new_tokens"] == {"<pad>": 1000}
     assert shown["report"]["facts"]["embeddings"]["rows"] == [1000, 1024]
-    (warning,) = shown["plan"]["problems"]
-    assert warning["severity"] == "warning"
-    assert "'<|zen|>' have rows in a frozen embedding" in warning["message"]
+    assert shown["plan"]["problems"] == []
 
 
 def test_what_the_demo_kept_is_loaded_and_planned_again(

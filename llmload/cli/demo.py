@@ -36,15 +36,15 @@ STEPS: Final = 200
 FINE_TUNING_STEPS: Final = 240
 LEARNING_RATE: Final = 5e-3
 ADAPTER_LEARNING_RATE: Final = 1e-2
-MARK: Final = "<|zen|>"
-"""Begins each text that the adapter learns; no token of the small model."""
+MARK: Final = "<s>"
+"""Begins each text that the adapter learns."""
 PROMPTS: Final = ("Beautiful is", "Simple is", "Errors should")
 """What the model is to continue, before and after."""
 
 SPEC: Final = """\
 model: {model}
 dtype: float32
-tokenizer: {{add_tokens: ["<pad>", "{mark}"], pad_token: "<pad>"}}
+tokenizer: {{add_tokens: ["<pad>"], pad_token: "<pad>"}}
 embeddings: {{pad_to_multiple_of: 64}}
 dropout: {{p: 0.0}}
 lora: {{r: 8, lora_alpha: 16, target_modules: all-linear}}
@@ -144,7 +144,7 @@ def write_spec(folder: Path) -> Path:
     """Write the spec of the model in ``folder``, beside it."""
     file = folder / "demo.yaml"
     model = json.dumps(str(folder / "model"))
-    file.write_text(SPEC.format(model=model, mark=MARK), encoding="utf-8")
+    file.write_text(SPEC.format(model=model), encoding="utf-8")
     return file
 
 
