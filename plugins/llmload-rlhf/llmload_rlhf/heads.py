@@ -10,6 +10,7 @@ import torch
 
 from llmload import Problem
 from llmload.plugin import partitions
+from llmload_rlhf import factors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +42,10 @@ def put(
 
 
 def _stored(ctx: LoadContext, layout: Layout) -> dict[str, torch.Tensor]:
-    return {part: ctx.read(key) for part, key in layout.head_keys.items()}
+    state = {part: ctx.read(key) for part, key in layout.head_keys.items()}
+    if "weight" in state:
+        state["weight"] = factors.of_head(ctx, layout.head, state["weight"])
+    return state
 
 
 def _device(base: nn.Module) -> torch.device:

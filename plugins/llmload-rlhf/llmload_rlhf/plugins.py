@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmload import Conflict, Note, Problem, RequestError, hookimpl
-from llmload_rlhf import labels
+from llmload_rlhf import factors, labels
 from llmload_rlhf.layouts import (
     COATI_CRITIC,
     COATI_REWARD,
@@ -65,6 +65,10 @@ class HeadPlugin:
         heads = self._head_in(keys, layout)
         self._hold_to_request(ctx, layout, heads)
         claimed: dict[str, str | None] = dict.fromkeys(heads)
+        if self._is_coati(ctx):
+            found = factors.factors_in(keys)
+            factors.hold_to_version(found, self.name, self._section(ctx).version)
+            claimed |= dict.fromkeys(found)
         rest = [key for key in keys if key not in claimed]
         if layout.auto_class == "base":
             ours = tuple(f"{layout.prefix}{head}" for head in LANGUAGE_MODEL_HEADS)
@@ -93,6 +97,9 @@ class HeadPlugin:
             start = "new" if section.new else "from the checkpoint"
             which = f"coati {section.version}" if section.layout == "coati" else section.layout
             yield Note(text=f"{which}: {', '.join(layout.head_keys.values())}, {start}")
+            if self._is_coati(ctx) and (merged := factors.said(ctx)):
+                yield from factors.problems(ctx, layout.head, layout.prefix)
+                yield Note(text=merged)
         yield from self._unused_keys(ctx)
         yield from self._frozen_by_lora(ctx, "score" if layout is None else layout.head)
         if section.layout in ("deepspeed_chat", "sequence_classification"):
@@ -104,8 +111,13 @@ class HeadPlugin:
         from llmload_rlhf import heads
 
         layout, section = self._layout(ctx), self._section(ctx)
+        used = set() if layout is None else {*layout.head_keys.values()}
+        if layout is not None and self._is_coati(ctx):
+            used.update(factors.factors_in(ctx.claimed))
+            if not ctx.rehearsing:
+                factors.merge(ctx, model, layout.head, layout.prefix)
         for key in ctx.claimed:
-            if layout is None or key not in layout.head_keys.values():
+            if key not in used:
                 ctx.left_out[key] = f"a model with a {section.layout} head has no such part"
         if layout is None:
             return labels.finish(ctx, section, model)  # type: ignore[no-any-return]
@@ -128,6 +140,9 @@ class HeadPlugin:
     def _layout(self, ctx: LoadContext) -> Layout | None:
         """Return the layout; None for transformers' own class, which needs no wrapper."""
         return self.layouts.get(self._section(ctx).layout)
+
+    def _is_coati(self, ctx: LoadContext) -> bool:
+        return bool(self._section(ctx).layout == "coati")
 
     def _refuse_class(self, ctx: LoadContext, wanted: str) -> None:
         if ctx.spec.auto_class != wanted and ":" not in ctx.spec.auto_class:
@@ -169,6 +184,8 @@ class HeadPlugin:
                     message=f"the head has shape {tuple(info.shape)}, the model takes {known[key]}",
                     fix="Check that config.json and weights belong together.",
                 )
+            elif key in factors.factors_in(ctx.claimed) and self._is_coati(ctx):
+                continue
             elif key not in known and key.startswith(f"{layout.head}."):
                 yield Problem(
                     where=f"{info.file}: {key}",
