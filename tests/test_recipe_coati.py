@@ -6,20 +6,23 @@ need the distribution llmload-rlhf and are tested there.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from recipes import recipe, stored
+import yaml
+from recipes import ROOT, recipe, stored
 from sameness import differences
 from stacks import needs_safe_pickles
 from torch import nn
-from transformers import AutoTokenizer, GPT2LMHeadModel
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 import llmload
 from llmload.hf import installed_transformers
-from llmload.testing import SENTENCES, parameters, same, tiny_checkpoint, trainable
+from llmload.testing import IDS, SENTENCES, parameters, same, tiny_checkpoint, trainable
 
 MODEL = "openai-community/gpt2"
 
@@ -74,6 +77,62 @@ def test_what_coati_saves_of_a_trained_actor_is_loaded_again(
     again = llmload.load(recipe("coati_sft", {MODEL: tmp_path}) | {"allow_pickle": True}).model
     for name, parameter in parameters(again).items():
         assert same(parameter, parameters(actor.model)[name]), name
+
+
+class LoraLinear(nn.Module):
+    """Coati's adapted layer: factors in the weight's dtype, scaled by 1 / r."""
+
+    def __init__(self, linear: nn.Linear, r: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.r = linear.weight, linear.bias, r
+        self.lora_A = nn.Parameter(self.weight.new_zeros((r, linear.in_features)))
+        self.lora_B = nn.Parameter(self.weight.new_zeros((linear.out_features, r)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        added = (x @ self.lora_A.t() @ self.lora_B.t()) * (1 / self.r)
+        return functional.linear(x, self.weight, self.bias) + added
+
+
+def converted(module: nn.Module, r: int) -> None:
+    """Adapt every nn.Linear, as Coati's LoRAModule does; GPT-2's Conv1D is none."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, LoraLinear(child, r))
+        else:
+            converted(child, r)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_page_says_how_to_have_coatis_adapter(
+    model_type: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    name = {"gpt2": "[lm_head]", "llama": "down_proj, lm_head]"}[model_type]
+    page = (ROOT / "docs" / "parity.md").read_text(encoding="utf-8")
+    (written,) = (code for code in re.findall(r"`(lora: [^`]+)`", page) if name in code)
+    folder = tiny_checkpoint(tmp_path, model_type)
+    spec = {"model": str(folder), "dtype": str(dtype).removeprefix("torch.")}
+    ours = llmload.load(spec | yaml.safe_load(written)).model
+    options = installed_transformers().dtype_option(dtype)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    r = ours.peft_config["default"].r
+    converted(theirs, r)
+
+    state = {
+        name.removeprefix("base_model.model.").replace(".default.weight", ""): parameter
+        for name, parameter in ours.named_parameters()
+        if parameter.requires_grad
+    }
+    factors = {name: p for name, p in theirs.named_parameters() if "lora_" in name}
+    assert state.keys() == factors.keys()  # Coati trains these, and no bias
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in factors.items():
+            assert (state[name].shape, state[name].dtype) == (parameter.shape, parameter.dtype)
+            assert state[name].any() == name.endswith("lora_A")
+            state[name].normal_(std=0.1)
+            parameter.copy_(state[name])
+        assert same(ours(IDS).logits, theirs.eval()(IDS).logits)
 
 
 def test_the_tokenizer_pads_with_eos_on_the_right(result: llmload.LoadResult, folder: Path) -> None:
