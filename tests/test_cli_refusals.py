@@ -109,8 +109,8 @@ SELECTIONS = {
     ),
     "something that is no plugin": (
         ["-p", "collections:OrderedDict"],
-        "OrderedDict() is not a plugin: it has no `name`. Give it a class attribute `name`, its key"
-        " in the spec.",
+        "an object of type OrderedDict is not a plugin: it has no `name`. Give it a class attribute"
+        " `name`, its key in the spec.",
     ),
     "section without its plugin": (
         ["-p", "no:lora"],

@@ -216,13 +216,15 @@ def test_built_in_plugins_keep_the_contract() -> None:
     assert [(info.name, info.reason) for info in infos if info.status != "active"] == []
 
 
-def test_a_built_in_plugin_is_held_to_the_contract_as_any_other(
+def test_a_distribution_that_calls_itself_llmload_has_no_built_in_plugins(
     llmload_distributions: FakeDistributions,
 ) -> None:
     source = GOOD.format(name="odd").replace("post_load", "post_laod")
     llmload_distributions.add("llmload", {"odd": "odd_module:Plugin"}, "odd_module", source)
-    found = info(create_registry(environ={}), "odd", builtin=True)
-    assert found.builtin
+    registry = create_registry(environ={})
+    found = info(registry, "odd")
+    assert not found.builtin
+    assert info(registry, "lora", builtin=True)  # which it does not hide
     assert (found.status, found.reason) == (
         "broken",
         "`post_laod` is not a hook. Did you mean 'post_load'?",
@@ -443,8 +445,8 @@ def test_a_plugin_may_not_take_a_core_key(llmload_distributions: FakeDistributio
 
 def test_an_object_without_a_name_is_no_plugin() -> None:
     assert reason_of(SimpleNamespace()) == (
-        "namespace() is not a plugin: it has no `name`. Give it a class attribute `name`, its key"
-        " in the spec."
+        "an object of type SimpleNamespace is not a plugin: it has no `name`. Give it a class"
+        " attribute `name`, its key in the spec."
     )
 
 

@@ -106,7 +106,7 @@ def _examine(info: PluginInfo, *, tried: bool) -> Diagnosis:
         except PluginError as error:
             found.health, found.problems = "broken", list(error.problems)
             return found
-        except Exception as error:  # whatever the libraries it tries raise
+        except (Exception, SystemExit) as error:  # whatever the libraries it tries raise
             problem = Problem(message=f"tried out, it fails: {type(error).__name__}: {error}")
             found.problems.append(problem)
     if any(problem.severity == "error" for problem in found.problems):

@@ -23,6 +23,7 @@ from llmload.errors import Conflict
 from llmload.host.discovery import GROUP, PluginInfo
 from llmload.host.ordering import CircleError, plan_order
 from llmload.spec.foreign_keys import Spelling
+from llmload.spec.groupspec import ADAPTER_OF, LIKE, MODELS
 from llmload.spec.loadspec import LoadSpec
 from llmload.spec.renaming import RULES
 from llmload.spec.suggest import nearest
@@ -31,6 +32,10 @@ _MISSPELT = 0.85
 """How like a known hook the name of an unknown one is at least, where nobody may mean another."""
 _PLAIN_REQUIREMENT = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*((>=|==)\d+(\.\d+)*)?")
 """What nearly every requirement looks like: a name, and a release at most."""
+
+
+CORE_KEYS = frozenset({*LoadSpec.model_fields, MODELS, LIKE, ADAPTER_OF})
+"""Keys of a spec or group that no plugin can own."""
 
 
 def break_faulty(infos: Iterable[PluginInfo]) -> None:
@@ -86,6 +91,7 @@ def _break(info: PluginInfo, look: Callable[[], Iterable[str]]) -> None:
         found = list(look())
     except Exception as error:  # a property that raises, a metaclass: whatever a stranger made
         found = [f"looking at it raised {type(error).__name__}: {error}"]
+        info.plugin = None  # nobody is to look at it again
     if found:
         info.status, info.reason = "broken", "; ".join(found)
 
@@ -108,10 +114,20 @@ def faults(
 
     :param complete: whether the manager knows the hooks of every plugin there is.
     """
+    if not info.builtin:
+        look_at(info.plugin)
     yield from name_faults(info)
     yield from section_faults(info.plugin)
     yield from declaration_faults(info.plugin)
     yield from hook_faults(info.plugin, manager, complete=complete)
+
+
+def look_at(plugin: object) -> None:
+    """Do what pluggy and the host will do with a plugin, whose faults then come out here."""
+    for name in dir(plugin):
+        if not name.startswith("__"):
+            getattr(plugin, name)
+    bool(plugin == object())  # pluggy compares a plugin with those that it has
 
 
 def name_faults(info: PluginInfo) -> Iterator[str]:
@@ -119,7 +135,7 @@ def name_faults(info: PluginInfo) -> Iterator[str]:
     name = getattr(info.plugin, "name", None)
     if name != info.name:
         yield f"its entry point is called {info.name!r}, but its `name` is {name!r}"
-    if info.name in LoadSpec.model_fields:
+    if info.name in CORE_KEYS:
         yield f"the name {info.name!r} is a core key of the spec"
 
 
@@ -175,13 +191,16 @@ def _spelling_faults(section: type[BaseModel], name: str) -> Iterator[str]:
 
 
 def building_faults(plugin: object) -> Iterator[str]:
-    """Find a ``Section`` whose fields pydantic knows no validator for."""
+    """Find a ``Section`` whose fields pydantic knows no validator for, or that cannot be made."""
     section: type[BaseModel] | None = getattr(plugin, "Section", None)
     if section is not None:
         try:
             section.model_rebuild()  # a subclass of llmload.Section is not built until now
         except PydanticUserError as error:
             yield f"its `Section` cannot be built: {error.message.splitlines()[0]}"
+        else:
+            if getattr(plugin, "always_active", False):
+                section()
 
 
 def declaration_faults(plugin: object) -> Iterator[str]:

@@ -7,11 +7,12 @@ import inspect
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
+from opcode import opmap
 from time import perf_counter
 from typing import Any, Final, Literal
 
@@ -87,7 +88,7 @@ def from_object(plugin: object) -> PluginInfo:
     name = getattr(plugin, "name", None)
     if not isinstance(name, str) or not name:
         raise PluginError(
-            f"{plugin!r} is not a plugin: it has no `name`",
+            f"an object of type {type(plugin).__qualname__} is not a plugin: it has no `name`",
             fix="Give it a class attribute `name`, its key in the spec.",
         )
     return PluginInfo(name, GIVEN, builtin=False, status="active", named=True, plugin=plugin)
@@ -106,7 +107,9 @@ def attribute(path: str) -> object:
             f"plugin {path!r} was selected, but cannot be imported: {error}",
             fix="Write it as `module:attribute`, and check that the module is on the path.",
         ) from error
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not _was_raised(error):
+            raise
         raise PluginError(
             f"plugin {path!r} was selected, and its module fails when it is imported:"
             f" {type(error).__name__}: {error}",
@@ -118,12 +121,12 @@ def installed(named: set[str], *, autoload: bool, blocked: set[str]) -> list[Plu
     """Return one entry per name and distribution; only what is selected is imported."""
     infos = []
     owned_by = cache(name_and_version)  # one distribution has many plugins
-    for entry in metadata.entry_points(group=GROUP):
+    for entry in _entry_points():
         owner, version = owned_by(entry.dist) if entry.dist else ("unknown", "")
         info = PluginInfo(
             name=entry.name,
             distribution=f"{owner} {version}",
-            builtin=owner == GROUP,
+            builtin=owner == GROUP and _is_own(entry),
             status="active",
             named=entry.name in named,
         )
@@ -135,6 +138,27 @@ def installed(named: set[str], *, autoload: bool, blocked: set[str]) -> list[Plu
     return infos
 
 
+def _entry_points() -> Iterator[metadata.EntryPoint]:
+    """Yield what is installed for the group, leaving out distributions that cannot be read.
+
+    Of two distributions of one name the first on the path counts, as for an import. One that calls
+    itself llmload hides no built-in plugin by that.
+    """
+    seen: dict[str, object] = {}
+    for distribution in metadata.distributions():
+        entries: list[metadata.EntryPoint] = []
+        with suppress(Exception):  # a file that is no text, or has no such syntax
+            entries += distribution.entry_points.select(group=GROUP)
+        for entry in entries:
+            name = entry.name if _is_own(entry) else name_and_version(distribution)[0].lower()
+            if seen.setdefault(name, distribution) is distribution:
+                yield entry
+
+
+def _is_own(entry: metadata.EntryPoint) -> bool:
+    return entry.value.startswith(f"{GROUP}.builtin.")
+
+
 def _import(info: PluginInfo, load: Callable[[], Any]) -> None:
     """Import a plugin; what it writes to standard output, which is for data, goes to people."""
     start = perf_counter()
@@ -142,8 +166,10 @@ def _import(info: PluginInfo, load: Callable[[], Any]) -> None:
         with nullcontext() if info.builtin else redirect_stdout(sys.stderr):
             plugin = load()
             info.plugin = plugin() if inspect.isclass(plugin) else plugin
-    # SystemExit too: a module that exits at import must not end everybody's process.
-    except (Exception, SystemExit) as error:
+    # Whatever it is: a module that exits at import must not end everybody's process.
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not _was_raised(error):
+            raise
         info.status, info.reason = "broken", f"{type(error).__name__}: {error}"
     seconds = perf_counter() - start
     if seconds > SLOW and not info.builtin:
@@ -155,6 +181,16 @@ def _import(info: PluginInfo, load: Callable[[], Any]) -> None:
             seconds,
             info.name,
         )
+
+
+def _was_raised(error: KeyboardInterrupt) -> bool:
+    """Say whether code raised an interrupt by itself: Ctrl-C comes between two instructions."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None:
+        return False
+    return place.tb_frame.f_code.co_code[place.tb_lasti] == opmap["RAISE_VARARGS"]
 
 
 def take_place_of_installed(infos: Iterable[PluginInfo]) -> list[PluginInfo]:

@@ -26,7 +26,10 @@ def name_and_version(distribution: metadata.Distribution) -> tuple[str, str]:
 
     ``Distribution.version`` parses the whole file, long description and all: 3 ms for torch.
     """
-    text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    try:
+        text = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
+    except (OSError, UnicodeDecodeError):
+        text = ""  # of a broken installation, which must not stop everybody else's
     header = text.partition("\n\n")[0]
     fields = dict(re.findall(r"^(Name|Version): *(.+?)\s*$", header, re.MULTILINE))
     return fields.get("Name", "unknown"), fields.get("Version", "unknown")

@@ -28,7 +28,7 @@ from llmload.errors import (
     SpecError,
 )
 from llmload.host import ordering
-from llmload.host.contract import break_faulty, break_unbuildable
+from llmload.host.contract import CORE_KEYS, break_faulty, break_unbuildable
 from llmload.host.discovery import (
     GROUP,
     PluginInfo,
@@ -323,13 +323,13 @@ class Registry:
             yield
         except BaseException as error:
             # Whatever goes wrong here, the error itself is what the caller must see.
-            with suppress(Exception):
+            with suppress(Exception, SystemExit):
                 self._tell(files.read(source).data, error, begun)
             raise
 
     def announce(self, source: files.Source) -> None:
         """Call ``started`` of every installed plugin. Whatever one raises is dropped."""
-        with suppress(Exception):
+        with suppress(Exception, SystemExit):
             asked = files.read(source).data
             for info in self._plugins:
                 if info.status == "active" and hasattr(info.plugin, "started"):
@@ -346,7 +346,7 @@ class Registry:
         manager = _Manager(GROUP)
         manager.add_hookspecs(hookspecs)
         manager.register(info.plugin, name=info.name)
-        with suppress(Exception):
+        with suppress(Exception, SystemExit):
             manager.call_one(info.plugin, hook, **kwargs)
 
     def _refuse_unusable(self, keys: Iterable[str]) -> None:
@@ -355,7 +355,7 @@ class Registry:
         problems = []
         break_unbuildable(info for info in self._plugins if info.name in asked)
         for info in self._plugins:
-            in_spec = info.name in asked
+            in_spec = info.name in asked - CORE_KEYS
             if info.status == "broken" and (in_spec or info.named):
                 problems.append(
                     Problem(

@@ -26,7 +26,8 @@ def call(host: Host, plugin: str, hook: str, **kwargs: Any) -> Any:
         return host.call(plugin, hook, **kwargs)
     except LlmloadError:
         raise
-    except Exception as error:
+    # SystemExit too: a hook that exits must not end the process, least of all as if all were well.
+    except (Exception, SystemExit) as error:
         raise LoadFailedError(
             f"plugin {host.describe(plugin)} failed in {hook}: {type(error).__name__}: {error}"
         ) from error
