@@ -175,8 +175,9 @@ BAD_LOADS = [
         "one word",
         "model: pythia",
         (
-            "model: the folder 'pythia' does not exist. Give a folder written by"
-            " save_pretrained, or a hub id such as `org/name`."
+            "model: 'pythia' is not a folder, and the hub repository of that name is neither"
+            " in the cache nor could it be fetched (LocalEntryNotFoundError). Give a local"
+            " folder, or fetch it beforehand with `hf download`."
         ),
     ),
     BadLoad(

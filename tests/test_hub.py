@@ -53,6 +53,26 @@ def test_what_no_load_needs_may_be_missing(keys: dict[str, Any], cache: Path) ->
     assert result.tokenizer is not None
 
 
+def test_an_id_of_one_word_is_found_in_the_cache(cache: Path, tmp_path: Path) -> None:
+    (cache / "models--org--name").rename(cache / "models--gpt2")
+    result = llmload.load(spec(cache, model="gpt2"))
+    assert result.report.loader == "streaming"
+    with_tokenizer = {"model": str(tiny_llama(tmp_path / "other")), "cache_dir": str(cache)}
+    tokenizer = {"name_or_path": "gpt2"}
+    keys = {"local_files_only": True, "tokenizer": tokenizer}
+    assert llmload.load(with_tokenizer | keys).tokenizer.get_vocab() == result.tokenizer.get_vocab()
+
+
+def test_a_folder_goes_before_an_id_of_one_word(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cache / "models--org--name").rename(cache / "models--gpt2")
+    tiny_llama(tmp_path / "other").rename(tmp_path / "gpt2")
+    (cache / "models--gpt2" / "snapshots" / COMMIT / "config.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    llmload.load(spec(cache, model="gpt2"))
+
+
 def test_files_that_the_listing_calls_configs_may_be_missing_too(cache: Path) -> None:
     listed(cache, "trainer_state.json", "tokenizer.original.model")
     llmload.load(spec(cache))

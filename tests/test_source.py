@@ -52,8 +52,15 @@ def test_a_folder_that_does_not_exist_is_refused() -> None:
     )
 
 
-def test_a_single_word_is_taken_for_a_folder_not_for_a_hub_id() -> None:
-    assert refusal(LoadSpec(model="gtp2")).startswith("model: the folder 'gtp2' does not")
+def test_a_single_word_that_is_no_folder_is_looked_for_on_the_hub() -> None:
+    assert refusal(LoadSpec(model="gtp2", local_files_only=True)).startswith(
+        "model: 'gtp2' is not a folder, and the hub repository of that name is neither in the cache"
+    )
+
+
+@pytest.mark.parametrize("model", ["no such", "a/b/c", "./gpt2", "~/gpt2", "name.git", "a--b"])
+def test_what_is_no_hub_id_is_a_folder_that_does_not_exist(model: str) -> None:
+    assert f"{model!r} does not exist" in refusal(LoadSpec(model=model))
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ def _is_hub_id(model: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 
-    # An id of one word is allowed by the hub, but here it is far more often a mistyped folder.
-    if model.count("/") != 1 or model.startswith((".", "~", "/")):
+    # One word may be an id too, as `gpt2` is; hub and cache are asked, as transformers does.
+    if model.count("/") > 1 or model.startswith((".", "~", "/")):
         return False
     try:
         validate_repo_id(model)

@@ -155,7 +155,7 @@ class LoadSpec(Section):
     model: Annotated[str, Field(min_length=1), BeforeValidator(_as_text)] = Field(
         examples=["EleutherAI/pythia-2.8b"]
     )
-    """Hub id (``org/name``) or folder, relative to the working directory."""
+    """Folder, relative to the working directory, or hub id (``org/name``, or ``gpt2`` alone)."""
     revision: str | None = None
     """Branch, tag or commit of the hub repository; null for its main branch."""
     subfolder: str | None = None
