@@ -113,7 +113,7 @@ def with_links_of_the_site(markdown: str, source: str, place: str, linked: set[s
             new = "index.md"
         elif path in PAGES:
             new = PAGES[path]
-        elif path.startswith("docs/"):
+        elif path.startswith("docs/") and not path.endswith(".py"):
             new = path.removeprefix("docs/")
         elif (ROOT / path).is_file() and not path.endswith(".md"):
             linked.add(path)

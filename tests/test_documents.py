@@ -117,9 +117,11 @@ def test_the_reference_shows_no_value_of_the_environment(
 def test_links_of_a_page_lead_to_pages_or_files_of_the_site(build_pages: ModuleType) -> None:
     linked: set[str] = set()
     markdown = (
-        "[a](../SECURITY.md#x) [b](dpo.md) [c](../llmload/plugin.py) [d](../tests) [e](https://f)"
+        "[a](../SECURITY.md#x) [b](dpo.md) [c](../llmload/plugin.py) [d](../tests)"
+        " [e](build_pages.py) [f](https://g)"
     )
     assert build_pages.with_links_of_the_site(markdown, "docs/sft.md", "sft.md", linked) == (
-        "[a](security.md#x) [b](dpo.md) [c](source/llmload/plugin.py) d [e](https://f)"
+        "[a](security.md#x) [b](dpo.md) [c](source/llmload/plugin.py) d"
+        " [e](source/docs/build_pages.py) [f](https://g)"
     )
-    assert linked == {"llmload/plugin.py"}
+    assert linked == {"docs/build_pages.py", "llmload/plugin.py"}
