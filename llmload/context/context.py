@@ -106,6 +106,7 @@ class LoadContext:
     new_tokens: _Stated[dict[str, int]] = _Stated("found")
     placed_by: _Stated[str | None] = _Stated("found")
     splits: _Stated[bool] = _Stated("found")
+    one_dtype: _Stated[bool] = _Stated("found")
     reads: _Stated[str] = _Stated("found")
     adapter_from: _Stated[Path | None] = _Stated("found")
     cast_later_by: _Stated[str] = _Stated("found")

@@ -42,6 +42,10 @@ class Found:
     splits: bool = False
     """Whether the placement is a ``Splitting``: another plugin may then change how each weight is
     stored before it is split. Written beside ``placed_by``; read by such a plugin."""
+    one_dtype: bool = False
+    """Whether the placement gives every parameter of floating point the model's dtype, modules that
+    transformers would leave in float32 included. Written beside ``placed_by``; read by the host,
+    which foretells bytes."""
     reads: str = ""
     """What of the checkpoint this process will read, in words; empty for all of it. Written by the
     plugin that splits the weights; read by the loader, for the plan."""

@@ -115,7 +115,8 @@ def _keep_apart(model: PreTrainedModel, names: Iterable[str]) -> None:
 
 def _kept_in_float32(ctx: LoadContext) -> set[str]:
     """Return names of the base model that a load leaves float32, which the blank does not show."""
-    if ctx.checkpoint is None or installed_transformers().unsuited() is not None:
+    unsuited = installed_transformers().unsuited() is not None
+    if ctx.checkpoint is None or ctx.one_dtype or unsuited:
         return set()
     found: set[str] = installed_transformers().kept_in_float32(ctx.blank, ctx.dtype)
     return found

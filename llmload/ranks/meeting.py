@@ -35,6 +35,8 @@ from llmload.ranks.presence import SILENCE, Presences
 # is interrupted, which may be busy in a plugin, and from then until the process is ended, which may
 # be stuck in a collective. What is left over is for the polling in between.
 _POLITE, _GRACE = 0.08, 0.12
+_LINGER = 0.25
+"""Share of it in which those that wait learn of a failure before the store may end."""
 
 _T = TypeVar("_T")
 
@@ -138,7 +140,7 @@ class Ranks(AbstractContextManager["Ranks"]):
                     thread.join()
                 if self._failure is not None:
                     with suppress(dist.DistError):
-                        self._notices.linger(self._deadline * _GRACE)
+                        self._notices.linger(self._deadline * _LINGER)
 
     def _part(self, error: BaseException | None) -> None:
         """Leave with the others, or with an error that all of them learn of."""

@@ -103,7 +103,7 @@ def tied_adapters(tmp: Path, folder: str) -> dict[str, dict[str, Any]]:
             for parameter in made.parameters():
                 if parameter.requires_grad:
                     parameter.add_(torch.rand(parameter.shape) - 0.5)
-        made.save_pretrained(tmp / name)
+        made.save_pretrained(tmp / name, save_embedding_layers=False)
         merging[name] = {"adapter": str(tmp / name), "merge": True, "adapter_dtype": "bfloat16"}
         merging[name] |= {k: v for k, v in section.items() if k == "tied_weights"}
     return merging

@@ -74,7 +74,7 @@ class Zero3Plugin:
             yield Note(text=f"ZeRO stage {resolved.stage}: the model stays whole")
             yield Decline(f"ZeRO stage {resolved.stage} does not partition parameters")
             return
-        ctx.placed_by, ctx.splits = self.name, True
+        ctx.placed_by, ctx.splits, ctx.one_dtype = self.name, True, True
         problem = config.precision_problem(resolved, _name(ctx))
         if problem:
             yield problem
