@@ -90,10 +90,13 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
             plan.facts.setdefault(name, {}).update(facts)
         plan.lines = [*found.lines, *ctx.lines]
     kept = {id(base[name]) for name in wider if name in base}
+    narrowed = {id(p) for p in base.values() if ctx.one_dtype and p.is_floating_point()}
     unique = {name: p for name, p in model.named_parameters() if name not in still_apart}
     plan.parameters = sum(partitions.values(p) for p in unique.values())
     plan.parameter_bytes = sum(
         p.numel() * (4 if id(p) in kept and p.dtype == ctx.dtype else p.element_size())
+        if id(p) not in narrowed
+        else p.numel() * ctx.dtype.itemsize
         for p in unique.values()
     )
     plan.trainable = sum(partitions.values(p) for p in unique.values() if p.requires_grad)

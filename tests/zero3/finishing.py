@@ -222,7 +222,7 @@ def resume(folder: str, adapter: str, dtype: str) -> dict[str, Any]:
     refused = ""
     try:  # the copy is in the model's dtype, as the saved adapter alone knows
         llmload.load(spec | {"zero3": {"config": config}})
-    except llmload.LoadFailedError as error:  # or that the other rank failed so
+    except (llmload.PlanError, llmload.LoadFailedError) as error:  # or the other rank's plan
         refused = str(error)
     spec["lora"] = {"adapter": adapter, "adapter_dtype": "base"}
     model = llmload.load(spec | {"zero3": {"config": config}}).model
