@@ -188,3 +188,16 @@ def test_a_classifier_without_its_head_is_refused_by_name(tmp_path: Path) -> Non
         "reward_head: the checkpoint has no 'score.weight'. Write `reward_head: {new: true}` to"
         " start with a new head, or map the keys."
     )
+
+
+@needs_safe_pickles
+def test_a_pickle_beside_safetensors_is_read_only_where_it_is_named(tmp_path: Path) -> None:
+    """DeepSpeed-Chat reads the pickle of such a folder, whatever lies beside it."""
+    folder, theirs = saved(tmp_path, "deepspeed_chat")
+    pickled = theirs.state_dict()
+    newer = {name: value + 1 for name, value in pickled.items()}
+    save_file(newer, folder / "model.safetensors", metadata={"format": "pt"})
+    case = ("critic_head", "deepspeed_chat")
+    assert_same(load(folder, case).model.state_dict(), newer)
+    named = load(folder, case, weights_from=str(folder / "pytorch_model.bin"))
+    assert_same(named.model.state_dict(), pickled)
