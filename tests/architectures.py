@@ -74,6 +74,11 @@ if int(metadata.version("transformers").split(".")[0]) < 5:
     }
 
 
+NO_FORWARD = {
+    ("base", "llama4"): "transformers 5.24 asks its text model for images, which that knows not of",
+}
+"""Kinds and types whose forward raises whatever is done with them, with the reason."""
+
 HALF_REFUSED = {
     "nezha": "its constructor multiplies float32 by what has the default dtype",
 }

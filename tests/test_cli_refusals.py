@@ -132,7 +132,8 @@ def test_a_demo_is_not_written_over_other_files(here: Path) -> None:
     (here / "kept" / "notes.txt").write_text("mine")
     assert_refused(
         ["demo", "--dir", "kept"],
-        "'kept' exists and is not an empty folder. Give the name of a new folder to `--dir`.",
+        "'kept' exists and is not an empty folder. Remove it, or give the name of a new folder:"
+        " `--dir NAME`.",
         here,
     )
 

@@ -349,6 +349,8 @@ def test_gradients_pass_through_every_frozen_architecture_or_it_is_refused(
     if found:
         return
     GradientCheckpointingPlugin().post_load(ctx, model)
+    if (kind, model_type) in architectures.NO_FORWARD:
+        return
     model.requires_grad_(False).train()
     counted = count_checkpoints(model)
     output = model(**architectures.dummy_inputs(model, kind))

@@ -29,7 +29,7 @@ from llmload import hookimpl
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Plain
 from llmload.cli import show
-from llmload.errors import AuditError, CheckpointError, RequestError, SpecError
+from llmload.errors import AuditError, PlanError, SpecError
 from llmload.host.registry import create_registry
 from llmload.testing import edit_config, save_checkpoint, tiny_checkpoint, tiny_model
 
@@ -675,7 +675,7 @@ def test_a_missing_weight_is_not_quantised_at_random(tmp_path: Path) -> None:
     tensors = load_folder(folder)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(PlanError) as caught:
         load(folder, {}, strict={"allow_missing": ["up_proj"]})
     assert str(caught.value) == (
         "kbit: the checkpoint has no values for 'model.layers.1.mlp.up_proj.weight', and"
@@ -687,7 +687,7 @@ def test_a_missing_weight_is_not_quantised_at_random(tmp_path: Path) -> None:
 
 
 def test_other_block_sizes_are_refused_where_from_pretrained_must_load(folder: Path) -> None:
-    with pytest.raises(RequestError) as caught:
+    with pytest.raises(PlanError) as caught:
         load(folder, {"block_size": 128}, registry=create_registry(block={"streaming"}))
     assert str(caught.value) == (
         "kbit.block_size: 128 is asked for, and from_pretrained, which had to load this model,"
@@ -728,7 +728,10 @@ def test_modules_on_the_host_are_left_out_if_asked(folder: Path) -> None:
     split |= {"model.layers.0": 0, "model.layers.1": "cpu"}
     spec = {"model": str(folder), "dtype": "bfloat16", "device_map": split}
     plan = llmload.plan(spec | {"kbit": {"bits": 8, "fp32_cpu_offload": True}})
-    assert plan.errors == []
+    # All that may be wrong with it is that this machine has no accelerator.
+    absent = "there is no device 0: of kind 'accelerator' there are none here"
+    expected = [] if getattr(torch, "accelerator", torch.cuda).is_available() else [absent] * 5
+    assert [problem.message for problem in plan.errors] == expected
     assert plan.facts["kbit"]["layers"] == 7
 
 
@@ -819,6 +822,7 @@ def test_the_full_precision_model_never_exists(
     assert max(peaks) - before < 1.25 * final < 0.5 * stored
 
 
+@pytest.mark.refused_late  # a placement that is made in init_context is seen when it is made
 @pytest.mark.parametrize("says_so", [True, False], ids=["in its check", "in init_context alone"])
 def test_a_placement_that_takes_no_quantised_weights_is_refused_before_any_is_read(
     says_so: bool, folder: Path, monkeypatch: pytest.MonkeyPatch

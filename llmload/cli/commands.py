@@ -335,6 +335,7 @@ def demo(
     from llmload.cli.progress import is_wanted, progress, tell
 
     registry = _registry(plugin)
+    demonstration.require_new(directory)
     typer.echo(f"About a minute on two cores; model and spec will be in {directory}.", err=True)
     shown_as_bars = is_wanted(json=json)
     with progress(shown=shown_as_bars) as track:

@@ -109,6 +109,18 @@ class Demonstration(BaseModel):
     """What came of it."""
 
 
+def require_new(folder: Path) -> None:
+    """Refuse to write over what is there.
+
+    :raises RequestError: ``folder`` exists and is not an empty folder.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise RequestError(
+            f"{str(folder)!r} exists and is not an empty folder",
+            fix="Remove it, or give the name of a new folder: `--dir NAME`.",
+        )
+
+
 def run(folder: Path, *, steps: int, registry: Registry, track: Track) -> Demonstration:
     """Make the model in ``folder``, load it and fine-tune its adapter.
 
@@ -116,11 +128,7 @@ def run(folder: Path, *, steps: int, registry: Registry, track: Track) -> Demons
     :raises RequestError: ``folder`` exists and is not an empty folder; nothing is written then.
     """
     require_stack()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise RequestError(
-            f"{str(folder)!r} exists and is not an empty folder",
-            fix="Remove it, or give the name of a new folder: `--dir NAME`.",
-        )
+    require_new(folder)
     import torch
 
     # What the demo draws is the same each time, and does not move the caller's random stream.

@@ -89,6 +89,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 3},
     "falcon_h1": {"mamba_d_head": 16},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": 48},
+    "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "funnel": {"architectures": ["FunnelModel"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": _LINEAR_THEN_FULL,

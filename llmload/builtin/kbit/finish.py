@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from bitsandbytes import functional as bnb
-from bitsandbytes.nn import Int8Params, Linear4bit
+from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -63,9 +63,11 @@ def _refuse_unquantised(
                 fix="Remove `kbit`, or list fewer `skip_modules`.",
             )
         )
-    if ctx.rehearsing:
-        return
-    missing = [f"{n}.weight" for n, layer in layers.items() if not _is_done(layer.weight)]
+    missing = (
+        _foretold_missing(ctx, layers)
+        if ctx.rehearsing
+        else [f"{n}.weight" for n, layer in layers.items() if not _is_done(layer.weight)]
+    )
     if missing:
         raise CheckpointError(
             Problem(
@@ -75,7 +77,12 @@ def _refuse_unquantised(
                 fix="List the modules in `kbit: {skip_modules: [...]}`.",
             )
         )
-    blocks = {n.weight.quant_state.blocksize for n in layers.values() if isinstance(n, Linear4bit)}
+    in_4_bits = [layer for layer in layers.values() if isinstance(layer, Linear4bit)]
+    blocks = (
+        _foretold_blocks(ctx, section, in_4_bits)
+        if ctx.rehearsing
+        else {layer.weight.quant_state.blocksize for layer in in_4_bits}
+    )
     if check.stored_quantisation(ctx) is None and blocks - {section.block_size}:
         raise RequestError(
             Problem(
@@ -85,6 +92,25 @@ def _refuse_unquantised(
                 fix="Remove the key; the plan says why the streaming loader declined.",
             )
         )
+
+
+def _foretold_missing(ctx: LoadContext, layers: dict[str, QuantisedLayer]) -> list[str]:
+    """Return the weights to be quantised that the checkpoint lacks and ``strict`` lets pass."""
+    if ctx.accounted is None or check.stored_quantisation(ctx) is not None:
+        return []
+    allows = ctx.spec.key_exceptions.allows_missing
+    lost = {n for n in ctx.accounted.missing if n in ctx.to_initialise or allows(n)}
+    lost.update(ctx.accounted.excused)
+    return [name for name in (f"{path}.weight" for path in layers) if name in lost]
+
+
+def _foretold_blocks(
+    ctx: LoadContext, section: KbitSection, in_4_bits: list[Linear4bit]
+) -> set[int]:
+    """Return the block sizes that the loader will use: bitsandbytes' own where none asks us."""
+    if not in_4_bits or any(name not in ctx.declined for name in ctx.providing("placement")):
+        return {section.block_size} if in_4_bits else set()
+    return {Params4bit(torch.empty(0, device="meta"), requires_grad=False).blocksize}
 
 
 def _is_done(weight: nn.Parameter) -> bool:

@@ -104,6 +104,7 @@ class KbitPlacement:
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Put bitsandbytes' layers in place of linear ones."""
+        _hold_to_names(self._section, model)
         replace_layers(model, self._quantiser, self._ctx, self._section)
         self._others.prepare(model)
         self._model = model
@@ -150,12 +151,7 @@ class KbitPlacement:
 def replace_layers(
     model: PreTrainedModel, quantiser: Any, ctx: LoadContext, section: KbitSection
 ) -> None:
-    """Let ``quantiser`` put its layers into a model on the meta device.
-
-    :raises RequestError: a name in ``skip_modules`` matches no linear layer.
-    """
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-    _hold_to_names(section, linear)
+    """Let ``quantiser`` put its layers into a model on the meta device."""
     with default_dtype(ctx.dtype):
         quantiser.preprocess_model(
             model=model,
@@ -173,6 +169,8 @@ def rehearse(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> 
     stored = check.stored_quantisation(ctx)
     config = stored or configuration(ctx, section, model)
     made_by = quantiser(config, stored=stored is not None)
+    # The load quantises before any plugin changes the model: the names are those of the blank one.
+    _hold_to_names(section, ctx.blank)
     replace_layers(model, made_by, ctx, section)
     for _, layer in quantised_layers(model):
         size = layer.in_features * layer.out_features
@@ -188,7 +186,11 @@ def rehearse(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> 
     made_by.postprocess_model(model)
 
 
-def _hold_to_names(section: KbitSection, linear: list[str]) -> None:
+def _hold_to_names(section: KbitSection, model: nn.Module) -> None:
+    """Refuse a name in ``skip_modules`` that is no linear layer's."""
+    if not section.skip_modules:
+        return
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     for position, name in enumerate(section.skip_modules):
         if not any(installed_transformers().leaves_unquantised(name, module) for module in linear):
             ends = sorted({module.rpartition(".")[2] for module in linear})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from llmload.builtin.lora.hooks import Hooks
 from llmload.builtin.lora.section import LoraSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import Conflict, Note, Problem, version_of
+from llmload.plugin import Conflict, Note, Problem, RequestError, version_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -78,7 +78,11 @@ class LoraPlugin:
     def wrap_adapter(self, ctx: LoadContext, model: PreTrainedModel) -> PeftModel | PreTrainedModel:
         """Put the adapter around the model, and where it is to be merged, into it."""
         from llmload.builtin.lora.install import install, merge
+        from llmload.builtin.lora.request import resolve
 
+        problems = list(_merge_problems(ctx, resolve(ctx)))
+        if problems:  # said in `check` already; PEFT's words for it would come on top
+            raise RequestError(problems)
         wrapped = install(ctx, model)
         return merge(ctx, wrapped) if ctx.section(LoraSection).merge else wrapped
 
