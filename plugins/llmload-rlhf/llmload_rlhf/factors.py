@@ -37,7 +37,7 @@ def hold_to_version(keys: list[str], section: str, version: str) -> None:
             Problem(
                 where=f"{section}.version",
                 message=f"the checkpoint keeps {len(keys)} LoRA factors beside its weights, as"
-                f" {keys[0]!r}, and no file says how {version} scaled them",
+                f" {min(keys)!r}, and no file says how {version} scaled them",
                 fix="If an old coati saved it, write `version: 0.2.8` or `version: 0.3.4`, which"
                 " merge them; otherwise merge them before they are saved.",
             )

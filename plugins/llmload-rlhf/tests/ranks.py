@@ -18,11 +18,15 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distribu
 CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 
 
-def load_and_save(folder: str, case: tuple[str, str], new: bool) -> dict[str, Any]:
+def load_and_save(
+    folder: str, case: tuple[str, str], new: bool, keys: dict[str, Any]
+) -> dict[str, Any]:
     """Load, say what the head holds once it is whole, and save in the system's files."""
     torch.manual_seed(int(torch.distributed.is_initialized()))
     zero3 = {"config": CONFIG}
-    result = load(Path(folder), (case[0], case[1]), head_new=new, dtype="float32", zero3=zero3)
+    result = load(
+        Path(folder), (case[0], case[1]), head_new=new, dtype="float32", zero3=zero3, **keys
+    )
     model = result.model
     parameters = list(model.parameters())
     partitioned = sum(map(partitions.is_partitioned, parameters))

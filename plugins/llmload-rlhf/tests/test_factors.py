@@ -106,7 +106,7 @@ def test_what_no_version_scales_is_refused(tmp_path: Path) -> None:
     folder, _ = adapted(tmp_path, "critic_head")
     assert refusal(folder, ("critic_head", "coati")) == (
         "critic_head.version: the checkpoint keeps 30 LoRA factors beside its weights, as"
-        " 'model.layers.0.self_attn.q_proj.lora_A', and no file says how colossalchat scaled them."
+        " 'model.layers.0.mlp.down_proj.lora_A', and no file says how colossalchat scaled them."
         " If an old coati saved it, write `version: 0.2.8` or `version: 0.3.4`, which merge them;"
         " otherwise merge them before they are saved."
     )
