@@ -100,7 +100,7 @@ def zero3_refusals(folder: str) -> list[list[str]]:
         {"cast": {"norms": "float32"}},
     ]
     return [
-        [str(problem) for problem in llmload.plan(base | {"kbit": section}).problems]
+        [str(problem) for problem in llmload.plan(base | {"kbit": section}).errors]
         for section in sections
     ]
 
