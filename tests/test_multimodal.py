@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from sameness import differences, from_pretrained
-from tiny import save_checkpoint
 from transformers import AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
 import llmload
+from llmload.testing import save_checkpoint
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 
