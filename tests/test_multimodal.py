@@ -26,6 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text_config=text | {"vocab_size": 128, "tie_word_embeddings": False},
         image_token_index=5,
         vision_feature_layer=-1,
+        tie_word_embeddings=False,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 from corpus import IMMUNE, WEIGHTS, Row, canary, rows
+from stacks import IS_MODERN
 from watching import Seen, watching
 
 import llmload
@@ -29,6 +30,18 @@ VALIDATED = {
     WEIGHTS,
 }
 LONGEST_MESSAGE = 30_000
+IGNORED_BY_4_51 = {
+    "config dtype exec",
+    "config dtype Tensor",
+    "config dtype int8",
+    "config dtype 5",
+    "config rope_parameters {'rope_type': 'nope'}",
+    "config attn_implementation 5",
+    "config layer_types [5]",
+}
+"""Keys of later versions, which transformers 4.51.3 does not read: they do no harm there."""
+NOT_ALLOCATED_IN_4_51 = {"vocabulary", "heads", "drawn"}
+"""4.51.3 builds buffers for real, so that the memory they would take is refused first."""
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +76,10 @@ def test_a_hostile_folder_is_refused_in_words_or_does_no_harm(
     shutil.copytree(sound, folder)
     row.damage(folder)
     spec = spec_of(row, folder)
+    if not IS_MODERN and row.name in IGNORED_BY_4_51:
+        row = row._replace(says=IMMUNE)
+    if not IS_MODERN and row.name in NOT_ALLOCATED_IN_4_51:
+        row = row._replace(says="cannot be built from the config")
     with watching(folder) as seen:
         if row.says == IMMUNE:
             assert llmload.load(spec).model is not None

@@ -171,9 +171,12 @@ def tied_names(model: PreTrainedModel) -> set[str]:
 
 def ties(model: PreTrainedModel) -> dict[str, str]:
     """All are tied to the embedding of the tokens."""
+    names = tied_names(model)
+    if not names:
+        return {}  # a model need not say what its embedding is
     embedding = model.get_input_embeddings()
     paths = [path for path, module in model.named_modules() if module is embedding]
-    return dict.fromkeys(tied_names(model), f"{paths[0]}.weight") if paths else {}
+    return dict.fromkeys(names, f"{paths[0]}.weight") if paths else {}
 
 
 def keeps_apart() -> bool:
