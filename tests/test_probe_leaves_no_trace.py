@@ -15,6 +15,7 @@ import computed_tensors
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
 import llmload
@@ -303,3 +304,30 @@ def test_what_the_classes_made_for_it_keep_is_not_changed(tmp_path: Path) -> Non
         probe(model)
         assert changes(before, everything(model)) == []
         assert not any(tensor.is_meta for _, tensor in reachable.tensors(model))
+
+
+class FailsUnderCheckpoint(nn.Module):
+    """Raises for real inside torch.utils.checkpoint, which then keeps its hooks on the thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.Linear(4, 4, dtype=torch.bfloat16)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = torch.ones(2, 4, device=input_ids.device, requires_grad=True)
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.linear(x)
+        raise ValueError("as asked")
+
+
+def test_a_probe_that_fails_under_gradient_checkpointing_leaves_no_hooks_on_the_thread() -> None:
+    result = probe(FailsUnderCheckpoint())
+    assert result.raised == "ValueError: as asked"
+
+    x = torch.ones(2, 2, requires_grad=True)
+    checkpoint(lambda x: x.sin().exp(), x, use_reentrant=False).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, (x.sin().exp() * x.cos()).detach())

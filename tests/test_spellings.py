@@ -133,6 +133,14 @@ NOT_LOADED = {
 """Keys whose advice is right and does not fit this model; it is validated all the same."""
 
 
+OF_LATER_PEFT = {
+    "lora_target_parameters",
+    "peft_ensure_weight_tying",
+    "peft_trainable_token_indices",
+}
+"""Keys of fields that peft 0.13 does not know."""
+
+
 def samples(theirs: str) -> list[Any]:
     numbers = {"r": 4, "lora_r": 4, "lora_rank": 4, "lora_dim": 4, "lora.rank": 4}
     return VALUES.get(theirs) or ([numbers[theirs]] if theirs in numbers else [True, False])
@@ -189,8 +197,8 @@ def test_the_advice_for_a_key_of_another_tool_loads(theirs: str, value: Any, her
     if "archive" in theirs and not hasattr(torch, "accelerator"):
         return  # torch 2.5 opens no pickle
     plan = llmload.plan(spec)
-    if not IS_MODERN and ("kbit" in keys or theirs == "lora_target_parameters"):
-        return  # 4.51.3 quantises on accelerators only; peft 0.13 knows no parameters
+    if not IS_MODERN and ("kbit" in keys or theirs in OF_LATER_PEFT):
+        return  # 4.51.3 quantises on accelerators only
     assert plan.errors == [], fix
     if "zero3" not in keys or keys["zero3"].get("stage") == 0:
         llmload.load(spec)

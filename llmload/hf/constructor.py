@@ -135,10 +135,9 @@ class _Building:
             )
 
         def initialise_what_can_be(model: PreTrainedModel, module: nn.Module, *args: Any) -> None:
-            if not any(tensor.is_meta for tensor in module.parameters(recurse=False)):
-                initialise(model, module, *args)
-                return
-            with suppress(Exception):  # what needs values stops where there are none
+            # It stops where it needs values that are not there: large parameters have none, and in
+            # 4.51.3 the library's class runs it before a subclass has registered its buffers.
+            with suppress(Exception):
                 initialise(model, module, *args)
 
         try:

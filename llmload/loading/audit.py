@@ -67,7 +67,7 @@ def hold_to_strict(ctx: LoadContext, lost: Mapping[str, str], unexpected: Iterab
             Problem(
                 where="strict",
                 message=f"the model has no place for {some(unexpected)} of the checkpoint",
-                fix=_unwrapping(unexpected)
+                fix=_unwrapping(unexpected, ctx.checkpoint.tensors)
                 + "Map the keys with `key_map`, or list what may be left out in"
                 " `strict: {allow_unexpected: [...]}`.",
             )
@@ -76,9 +76,12 @@ def hold_to_strict(ctx: LoadContext, lost: Mapping[str, str], unexpected: Iterab
         raise CheckpointError(problems)
 
 
-def _unwrapping(keys: list[str]) -> str:
-    """Return the rules by which keys lose the names of wrappers, where all of them have some."""
-    rules = wrapped_by(keys)
+def _unwrapping(keys: list[str], stored: Iterable[str]) -> str:
+    """Return the rules by which keys lose the names of wrappers, where all of them have some.
+
+    transformers 4.51 has put the base model's prefix before what it did not expect.
+    """
+    rules = wrapped_by(keys) or wrapped_by(list(stored))
     return f"Write `key_rules: [{', '.join(rules)}]`, which undoes that. Or: " if rules else ""
 
 

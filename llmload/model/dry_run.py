@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -66,7 +67,8 @@ def probe(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ProbeRes
         return _run(model, inputs, on_meta=True, reason="")
     except Exception as error:  # the model's own code, which may raise anything
         reason = f"on meta tensors: {_first_line(error)}"
-    if len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1:
+    mixed = len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
+    if mixed:
         # It may want the autocast of its training, which the meta device has not. No dtype changes
         # what is random and what gets a gradient.
         with suppress(Exception):
@@ -85,7 +87,8 @@ def probe(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ProbeRes
     lacking = _lacking(model, inputs)
     if lacking:
         reason += f"; no example has {lacking}"
-    raised = "" if lacking or _is_of_this_machine(failure) else _first_line(failure)
+    excused = lacking or _is_of_this_machine(failure) or (mixed and "dtype" in str(failure))
+    raised = "" if excused else _first_line(failure)
     return ProbeResult(method="unavailable", reason=reason, raised=raised)
 
 
@@ -138,11 +141,17 @@ def _run(
         arguments = example_inputs(model, device) if inputs is None else _moved(inputs, device)
         model.train()
         with recorder:
-            outputs = model(**arguments)
-            found = tuple(recorder.found)
-            roots = [t.sum() for t in _tensors(outputs) if t.requires_grad]
-            if roots:
-                torch.autograd.backward(roots)
+            try:
+                outputs = model(**arguments)
+                found = tuple(recorder.found)
+                roots = [t.sum() for t in _tensors(outputs) if t.requires_grad]
+                if roots:
+                    torch.autograd.backward(roots)
+            except Exception as error:
+                # torch.utils.checkpoint takes its hooks off the thread when the generator that it
+                # left suspended goes, which the traceback would keep (torch 2.5.1).
+                traceback.clear_frames(error.__traceback__)
+                raise
         unreached = tuple(name for name, p in trainable.items() if p.grad is None)
     return ProbeResult(
         method="meta" if on_meta else "real",

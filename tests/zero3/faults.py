@@ -142,7 +142,7 @@ def unmet(folder: str, kind: str, culprit: int, deadline: float) -> str:
 
 def elsewhere(folder: str, culprit: int, deadline: float) -> str:
     """The spec of one rank is without ``zero3``; the store is the launcher's."""
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     if _rank() == 0:  # stands in for the launcher, a process apart
         port = int(os.environ["MASTER_PORT"])
         kept.append(TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False))
