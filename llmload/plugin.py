@@ -30,7 +30,7 @@ Values of a section:
 Files of a checkpoint:
 
 - ``Checkpoint``, ``TensorInfo``: names, dtypes, shapes and places of tensors, known before a weight
-  is read; ``torch_dtype`` is the dtype that a header names.
+  is read; ``torch_dtype`` is the dtype that a header names, ``dtype_name`` what torch calls one.
 - ``MappedCheckpoint``: the same files mapped, and tensors over their pages.
 - ``Proof``: what a loader read, and the digest of what it placed.
 - ``UntrustedFolder``: configs and other small files of a folder, each read by strict rules;
@@ -97,6 +97,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint import filesystem as filesystem
     from llmload.checkpoint.accounting import Accounting as Accounting
     from llmload.checkpoint.contents import Checkpoint as Checkpoint
+    from llmload.checkpoint.dtypes import dtype_name as dtype_name
     from llmload.checkpoint.dtypes import torch_dtype as torch_dtype
     from llmload.checkpoint.folder import main_file as main_file
     from llmload.checkpoint.header import TensorInfo as TensorInfo
@@ -225,6 +226,7 @@ __all__ = [
     "closest",
     "connect",
     "default_dtype",
+    "dtype_name",
     "explain",
     "filesystem",
     "from_pretrained",
@@ -291,7 +293,7 @@ _HOME = {
     "KeyRule": "spec.renaming",
     "unwrapped": "spec.renaming",
     "main_file": "checkpoint.folder",
-    "torch_dtype": "checkpoint.dtypes",
+    **dict.fromkeys(("dtype_name", "torch_dtype"), "checkpoint.dtypes"),
     **dict.fromkeys(
         ("Part", "Placement", "Plain", "Source", "Splitting", "Target"), "checkpoint.placement"
     ),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import BaseModel
 
-from llmload.checkpoint.dtypes import torch_dtype
+from llmload.checkpoint.dtypes import dtype_name, torch_dtype
 from llmload.group import memory as memory
 from llmload.hf import installed_transformers
 
@@ -89,7 +89,7 @@ class Weights:
             assert prepared.rehearsal is not None  # else it is alone
             entries = _entries(prepared.ctx, prepared.plan.loader, prepared.rehearsal)
         return cls(
-            dtype=str(prepared.ctx.dtype).removeprefix("torch."),
+            dtype=dtype_name(prepared.ctx.dtype),
             source=_files(prepared.ctx),
             entries=entries,
             alone=alone,
@@ -158,7 +158,7 @@ def _entries(ctx: LoadContext, loader: str, rehearsal: Rehearsal) -> dict[str, E
             or naming,
             mapped=on_pages
             and any(torch_dtype(stored[name].dtype) == dtypes[name] for name in found),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             kept=names[0] in kept,
         )
     return entries

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmload.checkpoint.dtypes import dtype_name
 from llmload.errors import Problem, in_one_line
 from llmload.hf.versions import installed_transformers
 
@@ -89,7 +90,7 @@ def examine(config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype) -> Sto
 def problems(config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype) -> Iterator[Problem]:
     """Yield why a quantised folder cannot be loaded, or not be trained as the spec wants."""
     found = examine(config, spec, dtype)
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if isinstance(found, Problem):
         yield found
     elif found.dequantised:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import as_quantised
-from llmload.checkpoint.dtypes import torch_dtype
+from llmload.checkpoint.dtypes import dtype_name, torch_dtype
 from llmload.errors import CheckpointError, Problem
 from llmload.hf import generation, installed_transformers, quantised
 from llmload.loading import audit
@@ -73,10 +73,10 @@ def _not_floats(ctx: LoadContext) -> Iterator[Problem]:
         if parameter is None or kind is None or kind.is_floating_point:
             continue
         if parameter.is_floating_point():
-            expected = f"{str(parameter.dtype).removeprefix('torch.')} {tuple(parameter.shape)}"
+            expected = f"{dtype_name(parameter.dtype)} {tuple(parameter.shape)}"
             yield Problem(
                 where=name,
-                message=f"the checkpoint has {str(kind).removeprefix('torch.')} {info.shape}, the"
+                message=f"the checkpoint has {dtype_name(kind)} {info.shape}, the"
                 f" model takes {expected}",
                 fix="Check that config.json and weights belong together.",
             )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint import Checkpoint
+from llmload.checkpoint.dtypes import dtype_name
 from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.context.context import LoadContext
 from llmload.errors import Conflict, Decline, Note, PlanError, PluginError, Problem, RequestError
@@ -65,7 +66,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
         model=str(spec.model),
         folder=str(folder),
         model_class=model_class.__name__,
-        dtype=str(ctx.dtype).removeprefix("torch."),
+        dtype=dtype_name(ctx.dtype),
         plugins={info.name: info.distribution for info in host.infos},
         problems=[*missing_requirements(host.infos), *_conflicts(host), *_broken(registry)],
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmload.builtin.cast.section import CastSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import Conflict, Note, PlanError, Problem, patterns
+from llmload.plugin import Conflict, Note, PlanError, Problem, dtype_name, patterns
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,8 @@ class CastPlugin:
             if tensor is not None and id(tensor) in held and tensor.dtype != dtype:
                 yield Problem(
                     where="cast.modules",
-                    message=f"{name!r} is {_spelt(tensor.dtype)}, {_spelt(dtype)} was planned",
+                    message=f"{name!r} is {dtype_name(tensor.dtype)},"
+                    f" {dtype_name(dtype)} was planned",
                     fix="A plugin after `cast` changed it; report this to its makers.",
                 )
 
@@ -115,7 +116,3 @@ def _torch_dtype(name: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _spelt(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")

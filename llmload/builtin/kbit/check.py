@@ -9,7 +9,14 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from llmload.builtin.kbit.section import KbitSection
-from llmload.plugin import Note, Problem, in_one_line, installed_transformers, version_of
+from llmload.plugin import (
+    Note,
+    Problem,
+    dtype_name,
+    in_one_line,
+    installed_transformers,
+    version_of,
+)
 
 if TYPE_CHECKING:
     from llmload.plugin import LoadContext
@@ -44,7 +51,7 @@ def stored_quantisation(ctx: LoadContext) -> dict[str, Any] | None:
 
 def compute_dtype(ctx: LoadContext, section: KbitSection) -> str:
     """Return the dtype in which 4-bit layers multiply: as asked, else the model's."""
-    return section.compute_dtype or _name(ctx)
+    return section.compute_dtype or dtype_name(ctx.dtype)
 
 
 def storage(ctx: LoadContext, section: KbitSection) -> str:
@@ -52,16 +59,12 @@ def storage(ctx: LoadContext, section: KbitSection) -> str:
     if section.quant_storage is not None:
         return section.quant_storage
     sharded = fsdp_announced() or _zero3_announced() or partitioned(ctx)
-    return _name(ctx) if sharded else "uint8"
+    return dtype_name(ctx.dtype) if sharded else "uint8"
 
 
 def partitioned(ctx: LoadContext) -> bool:
     """Say whether each process keeps a part of every weight, as another plugin's `check` said."""
     return ctx.splits
-
-
-def _name(ctx: LoadContext) -> str:
-    return str(ctx.dtype).removeprefix("torch.")
 
 
 def fsdp_announced() -> bool:
@@ -130,7 +133,7 @@ def _beyond_linear_layers(ctx: LoadContext) -> Iterator[Problem]:
     yield Problem(
         where="kbit",
         severity="warning",
-        message=f"{number:,} of {total:,} parameters stay in {_name(ctx)},"
+        message=f"{number:,} of {total:,} parameters stay in {dtype_name(ctx.dtype)},"
         f" {number * ctx.dtype.itemsize:,} bytes: bitsandbytes quantises linear layers, and"
         f" {', '.join(kinds[:_SHOWN])}{', ...' if len(kinds) > _SHOWN else ''} are none",
         fix="Count on that memory, or use a checkpoint that is quantised otherwise.",
@@ -244,12 +247,12 @@ def _deepspeed(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
             fix="Use `bits: 4`, or keep the whole model in each process, as ZeRO does below stage"
             " 3.",
         )
-    elif bits == 4 and as_dtype in _FLOATS and as_dtype != _name(ctx):
+    elif bits == 4 and as_dtype in _FLOATS and as_dtype != dtype_name(ctx.dtype):
         yield Problem(
             where="kbit.quant_storage",
-            message=f"{who} casts every floating-point parameter to {_name(ctx)}, codes stored"
-            f" as {as_dtype} too, which ruins them",
-            fix=f"Remove the key, or set `quant_storage: {_name(ctx)}`."
+            message=f"{who} casts every floating-point parameter to {dtype_name(ctx.dtype)}, codes"
+            f" stored as {as_dtype} too, which ruins them",
+            fix=f"Remove the key, or set `quant_storage: {dtype_name(ctx.dtype)}`."
             if stored is None
             else "Load the checkpoint from before it was quantised.",
         )

@@ -15,7 +15,15 @@ from transformers.pytorch_utils import Conv1D
 from llmload.builtin.kbit import check
 from llmload.builtin.kbit.casting import Casting, is_quantised, parameters
 from llmload.builtin.kbit.quantise import quantised_layers, rehearse
-from llmload.plugin import CheckpointError, Problem, RequestError, partitions, size_text, some
+from llmload.plugin import (
+    CheckpointError,
+    Problem,
+    RequestError,
+    dtype_name,
+    partitions,
+    size_text,
+    some,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,7 +138,7 @@ def _refuse_casts(ctx: LoadContext, casting: Casting, model: nn.Module) -> None:
         raise RequestError(
             Problem(
                 where="kbit",
-                message=f"ZeRO-3 keeps every parameter in {str(ctx.dtype).removeprefix('torch.')},"
+                message=f"ZeRO-3 keeps every parameter in {dtype_name(ctx.dtype)},"
                 f" and {' and '.join(sorted(groups))} would be cast to another dtype",
                 fix="Leave `prepare` and `cast` out, or use a ZeRO stage below 3.",
             )
@@ -145,7 +153,7 @@ def _refuse_mixed_dtypes(casting: Casting, model: nn.Module) -> None:
         found.setdefault(parameter.dtype, set()).add(what)
     if len(found) > 1 or not next(iter(found)).is_floating_point:
         listed = ", ".join(
-            f"{' and '.join(sorted(groups))} in {str(dtype).removeprefix('torch.')}"
+            f"{' and '.join(sorted(groups))} in {dtype_name(dtype)}"
             for dtype, groups in sorted(found.items(), key=str)
         )
         raise RequestError(
@@ -191,7 +199,7 @@ def _lines(ctx: LoadContext, facts: Mapping[str, Any]) -> Iterator[str]:
         line = f"{group}: {takes['parameters']:,} values in {size_text(takes['bytes'])}"
         if cast:
             change = "more" if cast > 0 else "less"
-            dtype = str(ctx.dtype).removeprefix("torch.")
+            dtype = dtype_name(ctx.dtype)
             line += f", {size_text(abs(cast))} {change} than in {dtype}"
         yield line
 

@@ -13,6 +13,8 @@ from typing import ClassVar
 
 import torch
 
+from llmload.plugin import dtype_name
+
 CHUNK = 2**20
 """Elements per chunk: a multiple of every block size, small enough for a cache, and large enough
 that threads which must wait for a core at the end of each pass do not wait too often."""
@@ -63,7 +65,7 @@ class Compiled(Method):
         super().__init__(quant_type)
         self._bounds = self._bounds.contiguous()
         self._steps_in_c = torch.tensor(self._steps, dtype=torch.int32)
-        self._function = library[f"quantise_{str(dtype).removeprefix('torch.')}"]
+        self._function = library[f"quantise_{dtype_name(dtype)}"]
         pointer, count = ctypes.c_void_p, ctypes.c_int64
         self._function.argtypes = [pointer, count, count, pointer, pointer, ctypes.c_int32]
         self._function.argtypes += [pointer, pointer]

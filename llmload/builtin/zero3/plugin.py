@@ -16,7 +16,16 @@ from weakref import WeakKeyDictionary
 from llmload.builtin.zero3 import config
 from llmload.builtin.zero3.section import Zero3Section
 from llmload.hookspecs import hookimpl
-from llmload.plugin import Conflict, Decline, Note, Problem, rank, store_is_there, world_size
+from llmload.plugin import (
+    Conflict,
+    Decline,
+    Note,
+    Problem,
+    dtype_name,
+    rank,
+    store_is_there,
+    world_size,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +84,7 @@ class Zero3Plugin:
             yield Decline(f"ZeRO stage {resolved.stage} does not partition parameters")
             return
         ctx.placed_by, ctx.splits, ctx.one_dtype = self.name, True, True
-        problem = config.precision_problem(resolved, _name(ctx))
+        problem = config.precision_problem(resolved, dtype_name(ctx.dtype))
         if problem:
             yield problem
         yield from disk.problems(resolved)
@@ -102,9 +111,9 @@ class Zero3Plugin:
 
         copies = fields.get("modules_to_save")
         resolved = ctx.handed_on.get(self.name)
-        mixed = section.adapter_dtype == "auto" and _name(ctx) != "float32"
+        mixed = section.adapter_dtype == "auto" and dtype_name(ctx.dtype) != "float32"
         if resolved is not None and resolved.stage == 3 and copies and mixed:
-            yield mixed_dtypes(("float32", _name(ctx)))
+            yield mixed_dtypes(("float32", dtype_name(ctx.dtype)))
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> AbstractContextManager[Session]:
@@ -178,7 +187,7 @@ def _resolve(ctx: LoadContext) -> DeepSpeedConfig:
     if hidden is None and hasattr(text, "hidden_sizes"):
         hidden = max(text.hidden_sizes)
     announced = deepspeed_config()
-    return config.resolve(ctx.section(Zero3Section), _name(ctx), hidden, announced)
+    return config.resolve(ctx.section(Zero3Section), dtype_name(ctx.dtype), hidden, announced)
 
 
 def _whole_on_every_rank(nbytes: int) -> Problem:
@@ -189,10 +198,6 @@ def _whole_on_every_rank(nbytes: int) -> Problem:
         f" holds all {nbytes:,} bytes of it until DeepSpeed's `initialize`",
         fix="Load the checkpoint from before it was quantised, with `kbit` if it is to be.",
     )
-
-
-def _name(ctx: LoadContext) -> str:
-    return str(ctx.dtype).removeprefix("torch.")
 
 
 def _shares(ctx: LoadContext, rank: int, ranks: int | None) -> Iterator[str]:

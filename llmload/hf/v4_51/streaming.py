@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import Accounting, is_parameter
-from llmload.checkpoint.dtypes import torch_dtype
+from llmload.checkpoint.dtypes import dtype_name, torch_dtype
 from llmload.checkpoint.placing import Placer
 from llmload.errors import CheckpointError
 from llmload.hf.v4_51.building import is_of_a_library
@@ -138,7 +138,7 @@ def _excused(model: PreTrainedModel, absent: Iterable[str]) -> list[str]:
 
 
 def _outline(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
+    return f"{dtype_name(dtype)} {tuple(shape)}"
 
 
 def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> set[str]:

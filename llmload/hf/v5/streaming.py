@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import Accounting, is_parameter
+from llmload.checkpoint.dtypes import dtype_name
 from llmload.checkpoint.placement import Plain
 from llmload.checkpoint.placing import Placer
 from llmload.hf.v5.conversion import convert, leave_alone, no_progress_bar, place_by_name
@@ -127,7 +128,7 @@ def final_dtypes(
 
 
 def _outline(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
 
 
 def _ties(model: PreTrainedModel) -> Iterator[set[str]]:
