@@ -368,8 +368,10 @@ class Values:
 
         Not those that it draws at random, or does not make: they are somebody else's.
         """
-        computed = self.computed()
-        again = compute(self._build, other_stream=True) if computed.drew else computed
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        wanted = parameters & tensors.keys()
+        computed = self.computed(wanted)
+        again = compute(self._build, wanted, other_stream=True) if computed.drew else computed
         wrong = []
         for path, tensor in tensors.items():
             value, other, owner = computed.value(path), again.value(path), computed.owner(path)

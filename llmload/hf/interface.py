@@ -109,6 +109,8 @@ class Transformers(Protocol):
     def unloaded(self, model: PreTrainedModel, given: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Return the tensors that have no final values yet though they are not on the meta device.
 
+        A line gives memory first to what transformers has left there against its own rules.
+
         :param given: positional arguments of the model's ``_initialize_missing_keys``.
         """
         ...

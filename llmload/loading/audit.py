@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmload.checkpoint.accounting import as_quantised
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.open_files import OpenFiles
 from llmload.errors import AuditError, CheckpointError, Problem
@@ -33,6 +34,21 @@ EXCUSED = "missing from the checkpoint, as the model's class allows"
 
 _SAMPLE = 32
 _SHOWN = 5
+
+
+def list_missing(ctx: LoadContext, model: nn.Module) -> None:
+    """List what the checkpoint lacks and the loader, against its duty, said nothing of."""
+    found = ctx.accounted
+    if ctx.checkpoint is None or found is None or not (found.missing or found.excused):
+        return
+    if quantised.declared(ctx.config) is not None:
+        found = as_quantised(ctx.blank, found)
+    whys = dict.fromkeys(found.excused, EXCUSED)
+    whys |= {name: ctx.to_initialise.get(name, MISSING) for name in found.missing}
+    there = model.state_dict().keys()
+    for name, why in whys.items():
+        if name in there:
+            ctx.newly_initialised.setdefault(name, why)
 
 
 def hold_to_strict(ctx: LoadContext, lost: Mapping[str, str], unexpected: Iterable[str]) -> None:
@@ -330,14 +346,18 @@ def hold_to_numbers(plan: Plan, report: Report, apart: Sequence[nn.Parameter]) -
 
 
 def hold_to_constructor(
-    ctx: LoadContext, model: Any, values: Values, lost: Collection[str]
+    ctx: LoadContext, model: Any, values: Values, lost: Mapping[str, str]
 ) -> list[str]:
-    """Prove that what no checkpoint holds was written: buffers, and tensors in other places.
+    """Prove that what no checkpoint holds was written: missing parameters, buffers, and tensors in
+    other places.
 
     Each must be known as filled by the model's class or its constructor, and not to be written
     since; any other is held to what the constructor computes, which runs again for that.
 
-    :param lost: names that have no value from the checkpoint.
+    A partitioned parameter is left to whoever filled it, part by part.
+
+    :param lost: name of each parameter and buffer without a value from the checkpoint -> why. What
+        a plugin has answered for is its own matter.
     :returns: what was proved, for the report; nothing where there was nothing to prove.
     :raises AuditError: one has other values.
     """
@@ -346,8 +366,12 @@ def hold_to_constructor(
     if ctx.checkpoint is None or ctx.awaiting is not None:
         return []
     state = model.state_dict(keep_vars=True)
-    filled = {_storage(t) for name, t in state.items() if name not in lost}
-    filled |= {_storage(parameter) for parameter in model.parameters()}
+    missing = {name for name, why in lost.items() if why in (MISSING, EXCUSED)}
+    filled = {
+        _storage(tensor)
+        for name, tensor in state.items()
+        if name not in missing or partitions.is_partitioned(tensor)
+    }
     found = {
         path: tensor for path, tensor in reachable.tensors(model) if _storage(tensor) not in filled
     }

@@ -158,6 +158,7 @@ def execute(
             ctx.files.check()
             _freeze(model, plan.frozen)
             apart = audit.kept_apart(plan, model)
+            audit.list_missing(ctx, model)
             lost = dict(ctx.newly_initialised)
             ledger.take_stock(report.loader, model)
             audit.hold_to_strict(ctx, lost, ctx.unexpected)

@@ -6,7 +6,8 @@ Buffers have their values from the constructor and are not on the meta device.
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Sequence
+import re
+from collections.abc import Container, Sequence, Set
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -195,21 +196,38 @@ def gives_memory() -> str:
 
 
 def unloaded(model: PreTrainedModel, given: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """Each buffer of a class that is no library's, and under DeepSpeed each parameter.
+    """Each buffer of a class that is no library's, and each parameter.
 
-    Such a class may initialise its buffer in the constructor, which ``no_init_weights`` has
-    prevented. The names that are loaded are given.
+    Such a class may initialise them in the constructor, which ``no_init_weights`` has prevented:
+    memory that a placement or DeepSpeed gave them holds nothing yet. The names that are loaded are
+    given.
     """
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    found: dict[str, torch.Tensor] = {}
+    loaded = set(given[0]) if given else set()
+    _give_memory_to_excused(model, loaded)
+    found: dict[str, torch.Tensor] = dict(model.named_parameters())
     for path, module in model.named_modules():
         if not is_of_a_library(module):
             found |= {f"{path}.{n}".lstrip("."): b for n, b in module.named_buffers(recurse=False)}
-    if is_deepspeed_zero3_enabled():
-        found |= dict(model.named_parameters())
-    loaded = set(given[0]) if given else set()
     return {name: tensor for name, tensor in found.items() if name not in loaded}
+
+
+def _give_memory_to_excused(model: PreTrainedModel, loaded: Set[str]) -> None:
+    """Take off the meta device what the class lets be missing, where no tie fills it: transformers
+    gives memory to what it calls missing alone."""
+    import torch
+
+    patterns = model._keys_to_ignore_on_load_missing or ()
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for group in names.values():
+        parameter = model.get_parameter(group[0])
+        excused = any(re.search(pattern, group[0]) for pattern in patterns)
+        tied = not {*group}.isdisjoint(model._tied_weights_keys or ())
+        if excused and not tied and parameter.is_meta and loaded.isdisjoint(group):
+            with_memory = _anew(parameter, torch.empty_like(parameter, device="cpu"))
+            for path, _, attribute in (name.rpartition(".") for name in group):
+                setattr(model.get_submodule(path), attribute, with_memory)
 
 
 def computed(model: PreTrainedModel) -> list[torch.Tensor]:
