@@ -25,6 +25,7 @@ SWEEPS = (
     "tests/test_streaming_architectures.py",
 )
 RLHF = "plugins/llmload-rlhf"
+EXAMPLES = sorted(map(str, Path("examples/plugins").glob("llmload-*")))
 HOST_TESTS = (
     "tests/test_cli.py",
     "tests/test_doctor.py",
@@ -37,6 +38,7 @@ HOST_TESTS = (
 OF_NO_STACK = (
     *(file for file in HOST_TESTS if "doctor" not in file),
     "tests/test_conformance.py",
+    "tests/test_example_plugins.py",
     "tests/test_groupspec.py",
     "tests/test_new_plugin.py",
     "tests/test_plugins_page.py",
@@ -53,6 +55,8 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     session.run("mypy")
+    for example in EXAMPLES:
+        session.run("mypy", f"{example}/{Path(example).name.replace('-', '_')}")
     session.run("lint-imports")
 
 
@@ -133,6 +137,21 @@ def _pytest(session: nox.Session, name: str, *chosen: str) -> None:
 def _pytest_rlhf(session: nox.Session) -> None:
     with session.chdir(RLHF):
         session.run("pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
+def example_plugins(session: nox.Session) -> None:
+    """All tests of each example package, built and installed beside the built core, by hand.
+
+    The default run has those that are not slow, of packages whose libraries are there.
+    """
+    session.install("-c", MODERN, *GROUPS["test"], ".[all]")
+    for example in EXAMPLES:
+        groups = nox.project.load_toml(f"{example}/pyproject.toml")["dependency-groups"]
+        session.install("-c", MODERN, *groups["test"], f"./{example}")
+    for example in EXAMPLES:
+        with session.chdir(example):
+            session.run("pytest", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False)

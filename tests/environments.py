@@ -25,10 +25,10 @@ class Environment:
         below.append(str(Path(llmload.__file__).parent.parent))
         (self.site / "below.pth").write_text("\n".join(dict.fromkeys(below)))
 
-    def install(self, package: Path) -> None:
-        """Install a folder or wheel as a user does, but for what needs a network."""
+    def install(self, *packages: Path) -> None:
+        """Install folders or wheels as a user does, but for what needs a network."""
         options = ("--no-deps", "--no-build-isolation", "--no-index", "--prefix", str(self.root))
-        pip(("install", *options, str(package)))
+        pip(("install", *options, *map(str, packages)))
 
     def run(self, *words: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run this environment's Python, and return what it wrote."""

@@ -10,7 +10,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.md", "docs/**/*.md", "examples/*.md", "benchmarks/**/*.md", "plugins/*/*.md")
+    for pattern in (
+        "*.md",
+        "benchmarks/**/*.md",
+        "docs/**/*.md",
+        "examples/**/*.md",
+        "plugins/*/*.md",
+    )
     for path in ROOT.glob(pattern)
 )
 PROMISED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (ROOT / "SECURITY.md").read_text())

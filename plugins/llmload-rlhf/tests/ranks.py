@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llmload_rlhf.models import whole_state
 from making import load
 
 from llmload.plugin import partitions
+from llmload_rlhf.models import whole_state
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from llmload_rlhf.plugins import CriticHeadPlugin, RewardHeadPlugin, ValueHeadPlugin
 
 from llmload.testing import assert_plugin
+from llmload_rlhf.plugins import CriticHeadPlugin, RewardHeadPlugin, ValueHeadPlugin
 
 
 @pytest.mark.parametrize("layout", ["deepspeed_chat", "coati"])

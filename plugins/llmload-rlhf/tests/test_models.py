@@ -200,9 +200,10 @@ SIZES = {"llama": 4096, "gpt2": 4096, "opt": 2048}
 def test_a_new_head_has_its_systems_size_and_spread(
     case: tuple[str, str], keys: dict[str, Any], deviation: Any, model_type: str
 ) -> None:
+    from transformers import AutoConfig
+
     from llmload_rlhf.models import head_size
     from llmload_rlhf.plugins import CriticHeadPlugin, RewardHeadPlugin, ValueHeadPlugin
-    from transformers import AutoConfig
 
     fields = {"llama": "hidden_size", "gpt2": "n_embd", "opt": "word_embed_proj_dim"}
     config = AutoConfig.for_model(model_type, **{fields[model_type]: SIZES[model_type]})
