@@ -92,7 +92,7 @@ def test_it_passes_its_own_tests_where_it_is_installed(
     used: Environment, tmp_path: Path, package: str
 ) -> None:
     """But for those that it marks as slow, which ``nox -s example_plugins`` runs too."""
-    for name in ("tests", "pyproject.toml"):  # not the package itself
+    for name in ("README.md", "pyproject.toml", "tests"):  # not the package itself
         source, target = folder_of(package) / name, tmp_path / name
         shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider"]

@@ -336,6 +336,23 @@ def test_a_module_that_the_forward_replaces_is_put_back() -> None:
     assert attention.attention_type == "block_sparse"
 
 
+@pytest.mark.parametrize("on_meta", [True, False])
+def test_watched_modules_tell_the_shape_of_what_they_return(on_meta: bool) -> None:
+    model = tiny_model("llama")
+    if not on_meta:
+        model.register_forward_hook(lambda module, args, output: output.logits.sum().item())
+    watch = ["model.layers.1.mlp.up_proj", "model.layers.0", "model", "model.layers"]
+    found = probe(model, watch=watch)
+    assert found.method == ("meta" if on_meta else "real")
+    # An output of several tensors tells of its first; nobody calls the list.
+    assert found.outputs == {
+        "model.layers.1.mlp.up_proj": (1, 8, 32),
+        "model.layers.0": (1, 8, 16),
+        "model": (1, 8, 16),
+    }
+    assert not model.model.layers[0]._forward_hooks
+
+
 def test_a_forward_that_raises_leaves_the_model_as_it_was() -> None:
     def fail(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         raise KeyError("no")

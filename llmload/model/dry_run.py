@@ -16,9 +16,9 @@ import functools
 import inspect
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -49,9 +49,14 @@ class ProbeResult:
     """Every random operation, in the order of the forward."""
     unreached: tuple[str, ...] = ()
     """Trainable parameters that the backward gave no gradient, in the model's order."""
+    outputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Watched module that the forward called -> the shape of what it returned, of several tensors
+    the first one's."""
 
 
-def probe(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ProbeResult:
+def probe(
+    model: nn.Module, inputs: Mapping[str, Any] | None = None, *, watch: Collection[str] = ()
+) -> ProbeResult:
     """Run one train-mode forward and backward and say what is random and what gets a gradient.
 
     The model is left as it was: weights, gradients, buffers, training mode, hooks and whatever else
@@ -62,9 +67,10 @@ def probe(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ProbeRes
     :param inputs: keyword arguments of the forward; by default one row of ``TOKENS`` token ids, or
         as many rows as the model's ``rows_per_example`` says, for decoder and encoder alike.
         Tensors among them are moved to where the probe runs.
+    :param watch: names of modules whose outputs the result is to tell the shapes of.
     """
     try:
-        return _run(model, inputs, on_meta=True, reason="")
+        return _run(model, inputs, watch, on_meta=True, reason="")
     except Exception as error:  # the model's own code, which may raise anything
         reason = f"on meta tensors: {_first_line(error)}"
     mixed = len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
@@ -72,17 +78,17 @@ def probe(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> ProbeRes
         # It may want the autocast of its training, which the meta device has not. No dtype changes
         # what is random and what gets a gradient.
         with suppress(Exception):
-            return _run(model, inputs, on_meta=True, reason=reason, dtype=torch.float32)
+            return _run(model, inputs, watch, on_meta=True, reason=reason, dtype=torch.float32)
     size = sum(partitions.elements(parameter) for parameter in model.parameters())
     if size > SMALL or any(p.is_meta or partitions.is_partitioned(p) for p in model.parameters()):
         return ProbeResult(method="unavailable", reason=reason)
     try:
-        return _run(model, inputs, on_meta=False, reason=reason)
+        return _run(model, inputs, watch, on_meta=False, reason=reason)
     except Exception as error:
         failure = error
     device = next(model.parameters()).device.type
     with suppress(Exception), torch.autocast(device, torch.bfloat16):
-        return _run(model, inputs, on_meta=False, reason=reason)
+        return _run(model, inputs, watch, on_meta=False, reason=reason)
     reason = f"{reason}; for real: {_first_line(failure)}"
     lacking = _lacking(model, inputs)
     if lacking:
@@ -119,6 +125,7 @@ def _lacking(model: nn.Module, inputs: Mapping[str, Any] | None) -> str:
 def _run(
     model: nn.Module,
     inputs: Mapping[str, Any] | None,
+    watch: Collection[str],
     *,
     on_meta: bool,
     reason: str,
@@ -140,11 +147,12 @@ def _run(
         stack.enter_context(_gradients_kept(trainable.values()))
         arguments = example_inputs(model, device) if inputs is None else _moved(inputs, device)
         model.train()
+        outputs = _watched(model, watch)
         with recorder:
             try:
-                outputs = model(**arguments)
+                given = model(**arguments)
                 found = tuple(recorder.found)
-                roots = [t.sum() for t in _tensors(outputs) if t.requires_grad]
+                roots = [t.sum() for t in _tensors(given) if t.requires_grad]
                 if roots:
                     torch.autograd.backward(roots)
             except Exception as error:
@@ -158,7 +166,24 @@ def _run(
         reason=reason,
         random_ops=found,
         unreached=unreached,
+        outputs=outputs,
     )
+
+
+def _watched(model: nn.Module, names: Collection[str]) -> dict[str, tuple[int, ...]]:
+    """Return a mapping that the next forward fills; the hooks go with what else the probe put."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, output: Any) -> None:
+        for tensor in _tensors(output):
+            found.setdefault(name, tuple(tensor.shape))
+            break
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: note(name, output)  # type: ignore[misc]
+        )
+    return found
 
 
 # --- inputs and outputs -----------------------------------------------------------------------
