@@ -30,7 +30,9 @@ class Problem(BaseModel):
     values. An ``error`` stops the load before any weight is read; a ``warning`` is shown.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # The first model that is built lets pydantic look for its plugins in every distribution, which
+    # is a tenth of what the help takes.
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     message: str
     """What was asked and what was found, in one sentence without a final full stop."""
@@ -79,6 +81,8 @@ class Note:
 
 class Line(BaseModel):
     """One line that a plugin adds to what people see of a plan or report."""
+
+    model_config = ConfigDict(defer_build=True)
 
     plugin: str
     """Who says it."""

@@ -97,7 +97,6 @@ if TYPE_CHECKING:
     from llmload.checkpoint import filesystem as filesystem
     from llmload.checkpoint.accounting import Accounting as Accounting
     from llmload.checkpoint.contents import Checkpoint as Checkpoint
-    from llmload.checkpoint.dtypes import dtype_name as dtype_name
     from llmload.checkpoint.dtypes import torch_dtype as torch_dtype
     from llmload.checkpoint.folder import main_file as main_file
     from llmload.checkpoint.header import TensorInfo as TensorInfo
@@ -175,6 +174,7 @@ if TYPE_CHECKING:
     from llmload.spec.renaming import unwrapped as unwrapped
     from llmload.spec.suggest import closest as closest
     from llmload.spec.suggest import nearest as nearest
+    from llmload.spec.values import dtype_name as dtype_name
     from llmload.spec.yaml_read import parse as parse_yaml
 
 __all__ = [
@@ -293,7 +293,8 @@ _HOME = {
     "KeyRule": "spec.renaming",
     "unwrapped": "spec.renaming",
     "main_file": "checkpoint.folder",
-    **dict.fromkeys(("dtype_name", "torch_dtype"), "checkpoint.dtypes"),
+    "dtype_name": "spec.values",
+    "torch_dtype": "checkpoint.dtypes",
     **dict.fromkeys(
         ("Part", "Placement", "Plain", "Source", "Splitting", "Target"), "checkpoint.placement"
     ),

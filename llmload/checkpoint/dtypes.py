@@ -42,11 +42,6 @@ def _table() -> dict[str, torch.dtype]:
     }
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """What torch, configs and specs call ``dtype``: ``bfloat16``."""
-    return str(dtype).removeprefix("torch.")
-
-
 def torch_dtype(name: str) -> torch.dtype | None:
     """The torch dtype that safetensors calls ``name``; None where this torch has none (``F4``)."""
     return _table().get(name)

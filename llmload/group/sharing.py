@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import BaseModel
 
-from llmload.checkpoint.dtypes import dtype_name, torch_dtype
+from llmload.checkpoint.dtypes import torch_dtype
 from llmload.group import memory as memory
 from llmload.hf import installed_transformers
+from llmload.spec.values import dtype_name
 
 if TYPE_CHECKING:
     from llmload.context.context import LoadContext

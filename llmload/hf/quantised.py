@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmload.checkpoint.dtypes import dtype_name
 from llmload.errors import Problem, in_one_line
 from llmload.hf.versions import installed_transformers
+from llmload.spec.values import dtype_name
 
 if TYPE_CHECKING:
     import torch

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import as_quantised
-from llmload.checkpoint.dtypes import dtype_name, torch_dtype
+from llmload.checkpoint.dtypes import torch_dtype
 from llmload.errors import CheckpointError, Problem
 from llmload.hf import generation, installed_transformers, quantised
 from llmload.loading import audit
 from llmload.spec.suggest import closest
+from llmload.spec.values import dtype_name
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint import Checkpoint
-from llmload.checkpoint.dtypes import dtype_name
 from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.context.context import LoadContext
 from llmload.errors import Conflict, Decline, Note, PlanError, PluginError, Problem, RequestError
@@ -19,6 +18,7 @@ from llmload.loading.garbage import collection_paused
 from llmload.loading.plan import Plan, Step
 from llmload.loading.prepared import Prepared
 from llmload.loading.rehearsal import rehearse
+from llmload.spec.values import dtype_name
 
 if TYPE_CHECKING:
     from pathlib import Path

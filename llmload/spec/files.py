@@ -17,6 +17,7 @@ from llmload.spec import yaml_read, yaml_write
 from llmload.spec.document import Document
 from llmload.spec.groupspec import GroupSpec
 from llmload.spec.loadspec import LoadSpec
+from llmload.spec.values import dtype_name
 from llmload.spec.yaml_read import Path, dotted
 
 MAX_BYTES: Final = 256 * 1024
@@ -187,9 +188,8 @@ def _not_plain(value: object, path: Path) -> Problem:
     else:
         kind = type(value)
         message = f"a spec is plain data, found an object of type {kind.__module__}.{kind.__name__}"
-        name = str(value).removeprefix("torch.")
         fix = (
-            f"Write {name!r}."
+            f"Write {dtype_name(value)!r}."
             if kind.__module__ == "torch"
             else "Write text, a number, true, false, null, a list or a mapping."
         )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from llmload.spec import patterns
 from llmload.spec.refusals import InvalidValueError, meant
 from llmload.spec.suggest import nearest
+
+if TYPE_CHECKING:
+    import torch
 
 AUTO_CLASSES: Final = (
     "causal_lm",
@@ -22,6 +25,11 @@ CLASS_PATH: Final = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 _LONGEST_PATTERN: Final = 10_000
 _PLACEMENTS: Final = ("auto", "balanced", "balanced_low_0", "sequential")
 _DEVICES: Final = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What specs, configs and torch call ``dtype``: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def regex(pattern: str) -> str:

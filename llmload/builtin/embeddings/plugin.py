@@ -6,18 +6,9 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmload.builtin.embeddings.resizing import (
-    input_embedding,
-    named_tensors,
-    refuse_misfit,
-    refuse_quantised,
-    resize,
-    vocabulary_parameters,
-    vocabulary_tensors,
-)
 from llmload.builtin.embeddings.section import EmbeddingsSection, InitNew
 from llmload.hookspecs import hookimpl
-from llmload.plugin import Note, Problem, partitions
+from llmload.plugin import Note, Problem
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +46,9 @@ class EmbeddingsPlugin:
     @hookimpl
     def post_load(self, ctx: LoadContext, model: PreTrainedModel) -> PreTrainedModel:
         """Resize the embeddings and initialise the rows of new tokens."""
+        from llmload.builtin.embeddings.resizing import input_embedding, vocabulary_parameters
+        from llmload.plugin import partitions
+
         section = ctx.section(EmbeddingsSection)
         rows = partitions.shape(input_embedding(model).weight)[0]
         size = target_rows(rows, ctx.tokenizer, section)
@@ -72,17 +66,19 @@ class EmbeddingsPlugin:
         self, ctx: LoadContext, model: PreTrainedModel, rows: int, size: int, new: list[int]
     ) -> list[str]:
         """Resize to ``size``, write the rows ``new``; return the names of the tensors concerned."""
+        from llmload.builtin.embeddings import resizing
+
         section = ctx.section(EmbeddingsSection)
-        refuse_quantised(model)
-        before = {name: tensor.shape for name, tensor in named_tensors(model).items()}
+        resizing.refuse_quantised(model)
+        before = {name: tensor.shape for name, tensor in resizing.named_tensors(model).items()}
         if size != rows:
             config = copy.deepcopy(model.config)
-            resize(model, size)
+            resizing.resize(model, size)
             if ctx.rehearsing:
-                refuse_misfit(ctx, config, model, before)
+                resizing.refuse_misfit(ctx, config, model, before)
         known = _known(rows, ctx)
         changed = []
-        for name, tensor, dim in vocabulary_tensors(model, before):
+        for name, tensor, dim in resizing.vocabulary_tensors(model, before):
             changed.append(name)
             # The head of Mllama has fewer rows than its input embedding.
             fill = [row for row in new if row < tensor.shape[dim]]
@@ -95,6 +91,8 @@ class EmbeddingsPlugin:
     @hookimpl
     def audit(self, ctx: LoadContext, model: Any) -> Iterator[Problem]:
         """Check that config, input and output embedding have the rows that were planned."""
+        from llmload.plugin import partitions
+
         rows = ctx.facts[self.name]["rows"][1]
         found = {"the input embedding": partitions.shape(model.get_input_embeddings().weight)[0]}
         head = model.get_output_embeddings()

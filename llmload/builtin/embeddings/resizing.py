@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmload.plugin import Problem, RequestError, installed_transformers
+from llmload.plugin import Problem, RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,8 @@ def resize(model: PreTrainedModel, rows: int) -> None:
 @contextmanager
 def _uninitialised(model: PreTrainedModel) -> Iterator[None]:
     """Let new modules of ``model`` keep uninitialised memory: no draw, no random state moved."""
+    from llmload.plugin import installed_transformers
+
     for name in _INITIALISERS:
         setattr(model, name, lambda *args: None)
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmload.builtin.gradient_checkpointing.section import GradientCheckpointingSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import Conflict, Note, Problem, RequestError, installed_transformers
+from llmload.plugin import Conflict, Note, Problem, RequestError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +41,8 @@ class GradientCheckpointingPlugin:
     @hookimpl
     def diagnose(self) -> Iterator[Problem]:
         """Say where transformers is too old for a part of the section."""
+        from llmload.plugin import installed_transformers
+
         if not installed_transformers().checkpoints_selectively():
             yield Problem(
                 severity="warning",
@@ -51,6 +53,8 @@ class GradientCheckpointingPlugin:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note | Problem]:
         """Say whether the architecture and transformers can do what is asked."""
+        from llmload.plugin import installed_transformers
+
         section = ctx.section(GradientCheckpointingSection)
         if not installed_transformers().checkpoints_gradients(ctx.model_class):
             yield _unsupported(ctx.model_class)
@@ -80,6 +84,8 @@ class GradientCheckpointingPlugin:
     @hookimpl
     def post_load(self, ctx: LoadContext, model: PreTrainedModel) -> PreTrainedModel:
         """Turn it on, and the cache off."""
+        from llmload.plugin import installed_transformers
+
         section = ctx.section(GradientCheckpointingSection)
         try:
             installed_transformers().enable_checkpointing(

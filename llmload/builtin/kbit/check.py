@@ -14,7 +14,6 @@ from llmload.plugin import (
     Problem,
     dtype_name,
     in_one_line,
-    installed_transformers,
     version_of,
 )
 
@@ -115,6 +114,8 @@ def _beyond_linear_layers(ctx: LoadContext) -> Iterator[Problem]:
     from torch.nn.modules.conv import _ConvNd
     from transformers.pytorch_utils import Conv1D
 
+    from llmload.plugin import installed_transformers
+
     usual = (nn.Linear, Conv1D, nn.Embedding, _ConvNd)
     tied = installed_transformers().tied_names(ctx.blank)
     left: dict[str, int] = {}
@@ -153,6 +154,8 @@ def _described(ctx: LoadContext, section: KbitSection) -> str:
 def backend() -> Iterator[Problem]:
     """Yield why transformers takes no bitsandbytes here."""
     from transformers.integrations import validate_bnb_backend_availability
+
+    from llmload.plugin import installed_transformers
 
     try:
         validate_bnb_backend_availability(raise_exception=True)

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 from pydantic import AfterValidator, Field, model_validator
 
 from llmload.builtin.lora.spellings import SPELLINGS
-from llmload.plugin import InvalidValueError, Regex, Section, nearest, replicated_layers
+from llmload.plugin import InvalidValueError, Regex, Section, nearest
 
 OWN_FIELDS: Final = frozenset(
     {"adapter", "adapter_dtype", "adapter_name", "lora_config", "merge", "tied_weights"}
@@ -144,6 +144,8 @@ Targets: TypeAlias = Annotated[Regex, AfterValidator(_one_pattern)] | Names
 def _replication(
     ranges: tuple[tuple[int, int], ...] | None,
 ) -> tuple[tuple[int, int], ...] | None:
+    from llmload.plugin import replicated_layers
+
     layers = replicated_layers(ranges)
     if layers > _MOST_LAYERS:
         raise InvalidValueError(

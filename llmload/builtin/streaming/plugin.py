@@ -7,17 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmload.builtin.streaming.section import StreamingSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import (
-    MISSING,
-    Decline,
-    Note,
-    Problem,
-    RequestError,
-    account,
-    filesystem,
-    installed_transformers,
-    torch_dtype,
-)
+from llmload.plugin import Decline, Note, Problem, RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +30,8 @@ class StreamingLoader:
     @hookimpl
     def diagnose(self) -> Iterator[Problem | Note]:
         """Hold transformers' private functions to what is needed of them."""
+        from llmload.plugin import installed_transformers
+
         reason = installed_transformers().unsuited()
         if reason is None:
             yield Note(text="reads each tensor once, through transformers' own mapping")
@@ -77,7 +69,14 @@ class StreamingLoader:
         """Build on the meta device, account for every key, then read and place."""
         from transformers.integrations import is_deepspeed_zero3_enabled
 
-        from llmload.plugin import MappedCheckpoint, Plain, Proof
+        from llmload.plugin import (
+            MISSING,
+            MappedCheckpoint,
+            Plain,
+            Proof,
+            account,
+            installed_transformers,
+        )
 
         honoured = _HONOURED | getattr(ctx.placement, "honours", frozenset())
         if others := ctx.load_options.keys() - honoured:
@@ -130,6 +129,8 @@ def _too_little_memory(ctx: LoadContext) -> Problem:
 
 def _unfit(ctx: LoadContext) -> str | None:
     """Why this load is not for us, or None. Looks at config and headers only."""
+    from llmload.plugin import installed_transformers, torch_dtype
+
     config, checkpoint = ctx.config, ctx.checkpoint
     if checkpoint is None:
         return "weights: random reads no checkpoint"
@@ -153,6 +154,8 @@ def _unfit(ctx: LoadContext) -> str | None:
 
 def _changing_pages(ctx: LoadContext) -> Iterator[Problem]:
     """Warn where weights will lie on pages of files that somebody is likely to write to."""
+    from llmload.plugin import filesystem, torch_dtype
+
     assert ctx.checkpoint is not None  # else it is not for us
     stay = any(torch_dtype(info.dtype) == ctx.dtype for info in ctx.checkpoint.tensors.values())
     if not (stay and ctx.section(StreamingSection).mapped) or ctx.placed_by is not None:

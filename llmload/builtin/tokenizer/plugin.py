@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from llmload.builtin.tokenizer import chat_template, files, ids
-from llmload.builtin.tokenizer.changes import change
 from llmload.builtin.tokenizer.section import TokenizerSection
 from llmload.hookspecs import hookimpl
 from llmload.plugin import Note, Problem
@@ -14,6 +12,7 @@ from llmload.plugin import Note, Problem
 if TYPE_CHECKING:
     from torch import nn
 
+    from llmload.builtin.tokenizer.ids import Misfit
     from llmload.plugin import LoadContext
 
 _SHOWN = 3
@@ -36,6 +35,9 @@ class TokenizerPlugin:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note | Problem]:
         """Load the tokenizer, change it as asked, and set ``ctx.tokenizer``."""
+        from llmload.builtin.tokenizer import chat_template, files
+        from llmload.builtin.tokenizer.changes import change
+
         section = ctx.section(TokenizerSection)
         folder = files.locate(ctx, section)
         if not files.names(folder):
@@ -107,7 +109,9 @@ class TokenizerPlugin:
                 fix="A plugin after `tokenizer` changed it; report this to its makers.",
             )
 
-    def _misfits(self, ctx: LoadContext, model: nn.Module) -> Iterator[ids.Misfit]:
+    def _misfits(self, ctx: LoadContext, model: nn.Module) -> Iterator[Misfit]:
+        from llmload.builtin.tokenizer import ids
+
         fields = ctx.section(TokenizerSection).eos_config_fields
         assert ctx.tokenizer is not None  # the callers saw to it
         return ids.misfits(model, ctx.tokenizer, eos_config_fields=fields)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmload.builtin.verify.section import Signature, VerifySection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import Note, Problem, in_one_line, partitions, some
+from llmload.plugin import Note, Problem, in_one_line
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +64,8 @@ class VerifyPlugin:
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         """Look at every value that this process holds."""
+        from llmload.plugin import some
+
         if not ctx.section(VerifySection).finite:
             return
         named = [*model.named_parameters(), *model.named_buffers()]
@@ -91,6 +93,8 @@ def _signer(config: Any, signature: Signature) -> Any:
 
 def _values(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """Yield the values of a tensor that can be other than finite, flat."""
+    from llmload.plugin import partitions
+
     state = getattr(tensor, "quant_state", None)
     while state is not None:  # 4-bit codes are finite; what scales them need not be
         yield state.absmax.reshape(-1)

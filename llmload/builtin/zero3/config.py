@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from llmload.builtin.zero3.section import Zero3Section
-from llmload.plugin import Problem, RequestError, local_path, parse_yaml, read_file
+from llmload.plugin import Problem, RequestError, parse_yaml
 
 AUTO: Final = "auto"
 
@@ -126,6 +126,8 @@ def read(section: Zero3Section) -> dict[str, Any]:
 
     :raises RequestError: the file cannot be read, or is no mapping.
     """
+    from llmload.plugin import local_path, read_file
+
     if section.config is None:
         return _made(section)
     if isinstance(section.config, Mapping):

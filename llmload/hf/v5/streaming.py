@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import Accounting, is_parameter
-from llmload.checkpoint.dtypes import dtype_name
 from llmload.checkpoint.placement import Plain
 from llmload.checkpoint.placing import Placer
 from llmload.hf.v5.conversion import convert, leave_alone, no_progress_bar, place_by_name
 from llmload.hf.v5.conversion_rules import rules_of
 from llmload.hf.v5.lazy_tensors import Outline, Taken, View, as_stored, assembled
 from llmload.hf.v5.receiving import AbortError, Dtypes, Receiver
+from llmload.spec.values import dtype_name
 
 if TYPE_CHECKING:
     import torch
