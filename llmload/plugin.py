@@ -64,7 +64,8 @@ Loaders:
 - ``installed_transformers``: what differs between versions of transformers behind one interface,
   ``Transformers``.
 - ``default_dtype``: a context to build modules in.
-- ``locate_files``, ``read_config``: of another model than the one that is loaded.
+- ``locate_files``, ``read_config``: of another model than the one that is loaded; ``cache_dir``:
+  the hub cache of a spec, where transformers finds code of another repository.
 
 What plugins declare:
 
@@ -129,6 +130,7 @@ if TYPE_CHECKING:
     from llmload.hf.adapters import hold_adapter as hold_adapter
     from llmload.hf.adapters import matching_within_budget as matching_within_budget
     from llmload.hf.adapters import replicated_layers as replicated_layers
+    from llmload.hf.hub import cache_dir as cache_dir
     from llmload.hf.interface import Transformers as Transformers
     from llmload.hf.locating import locate as locate_files
     from llmload.hf.locating import read_config as read_config
@@ -223,6 +225,7 @@ __all__ = [
     "UntrustedFolder",
     "account",
     "alike",
+    "cache_dir",
     "closest",
     "connect",
     "default_dtype",
@@ -304,6 +307,7 @@ _HOME = {
     "Transformers": "hf.interface",
     "installed_transformers": "hf.versions",
     "default_dtype": "model.torch_defaults",
+    "cache_dir": "hf.hub",
     **dict.fromkeys(("locate_files", "read_config"), "hf.locating"),
     **dict.fromkeys(("MISSING", "some"), "loading.audit"),
     **dict.fromkeys(("account", "from_pretrained"), "loading.loaders"),

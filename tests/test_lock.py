@@ -16,7 +16,7 @@ import llmload
 from llmload import CheckpointError, PlanError, create_registry, testing
 from llmload.cli import app
 from llmload.loading import lock
-from llmload.loading.planning import prepare
+from llmload.loading.planning import prepare_to_load
 
 runner = CliRunner()
 
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 def locked(spec: dict[str, Any], file: Path) -> dict[str, Any]:
     """Lock a spec, and return it with the lock."""
     registry = create_registry()
-    prepared = prepare(registry.validate(spec), registry, weights=True)
+    prepared = prepare_to_load(registry.validate(spec), registry)
     lock.write(lock.make(prepared), file)
     return spec | {"lock": str(file)}
 
@@ -248,7 +248,7 @@ def test_verify_without_a_lock_and_lock_of_a_group_are_refused(
 
 def test_a_lock_file_is_written_whole_or_not_at_all(folder: Path, tmp_path: Path) -> None:
     registry = create_registry()
-    made = lock.make(prepare(registry.validate({"model": str(folder)}), registry, weights=True))
+    made = lock.make(prepare_to_load(registry.validate({"model": str(folder)}), registry))
     with pytest.raises(FileNotFoundError):
         lock.write(made, tmp_path / "missing" / "lock")
     before = set(tmp_path.iterdir())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,10 +20,12 @@ from llmload.checkpoint.folder import (
     regular_file,
     unlisted_shards,
 )
-from llmload.checkpoint.header import TensorInfo, is_no_model, read_header
+from llmload.checkpoint.header import TensorInfo, is_no_model, read_header, read_header_afar
 from llmload.checkpoint.pickled import read_pickle, refuse_pickle, require_safe_torch
 from llmload.errors import CheckpointError, Problem
 
+_AT_ONCE = 8
+"""Headers that are fetched at a time."""
 _INCOMPLETE = "Download or save the whole folder again."
 
 
@@ -40,6 +43,18 @@ class CheckpointFile:
     """Device, inode and time of the last change of content, in ns."""
     metadata: Mapping[str, str]
     """Free text from the header, usually ``{"format": "pt"}``."""
+    is_here: bool = True
+    """Whether there is such a file; False where only its header was fetched."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileElsewhere:
+    """A file of weights that is not in its folder, and of which a plan needs the header only."""
+
+    size: int
+    """Bytes, header included."""
+    read: Callable[[int, int], bytes]
+    """Returns that many bytes from an offset on: ``read(start, length)``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +71,17 @@ class Checkpoint:
     """Whether the names are those in the files, and all of them."""
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        allow_pickle: bool = False,
+        elsewhere: Mapping[str, FileElsewhere] = MappingProxyType({}),
+    ) -> Checkpoint:
         """Describe the checkpoint at ``path``: a folder, an index file or a file of weights.
+
+        ``elsewhere`` has files of the folder that are not there, by name; of those just the headers
+        are read, and of such a checkpoint no tensor can be.
 
         A pickle may be the archive of the DPO reference code (``step_idx``, ``state`` and
         ``metrics``), whose ``state`` is then read. Takes ``model.safetensors`` before
@@ -69,10 +93,10 @@ class Checkpoint:
         error lists every faulty shard with the bytes expected and found.
         """
         start = Path(path)
-        if not start.exists():
+        if not start.exists() and start.name not in elsewhere:
             raise refuse(start, f"there is no checkpoint at {start}", "Check the path.")
         if start.is_dir():
-            start = main_file(start)
+            start = main_file(start, elsewhere)
             real = inside(start.parent, start)
         else:
             real = start.resolve()
@@ -87,7 +111,7 @@ class Checkpoint:
             require_safe_torch(start)
         if not is_index:
             shards = {start.name: real}
-            return cls._assemble(start.parent, is_pickle, shards, None)
+            return cls._assemble(start.parent, is_pickle, shards, None, elsewhere)
         weight_map = read_index(real)
         names = sorted(set(weight_map.values()))
         shards = {name: member(start.parent, name, suffix) for name in names}
@@ -98,7 +122,7 @@ class Checkpoint:
                 f"the index does not list {', '.join(left_out)}, which lies beside its shards",
                 _INCOMPLETE,
             )
-        return cls._assemble(start.parent, is_pickle, shards, weight_map)
+        return cls._assemble(start.parent, is_pickle, shards, weight_map, elsewhere)
 
     @classmethod
     def _assemble(
@@ -107,13 +131,19 @@ class Checkpoint:
         is_pickle: bool,
         shards: Mapping[str, Path],
         weight_map: Mapping[str, str] | None,
+        elsewhere: Mapping[str, FileElsewhere],
     ) -> Checkpoint:
         files: list[CheckpointFile] = []
         tensors: dict[str, TensorInfo] = {}
         problems: list[Problem] = []
+        afar = {name: elsewhere[name] for name in shards if name in elsewhere}
+        headers = _headers_of(afar, shards)
         for name, path in shards.items():
             try:
-                file, found = _describe(path, name, is_pickle)
+                if name in headers:
+                    file, found = headers[name].result()
+                else:
+                    file, found = _describe(path, name, is_pickle)
             except CheckpointError as error:
                 problems.extend(error.problems)
                 continue
@@ -154,6 +184,11 @@ class Checkpoint:
     def names(self) -> tuple[str, ...]:
         """Every tensor's name, file by file, each file in the order of its bytes."""
         return tuple(self.tensors)
+
+    @property
+    def to_fetch(self) -> dict[str, int]:
+        """Files that are not here, by name, and their bytes."""
+        return {file.name: file.size for file in self.files if not file.is_here}
 
     @property
     def total_bytes(self) -> int:
@@ -205,6 +240,31 @@ def _describe(path: Path, name: str, is_pickle: bool) -> tuple[CheckpointFile, l
         path, name, state.st_size, identity(state), MappingProxyType(metadata)
     )
     return file_info, tensors
+
+
+def _headers_of(
+    afar: Mapping[str, FileElsewhere], paths: Mapping[str, Path]
+) -> dict[str, Future[tuple[CheckpointFile, list[TensorInfo]]]]:
+    """Read headers of files that are elsewhere, several at a time: each is some way off."""
+    if not afar:
+        return {}
+    with ThreadPoolExecutor(_AT_ONCE, "llmload-headers") as pool:
+        return {
+            name: pool.submit(_describe_afar, paths[name], name, file)
+            for name, file in afar.items()
+        }
+
+
+def _describe_afar(
+    path: Path, name: str, file: FileElsewhere
+) -> tuple[CheckpointFile, list[TensorInfo]]:
+    """Describe a file of which only the header is fetched, by the rules for any other."""
+    tensors, metadata = read_header_afar(file.read, path, file.size)
+    unknown = (0, 0, 0)
+    found = CheckpointFile(
+        path, name, file.size, unknown, MappingProxyType(metadata), is_here=False
+    )
+    return found, tensors
 
 
 def identity(state: os.stat_result) -> tuple[int, int, int]:

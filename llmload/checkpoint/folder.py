@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -28,13 +28,14 @@ def refuse(where: Path, message: str, fix: str = "") -> CheckpointError:
     return CheckpointError(Problem(message=message, fix=fix, where=str(where)))
 
 
-def main_file(folder: Path) -> Path:
+def main_file(folder: Path, elsewhere: Collection[str] = ()) -> Path:
     """The file transformers would start from: single before index, safetensors before pickle.
 
-    Raises ``CheckpointError`` where the folder holds no weights by any of those names.
+    ``elsewhere`` has names of files that count as if they lay in the folder. Raises
+    ``CheckpointError`` where the folder holds no weights by any of those names.
     """
     for name in (SINGLE, INDEX, PICKLE_SINGLE, PICKLE_INDEX):
-        if os.path.lexists(folder / name):
+        if name in elsewhere or os.path.lexists(folder / name):
             return folder / name
     found = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     listing = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "") if found else "nothing"

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -39,6 +40,8 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 """Bits of one element by the format's dtype name."""
 
 _LENGTH_BYTES = 8
+_AHEAD = 2**17
+"""Bytes with which most headers are read at once."""
 _MAX_DIMENSIONS = 64
 _MAX_NAME = 1000
 _MANY = 20_000
@@ -84,6 +87,24 @@ def read_header(descriptor: int, path: Path, size: int) -> tuple[list[TensorInfo
         return _parse(_header_bytes(descriptor, size), path, size)
     except _DamagedError as error:
         raise CheckpointError(Problem(message=str(error), fix=error.fix, where=str(path))) from None
+
+
+def read_header_afar(
+    read: Callable[[int, int], bytes], path: Path, size: int
+) -> tuple[list[TensorInfo], dict[str, str]]:
+    """Read and check the header of a file that is somewhere else, as :func:`read_header` does.
+
+    ``read(start, length)`` returns bytes of it. No more is asked for than a header may have.
+    """
+    data = read(0, min(size, _AHEAD))
+    needed = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
+    needed = min(size, needed, _LENGTH_BYTES + MAX_HEADER_BYTES)
+    if needed > len(data):
+        data += read(len(data), needed - len(data))
+    with tempfile.TemporaryFile() as begin:
+        begin.write(data)
+        begin.flush()
+        return read_header(begin.fileno(), path, size)
 
 
 class _DamagedError(ValueError):

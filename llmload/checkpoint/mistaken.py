@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 DEFAULT_FIX: Final = "Give a folder written by save_pretrained."
-_CACHE: Final = re.compile(r"models--([^/]+?)--([^/]+)")
+_CACHE: Final = re.compile(r"models--([^/]+)")
 _STEP: Final = re.compile(r"checkpoint-(\d+)")
 
 
@@ -121,7 +121,7 @@ def _hub_id(folder: Path) -> str:
     """Return the id of the hub repository that a folder in the cache is of."""
     for part in (folder.name, *(parent.name for parent in list(folder.parents)[:2])):
         if match := _CACHE.fullmatch(part):
-            return f"{match[1]}/{match[2]}"
+            return match[1].replace("--", "/", 1)
     return ""
 
 

@@ -396,9 +396,9 @@ def _one_model(spec: str, registry: Registry) -> LoadSpec:
 
 def _prepared(wanted: LoadSpec, registry: Registry) -> Prepared:
     """Plan a load without holding it to a lock; raise what stands in its way."""
-    from llmload.loading.planning import prepare
+    from llmload.loading.planning import prepare_to_load
 
-    prepared = prepare(wanted.model_copy(update={"lock": None}), registry, weights=True)
+    prepared = prepare_to_load(wanted.model_copy(update={"lock": None}), registry)
     prepared.plan.raise_for_errors()
     return prepared
 

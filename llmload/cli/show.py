@@ -45,6 +45,9 @@ def plan(plan: Plan) -> RenderableType:
     if plan.checkpoint_tensors:
         size = f"{plan.checkpoint_tensors} tensors, {size_text(plan.checkpoint_bytes)}"
         facts.add_row("checkpoint", size)
+    if plan.to_fetch:
+        size = size_text(sum(plan.to_fetch.values()))
+        facts.add_row("to fetch", f"{len(plan.to_fetch)} files, {size}")
     for line in plan.keys:
         facts.add_row("keys", line)
     if plan.loader:

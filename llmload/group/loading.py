@@ -9,12 +9,18 @@ from contextlib import ExitStack
 from pydantic import BaseModel, Field
 
 from llmload.context.records import Scope
-from llmload.group.planning import GroupPlan, PreparedGroup, prepare_group
+from llmload.group.planning import (
+    GroupPlan,
+    PreparedGroup,
+    prepare_group,
+    prepare_group_to_load,
+)
 from llmload.group.sharing import Sharing, conversion
 from llmload.host.distributions import installed_versions
 from llmload.host.registry import Registry, create_registry
 from llmload.loading import turns, warned
 from llmload.loading.pipeline import LoadResult, execute, undone_on_error
+from llmload.loading.planning import Fetch
 from llmload.loading.report import Report
 from llmload.spec import files
 from llmload.spec.groupspec import AdapterSpec, GroupSpec, naming
@@ -69,7 +75,7 @@ def plan_group(source: files.Source, *, registry: Registry | None = None) -> Gro
     registry = registry or create_registry()
     spec = registry.validate_group(source)
     with turns.taken("the plan of a group"):
-        return prepare_group(spec, registry, _reports(spec), weights=False).plan
+        return prepare_group(spec, registry, _reports(spec), fetch=Fetch.NOTHING).plan
 
 
 def load_group(
@@ -101,7 +107,7 @@ def _load(spec: GroupSpec, source: files.Source, registry: Registry, *, prove: b
     start = time.perf_counter()
     with registry.telling(source):
         report = GroupReport(members=_reports(spec))
-        prepared = prepare_group(spec, registry, report.members, weights=True)
+        prepared = prepare_group_to_load(spec, registry, report.members)
         warned.say(p for p in prepared.plan.problems if p.severity == "warning")
         prepared.plan.raise_for_errors()
     loaded: dict[str, LoadResult] = {}

@@ -13,7 +13,7 @@ from llmload.group import sharing
 from llmload.group.sharing import Sharing
 from llmload.loading.audit import some
 from llmload.loading.plan import Plan
-from llmload.loading.planning import prepare
+from llmload.loading.planning import Fetch, prepare
 from llmload.loading.prepared import Prepared
 from llmload.spec.groupspec import ADAPTER_OF, AdapterSpec, GroupSpec, in_member, naming
 
@@ -66,18 +66,17 @@ class PreparedGroup:
 
 
 def prepare_group(
-    spec: GroupSpec, registry: Registry, reports: Mapping[str, Report], *, weights: bool
+    spec: GroupSpec, registry: Registry, reports: Mapping[str, Report], *, fetch: Fetch
 ) -> PreparedGroup:
     """Make the plan of a group's load, reading no weight.
 
     :param reports: for the time that each member's plan takes.
-    :param weights: fetch the weight files of hub repositories too.
     :raises RequestError: folder, config or class of a member are wrong.
     """
     members: dict[str, Prepared] = {}
     for name, own in spec.own_models().items():
         with naming(name), reports[name].phase("plan"):
-            members[name] = prepare(own, registry, weights=weights)
+            members[name] = prepare(own, registry, fetch=fetch)
     plan = GroupPlan(members={})
     for name, member in spec.models.items():
         if isinstance(member, AdapterSpec):
@@ -88,6 +87,21 @@ def prepare_group(
     plan.shared += found.shared
     plan.apart = found.apart
     return PreparedGroup(plan=plan, members=members, cast_once=found.cast_once)
+
+
+def prepare_group_to_load(
+    spec: GroupSpec, registry: Registry, reports: Mapping[str, Report]
+) -> PreparedGroup:
+    """Make the plan of a group's load by headers, and where nothing stands in the way of any member
+    fetch what they need.
+
+    :raises RequestError: as :func:`prepare_group`.
+    """
+    prepared = prepare_group(spec, registry, reports, fetch=Fetch.UNFORESEEABLE)
+    to_fetch = any(plan.to_fetch for plan in prepared.plan.members.values())
+    if prepared.plan.errors or not to_fetch:
+        return prepared
+    return prepare_group(spec, registry, reports, fetch=Fetch.ALL)
 
 
 def _plan_adapter(name: str, member: AdapterSpec, of: Prepared, plan: GroupPlan) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from llmload.checkpoint.contents import FileElsewhere
 from llmload.checkpoint.folder import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
 from llmload.checkpoint.untrusted import local_path
-from llmload.errors import CheckpointError, Problem
+from llmload.errors import CheckpointError, Problem, in_one_line
 
 if TYPE_CHECKING:
     from llmload.spec.loadspec import LoadSpec
@@ -62,6 +65,78 @@ def snapshot(spec: LoadSpec, *, weights: bool) -> Path:
             return found
         message, fix = _unreachable(spec, type(error).__name__)
     raise CheckpointError(Problem(where="model", message=message, fix=fix))
+
+
+def unfetched(spec: LoadSpec, folder: Path) -> dict[str, FileElsewhere]:
+    """Return the files of weights that a load would fetch, by their names in the model's folder.
+
+    Empty where all of them are in the cache, and where the hub is not asked or does not answer.
+
+    :param folder: of the model, in the snapshot that :func:`snapshot` returned.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.hf_api import RepoFile
+
+    if spec.local_files_only or constants.HF_HUB_OFFLINE:
+        return {}
+    repository, base = str(spec.model), f"{spec.subfolder}/" if spec.subfolder else ""
+    commit = Path(str(folder).removesuffix(base.rstrip("/"))).name
+    for names in _weights(folder, spec):
+        missing = [base + name for name in names if not (folder / name).exists()]
+        try:
+            found = HfApi().get_paths_info(repository, missing, revision=commit) if missing else []
+        except (HfHubHTTPError, OSError):
+            return {}
+        if found or not missing:
+            return {
+                file.path.removeprefix(base): FileElsewhere(
+                    file.size, partial(_range, hf_hub_url(repository, file.path, revision=commit))
+                )
+                for file in found
+                if isinstance(file, RepoFile)
+            }
+    return {}
+
+
+def _range(url: str, start: int, length: int) -> bytes:
+    """Fetch some bytes of a file on the hub.
+
+    :raises CheckpointError: it cannot be fetched.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # which lists no names
+        build_hf_headers,
+        hf_raise_for_status,
+        http_backoff,
+    )
+
+    headers = {**build_hf_headers(), "range": f"bytes={start}-{start + length - 1}"}
+    try:
+        answer = http_backoff("GET", url, headers=headers)
+        hf_raise_for_status(answer)
+    except (HfHubHTTPError, OSError) as error:
+        message = f"the header of {url} cannot be fetched: {in_one_line(error)}"
+        fix = "Try again, or fetch the weights with `hf download`."
+        raise CheckpointError(Problem(where="model", message=message, fix=fix)) from error
+    return bytes(answer.content[:length])
+
+
+def fetch_code(repository: str, spec: LoadSpec) -> None:
+    """Fetch the code of another repository, which a trusted config names, into the cache.
+
+    What cannot be fetched may be there; what is missing is found when it is imported.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    with suppress(HfHubHTTPError, HFValidationError, OSError):
+        snapshot_download(
+            repository,
+            cache_dir=cache_dir(spec),
+            local_files_only=spec.local_files_only,
+            allow_patterns=[_CODE],
+        )
 
 
 def _fetch(spec: LoadSpec, names: list[str], *, below: bool) -> Path:
@@ -146,7 +221,10 @@ def _unreachable(spec: LoadSpec, error: str) -> tuple[str, str]:
 
 
 def cache_dir(spec: LoadSpec) -> Path | None:
-    """Return the hub cache: the first candidate that exists, else the last, else the default."""
+    """Return the hub cache: the first candidate that exists, else the last, else the default.
+
+    For what transformers looks for there by itself: trusted code of another repository.
+    """
     candidates = [local_path(candidate, "cache_dir") for candidate in spec.cache_candidates]
     existing = [candidate for candidate in candidates if candidate.is_dir()]
     if existing:

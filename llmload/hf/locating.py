@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from llmload.errors import CheckpointError, Problem
 from llmload.hf import hub
 
 if TYPE_CHECKING:
+    from llmload.checkpoint.contents import FileElsewhere
     from llmload.spec.loadspec import LoadSpec
 
 CONFIG = "config.json"
@@ -26,6 +28,8 @@ _OTHER_CONFIGS = (
     "video_preprocessor_config.json",
 )
 """Configs beside the model's that transformers may read along with it."""
+
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 WEIGHTS_KEY = "transformers_weights"
 """The config key that names the file of weights."""
@@ -87,6 +91,16 @@ def locate(spec: LoadSpec, *, weights: bool) -> Path:
     )
 
 
+def elsewhere(spec: LoadSpec, folder: Path) -> dict[str, FileElsewhere]:
+    """Return the files of the model's weights that a load would have to fetch, by name.
+
+    :param folder: that :func:`resolve` returned.
+    """
+    if spec.weights_from is not None or local_path(spec.model, "model").is_dir():
+        return {}
+    return hub.unfetched(spec, folder)
+
+
 def _is_hub_id(model: str) -> bool:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
@@ -104,17 +118,36 @@ def _is_hub_id(model: str) -> bool:
 def read_config(files: UntrustedFolder, spec: LoadSpec) -> dict[str, Any]:
     """Read ``config.json``, and refuse what could make a library fetch or run code.
 
-    The configs beside it that transformers reads with the model are held to the same. A library
+    The configs beside it that transformers reads with the model are held to the same. Where the
+    spec trusts code, what lies in other repositories comes into the cache. A library
     that is given the folder reads them again: see :meth:`UntrustedFolder.check`.
 
     :raises CheckpointError: a file is not a plain one of the folder, too large, not JSON, not an
         object, or has a key that leads to code or to another file.
     """
     trusted = spec.trust_remote_code
-    for name in _OTHER_CONFIGS:
-        if files.holds(name):
-            files.config(name, "the file", trusted=trusted)
-    return files.config(CONFIG, "the config", trusted=trusted)
+    others = [
+        files.config(name, "the file", trusted=trusted)
+        for name in _OTHER_CONFIGS
+        if files.holds(name)
+    ]
+    content = files.config(CONFIG, "the config", trusted=trusted)
+    if trusted:
+        if files.holds(_TOKENIZER_CONFIG):
+            others.append(files.tokenizer_config(_TOKENIZER_CONFIG, trusted=True))
+        for repository in sorted({name for one in (content, *others) for name in _code_of(one)}):
+            hub.fetch_code(repository, spec)
+    return content
+
+
+def _code_of(content: dict[str, Any]) -> Iterator[str]:
+    """Yield the other repositories that an ``auto_map`` names: ``org/x--module.Class``."""
+    auto_map = content.get("auto_map") or {}
+    named = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
+    for classes in named:
+        for text in classes if isinstance(classes, list) else [classes]:
+            if isinstance(text, str) and "--" in text:
+                yield text.partition("--")[0]
 
 
 def weights_place(files: UntrustedFolder, content: dict[str, Any], spec: LoadSpec) -> Path:

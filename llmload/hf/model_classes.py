@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.strict_json import short
 from llmload.errors import CheckpointError, Problem, SpecError, in_one_line
-from llmload.hf import bounds, locating
+from llmload.hf import bounds, hub, locating
 from llmload.hf.versions import installed_transformers
 
 if TYPE_CHECKING:
@@ -54,7 +54,11 @@ def load_config(
             )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
-            files.root, trust_remote_code=spec.trust_remote_code, local_files_only=True, **options
+            files.root,
+            trust_remote_code=spec.trust_remote_code,
+            local_files_only=True,
+            cache_dir=hub.cache_dir(spec),
+            **options,
         )
     except Exception as error:  # transformers raises many kinds for a bad config
         own = "auto_map" in content and content.get("model_type") not in CONFIG_MAPPING
@@ -90,7 +94,7 @@ def resolve_class(
     if ":" in spec.auto_class:
         return _imported_class(spec.auto_class), config
     try:
-        found = _concrete_class(AUTO_CLASSES[spec.auto_class], config, spec.trust_remote_code)
+        found = _concrete_class(AUTO_CLASSES[spec.auto_class], config, spec)
     except Exception as error:  # the folder's own code may raise anything
         message = f"no class can be chosen by this config: {in_one_line(error)}"
         fix = "Check `architectures` and `auto_map` in the config."
@@ -119,6 +123,8 @@ def own_code_failed(error: Exception) -> tuple[str, str]:
     fix = "Mend the code, or use the versions of Python, torch and transformers it was written for."
     if isinstance(error, ImportError):
         fix = "Install the package that it needs, or mend the code."
+    elif isinstance(error, OSError):
+        fix = "Fetch it with `hf download`, from the repository that `auto_map` names."
     return (
         "the code that comes with the model cannot be imported"
         f" ({type(error).__name__}{place}): {in_one_line(error).rstrip('.')}",
@@ -127,22 +133,27 @@ def own_code_failed(error: Exception) -> tuple[str, str]:
 
 
 def _concrete_class(
-    auto_name: str, config: PretrainedConfig, trust_remote_code: bool
+    auto_name: str, config: PretrainedConfig, trusting: LoadSpec | None
 ) -> tuple[type[PreTrainedModel], PretrainedConfig] | None:
     """Return what an ``Auto`` class would build, and the config it would build it from.
 
     None where the model type has no such head. As in transformers' ``auto_factory``: remote code
     wins where it is trusted, and among several classes the config's ``architectures`` decides.
+
+    :param trusting: the spec, where the config's own classes may be chosen.
     """
     import transformers
     from transformers.models.auto import auto_factory
 
     auto = getattr(transformers, auto_name)
     remote = (getattr(config, "auto_map", None) or {}).get(auto_name)
-    if remote is not None and trust_remote_code:
+    if remote is not None and trusting is not None and trusting.trust_remote_code:
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        return get_class_from_dynamic_module(remote, config._name_or_path), config
+        place = hub.cache_dir(trusting)
+        return get_class_from_dynamic_module(
+            remote, config._name_or_path, cache_dir=place, local_files_only=True
+        ), config
     if type(config) not in auto._model_mapping:
         return None
     found = auto_factory._get_model_class(config, auto._model_mapping)
@@ -153,7 +164,7 @@ def _heads(config: PretrainedConfig) -> list[str]:
     return [
         name
         for name, auto in AUTO_CLASSES.items()
-        if _concrete_class(auto, config, trust_remote_code=False) is not None
+        if _concrete_class(auto, config, None) is not None
     ]
 
 

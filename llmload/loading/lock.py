@@ -163,7 +163,8 @@ def differences(locked: Lock, prepared: Prepared) -> Iterator[str]:
         elif name not in locked.files:
             yield f"the file {name!r} is not in the lock"
         else:
-            size, before_ = paths[name].stat().st_size, locked.files[name]
+            before_ = locked.files[name]
+            size = prepared.plan.to_fetch.get(name) or paths[name].stat().st_size
             if size != before_.size:
                 yield f"the file {name!r} has {size:,} bytes, locked are {before_.size:,}"
             elif not _is_of_weights(prepared, paths[name]):

@@ -17,7 +17,7 @@ from llmload.host.registry import Registry, create_registry
 from llmload.loading import audit, fit, hook_calls, lock, turns, warned
 from llmload.loading.makers import Ledger
 from llmload.loading.plan import Plan
-from llmload.loading.planning import no_loader, prepare
+from llmload.loading.planning import Fetch, no_loader, prepare, prepare_to_load
 from llmload.loading.prepared import Prepared
 from llmload.loading.report import Report
 from llmload.model import partitions
@@ -84,7 +84,7 @@ def plan(source: files.Source, *, registry: Registry | None = None) -> Plan:
     registry = registry or create_registry()
     spec = registry.validate(source)
     with turns.taken(f"the plan of {spec.model!r}"):
-        return prepare(spec, registry, weights=False).plan
+        return prepare(spec, registry, fetch=Fetch.NOTHING).plan
 
 
 def load(
@@ -113,7 +113,7 @@ def load(
         registry.announce(source)
         with turns.taken(f"the load of {spec.model!r}"):
             with report.phase("plan"):
-                prepared = prepare(spec, registry, weights=True)
+                prepared = prepare_to_load(spec, registry)
                 warned.say(prepared.plan.warnings)
                 prepared.plan.raise_for_errors()
             result = execute(prepared, report, begun, prove=prove)

@@ -46,6 +46,9 @@ class Plan(BaseModel):
     """Tensors in the checkpoint."""
     checkpoint_bytes: int = 0
     """Bytes of all tensors in the checkpoint."""
+    to_fetch: dict[str, int] = Field(default_factory=dict)
+    """Files of weights on the hub that are not in the cache -> their bytes. A plan reads their
+    headers; a load fetches them once nothing stands in its way."""
     keys: list[str] = Field(default_factory=list)
     """How many of the checkpoint's keys each rule renames, a line each."""
     parameters: int = 0

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint import Checkpoint
 from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.context.context import LoadContext
-from llmload.errors import Conflict, Decline, Note, PlanError, PluginError, Problem, RequestError
+from llmload.errors import (
+    CheckpointError,
+    Conflict,
+    Decline,
+    Note,
+    PlanError,
+    PluginError,
+    Problem,
+    RequestError,
+)
 from llmload.hf import deepspeed, installed_transformers, locating, model_classes
 from llmload.hf.engine import Engine
 from llmload.hf.versions import refuse_unsupported
@@ -28,23 +38,44 @@ if TYPE_CHECKING:
     from llmload.spec.loadspec import LoadSpec
 
 
+class Fetch(Enum):
+    """Which files of weights a plan may fetch from the hub. Of others it fetches the headers."""
+
+    NOTHING = "nothing"
+    UNFORESEEABLE = "unforeseeable"
+    """Those whose headers do not do: pickles, and all where a plugin is to admit the folder."""
+    ALL = "all"
+
+
+def prepare_to_load(spec: LoadSpec, registry: Registry) -> Prepared:
+    """Make the plan of a load by headers, and where nothing stands in its way fetch what it needs.
+
+    :raises RequestError: as :func:`prepare`.
+    """
+    prepared = prepare(spec, registry, fetch=Fetch.UNFORESEEABLE)
+    if prepared.plan.errors or not prepared.plan.to_fetch:
+        return prepared
+    return prepare(spec, registry, fetch=Fetch.ALL)
+
+
 @collection_paused()
-def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
+def prepare(spec: LoadSpec, registry: Registry, *, fetch: Fetch) -> Prepared:
     """Make the plan of a load.
 
-    :param weights: fetch the weight files of a hub repository too, so that their headers are known.
     :raises RequestError: folder, config or class are wrong. Problems found later are in the plan.
     """
     require_stack()
     host = registry.activate(spec)
-    folder = locating.resolve(spec, weights=weights and spec.weights_from is None)
+    blindly = fetch is Fetch.UNFORESEEABLE and bool(host.implementing("admit"))
+    of_model = spec.weights == "pretrained" and spec.weights_from is None
+    folder = locating.resolve(spec, weights=of_model and (blindly or fetch is Fetch.ALL))
     _admit(host, spec, folder)
     files = UntrustedFolder(folder)
     content = locating.read_config(files, spec)
     checkpoint = None
     if spec.weights == "pretrained":
         place = locating.weights_place(files, content, spec)
-        checkpoint = Checkpoint.open(place, allow_pickle=spec.allow_pickle)
+        checkpoint = _headers(spec, folder, place, fetch)
     config = model_classes.load_config(files, content, spec, checkpoint)
     model_class, config = model_classes.resolve_class(spec, config)
     ctx = LoadContext(
@@ -73,6 +104,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
     if checkpoint is not None:
         plan.checkpoint_tensors = len(checkpoint.tensors)
         plan.checkpoint_bytes = checkpoint.total_bytes
+        plan.to_fetch = checkpoint.to_fetch
     rehearsal = None
     if not plan.errors:
         try:
@@ -93,6 +125,25 @@ def prepare(spec: LoadSpec, registry: Registry, *, weights: bool) -> Prepared:
     if not plan.errors:
         plan.problems += lock.problems(prepared)
     return prepared
+
+
+def _headers(spec: LoadSpec, folder: Path, place: Path, fetch: Fetch) -> Checkpoint:
+    """Read the headers of the weights, from the hub where they are not here."""
+    elsewhere = locating.elsewhere(spec, folder)
+    pickles = [name for name in elsewhere if not name.endswith(".safetensors")]
+    if pickles:
+        if fetch is Fetch.NOTHING:
+            raise CheckpointError(
+                Problem(
+                    where="model",
+                    message=f"the weights of {spec.model!r} are not in the cache, and what is in"
+                    f" the pickle {pickles[0]!r} is known only once it is here",
+                    fix=f"Fetch it with `hf download {spec.model}`; a load does so.",
+                )
+            )
+        locating.resolve(spec, weights=True)
+        elsewhere = {}
+    return Checkpoint.open(place, allow_pickle=spec.allow_pickle, elsewhere=elsewhere)
 
 
 def _admit(host: Host, spec: LoadSpec, folder: Path) -> None:

@@ -14,6 +14,7 @@ from llmload.plugin import (
     Problem,
     RequestError,
     UntrustedFolder,
+    cache_dir,
     in_one_line,
     locate_files,
     read_config,
@@ -83,6 +84,7 @@ def load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTraine
                 use_fast=section.use_fast,
                 trust_remote_code=ctx.spec.trust_remote_code,
                 local_files_only=True,
+                cache_dir=cache_dir(ctx.spec),
             )
         except Exception as error:  # transformers raises many kinds for a bad file
             if names(folder) == {_CONFIG}:
