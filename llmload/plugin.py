@@ -51,8 +51,8 @@ Where and how a weight is stored:
 
 Models:
 
-- ``partitions``: sizes and values of whole and partitioned parameters alike; ``Span`` is the part
-  of a parameter that one rank holds.
+- ``partitions``: sizes and values of whole and partitioned parameters alike, and of those that wrap
+  other tensors; ``Span`` is the part of a parameter that one rank holds.
 - ``Accounting``: how a checkpoint's keys fit a model, as ``ctx.accounting`` finds it out.
 - ``probe``, ``ProbeResult``, ``RandomOp``: a forward pass without storage, and what came of it.
 

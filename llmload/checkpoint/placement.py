@@ -40,12 +40,15 @@ class Target:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """What a placement returns where this process keeps only a part of the value."""
+    """What a placement returns where the value is not stored in what takes the target's place.
+
+    This process keeps only a part of it, or its codes in a tensor that wraps others.
+    """
 
     parameter: torch.Tensor
     """Takes the target's place in the model."""
     stored: torch.Tensor
-    """The part, flat, as it is stored; a digest of it is held to what was asked of the source."""
+    """What is stored; a digest of it is held to what was asked of the source."""
 
 
 class Source:

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from llmload.errors import LoadFailedError
+from llmload.model import partitions
 from llmload.model.partitions import is_partitioned
 
 
@@ -176,8 +177,8 @@ class Sizes:
 def sizes(model: PeftModel) -> Sizes:
     """Count adapters and base."""
     own = {id(parameter): parameter for parameter in _of_adapters(model)}.values()
-    held = sum(p.nbytes for p in own)
-    every = sum(p.nbytes for p in model.parameters())
+    held = sum(map(partitions.nbytes, own))
+    every = sum(map(partitions.nbytes, model.parameters()))
     return Sizes(sum(p.numel() for p in own), held, every - held)
 
 

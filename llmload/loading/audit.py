@@ -194,6 +194,7 @@ def _comparable(info: TensorInfo, tensor: torch.Tensor) -> bool:
         stored is not None
         and partitions.shape(tensor) == info.shape
         and not tensor.is_meta
+        and not partitions.wraps(tensor)
         and tensor.is_contiguous()
         and (stored == tensor.dtype or (stored.is_floating_point and tensor.is_floating_point()))
     )
@@ -315,10 +316,28 @@ def kept_apart(plan: Plan, base: nn.Module) -> list[nn.Parameter]:
     return [named[name] for name in plan.tied if name in named and names[id(named[name])] == 1]
 
 
-def hold_to_numbers(plan: Plan, report: Report, apart: Sequence[nn.Parameter]) -> list[str]:
+def saved_by_others(ctx: LoadContext, model: nn.Module) -> int:
+    """Return by how many bytes a quantised checkpoint's weights differ from what was planned.
+
+    Where no plugin answers for them, transformers makes tensors that wrap codes, and only then are
+    their sizes known.
+    """
+    if ctx.providing("quantisation"):
+        return 0
+    return sum(
+        partitions.nbytes(p) - partitions.elements(p) * p.element_size()
+        for p in model.parameters()
+        if partitions.wraps(p)
+    )
+
+
+def hold_to_numbers(
+    plan: Plan, report: Report, apart: Sequence[nn.Parameter], unforeseen: int
+) -> list[str]:
     """Hold every number of the report against the plan's.
 
     :param apart: parameters that the plan may count with others they are not tied to after all.
+    :param unforeseen: bytes that are there beside, or if negative instead of, those planned.
     :returns: what was proved, for the report.
     :raises AuditError: one differs.
     """
@@ -326,13 +345,14 @@ def hold_to_numbers(plan: Plan, report: Report, apart: Sequence[nn.Parameter]) -
         return []
     own = {
         "parameters": sum(map(partitions.values, apart)),
-        "parameter_bytes": sum(partitions.elements(p) * p.element_size() for p in apart),
+        "parameter_bytes": sum(map(partitions.nbytes, apart)),
         "trainable": sum(partitions.values(p) for p in apart if p.requires_grad),
     }
+    beside = dict.fromkeys(_NUMBERS, 0) | {"parameter_bytes": unforeseen}
     problems = []
     for number, what in _NUMBERS.items():
         planned, found = getattr(plan, number), getattr(report, number)
-        if found - planned not in (0, own[number]):
+        if found - planned - beside[number] not in (0, own[number]):
             problems.append(
                 Problem(
                     message=f"{planned:,} {what} were planned, and there are {found:,}",
@@ -342,7 +362,8 @@ def hold_to_numbers(plan: Plan, report: Report, apart: Sequence[nn.Parameter]) -
             )
     if problems:
         raise AuditError(problems)
-    return [f"{report.parameters:,} parameters in {report.parameter_bytes:,} bytes, as planned"]
+    planned = f"where {plan.parameter_bytes:,} were planned" if unforeseen else "as planned"
+    return [f"{report.parameters:,} parameters in {report.parameter_bytes:,} bytes, {planned}"]
 
 
 def hold_to_constructor(

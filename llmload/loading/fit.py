@@ -149,9 +149,10 @@ def untrained(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
     if not ctx.spec.trainable:
         return
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        if ctx.providing("quantisation") and not ctx.wraps_adapter:
+        quantised = ctx.providing("quantisation")
+        if quantised and not ctx.wraps_adapter:
             yield Problem(
-                where="kbit",
+                where=quantised[0],
                 severity="warning",
                 message="no parameter will be trainable: quantised weights are frozen, and nothing"
                 " is put on them",

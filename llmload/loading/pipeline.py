@@ -158,6 +158,7 @@ def execute(
             ctx.files.check()
             _freeze(model, plan.frozen)
             apart = audit.kept_apart(plan, model)
+            unforeseen = audit.saved_by_others(ctx, model)
             audit.list_missing(ctx, model)
             lost = dict(ctx.newly_initialised)
             ledger.take_stock(report.loader, model)
@@ -180,7 +181,7 @@ def execute(
         if prove:
             with report.phase("audit"):
                 report.audit += audit.prove(ctx, plan, model)
-                report.audit += audit.hold_to_numbers(plan, report, apart)
+                report.audit += audit.hold_to_numbers(plan, report, apart, unforeseen)
                 report.compared, said = compared.handed_out(model)
                 report.audit += [*computed, *said]
             for plugin in host.implementing("audit"):
@@ -237,7 +238,7 @@ def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger
     report.versions = installed_versions()
     report.parameters = sum(partitions.values(p) for p in parameters)
     report.trainable = sum(partitions.values(p) for p in parameters if p.requires_grad)
-    report.parameter_bytes = sum(partitions.elements(p) * p.element_size() for p in parameters)
+    report.parameter_bytes = sum(map(partitions.nbytes, parameters))
     report.checkpoint_bytes = prepared.plan.checkpoint_bytes
     report.newly_initialised = ledger.newly_initialised(model, report.loader)
     report.left_out = dict.fromkeys(ctx.unexpected, "no place in the model") | ctx.left_out

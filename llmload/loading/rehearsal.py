@@ -94,9 +94,11 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
     unique = {name: p for name, p in model.named_parameters() if name not in still_apart}
     plan.parameters = sum(partitions.values(p) for p in unique.values())
     plan.parameter_bytes = sum(
-        p.numel() * (4 if id(p) in kept and p.dtype == ctx.dtype else p.element_size())
-        if id(p) not in narrowed
-        else p.numel() * ctx.dtype.itemsize
+        p.numel() * ctx.dtype.itemsize
+        if id(p) in narrowed
+        else p.numel() * 4
+        if id(p) in kept and p.dtype == ctx.dtype
+        else partitions.nbytes(p)
         for p in unique.values()
     )
     plan.trainable = sum(partitions.values(p) for p in unique.values() if p.requires_grad)

@@ -181,7 +181,7 @@ def _watched(model: nn.Module, names: Collection[str]) -> dict[str, tuple[int, .
 
     for name in names:
         model.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: note(name, output)  # type: ignore[misc]
+            lambda module, args, output, name=name: note(name, output)
         )
     return found
 

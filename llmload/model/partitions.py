@@ -1,8 +1,9 @@
-"""Parameters of which this process holds a part: what DeepSpeed ZeRO-3 leaves of a tensor.
+"""Parameters that do not hold their own values: of DeepSpeed ZeRO-3, and those that wrap others.
 
 A partitioned parameter is empty where its values were, and keeps its shape and its part in
-attributes of its own (``ds_shape``, ``ds_tensor``). Whoever looks at sizes or values of a model
-asks here, and works for whole and partitioned models alike. Imports no torch.
+attributes of its own (``ds_shape``, ``ds_tensor``). One that wraps other tensors, as torchao's do,
+has a shape and a dtype and keeps codes and scales in its place. Whoever looks at sizes or values of
+a model asks here, and works for all models alike. Imports no torch.
 
 What a plugin needs of it in ``post_load``, under ZeRO-3 or not::
 
@@ -80,11 +81,34 @@ def values(tensor: Any) -> int:
     return elements(tensor) * (2 * tensor.element_size() if packed else 1)
 
 
+def wraps(tensor: Any) -> bool:
+    """Whether the tensor's class keeps its values in others, by the protocol of
+    ``__tensor_flatten__``. What is spread over a mesh of devices is not meant."""
+    return hasattr(tensor, "__tensor_flatten__") and not hasattr(tensor, "device_mesh")
+
+
+def stored(tensor: Any) -> list[torch.Tensor]:
+    """Return the plain tensors in which the values are: itself, or those that it wraps."""
+    if not wraps(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in stored(getattr(tensor, name))]
+
+
+def nbytes(tensor: Any) -> int:
+    """Return the bytes of the whole: of what it wraps, where it does."""
+    if wraps(tensor):
+        return sum(part.nbytes for part in stored(tensor))
+    return elements(tensor) * int(tensor.element_size())
+
+
 def held(tensor: Any) -> tuple[torch.Tensor, int] | None:
     """Return the elements that this process has in memory, flat, and the first one's index.
 
-    None where they are on a disk.
+    None where they are on a disk, or nowhere as such because the tensor wraps others.
     """
+    if wraps(tensor):
+        return None
     if not is_partitioned(tensor):
         return tensor.detach().reshape(-1), 0
     part = tensor.ds_tensor

@@ -10,6 +10,8 @@ import torch
 import yaml
 from torch import nn
 
+from llmload.plugin import partitions
+
 
 def example_spec(file: Path, folders: Mapping[str, Path]) -> dict[str, Any]:
     """Return a spec file as it is committed, other folders in the place of its own.
@@ -58,7 +60,10 @@ def hold_frozen(model: nn.Module) -> None:
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Say whether two tensors have one dtype, shape and bytes."""
-    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(
-        *(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (one, other))
-    )
+    """Say whether two tensors have one dtype, shape and bytes, and wrap the same if they do."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if partitions.wraps(one) or partitions.wraps(other):
+        pairs = zip(partitions.stored(one), partitions.stored(other), strict=False)
+        return type(one) is type(other) and all(same(*pair) for pair in pairs)
+    return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (one, other)))

@@ -579,6 +579,9 @@ def _digests(model: Any) -> dict[str, tuple[Any, str | None]]:
         ):
             found[name] = facts, None
             continue
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found[name] = facts, hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        for part in partitions.stored(tensor):
+            flat = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(flat.numpy().tobytes())
+        found[name] = facts, digest.hexdigest()
     return found
