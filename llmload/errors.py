@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict
 
 Severity = Literal["error", "warning"]
 
+_SHOWN = 3
+"""Names that a message lists."""
 _LONG = 500
 """Characters of a library's error that a message repeats."""
 
@@ -130,7 +132,11 @@ class LlmloadError(Exception):
         self.problems: tuple[Problem, ...] = (
             (problems,) if isinstance(problems, Problem) else tuple(problems)
         )
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        # Made when it is asked for: whoever passes the error on puts names and places into it.
+        return "\n".join(map(str, self.problems))
 
 
 class RequestError(LlmloadError):
@@ -161,6 +167,13 @@ class LoadFailedError(LlmloadError):
 
 class AuditError(LoadFailedError):
     """The loaded model is not what the plan promised. The model is not handed out."""
+
+
+def some(names: Iterable[str]) -> str:
+    """Return the first few names in quotes, and how many more there are."""
+    quoted = [repr(name) for name in names]
+    more = f" and {len(quoted) - _SHOWN} more" if len(quoted) > _SHOWN else ""
+    return ", ".join(quoted[:_SHOWN]) + more
 
 
 def in_one_line(error: BaseException) -> str:

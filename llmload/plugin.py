@@ -20,6 +20,8 @@ Values of a section:
 
 - ``Regex``: a field that holds a regular expression, refused where it is none; ``patterns``:
   matching one within a budget of time, as it is somebody else's.
+- ``Dtype``: a field that holds the name of a dtype to train in; ``AUTO_CLASSES``: the words of
+  ``auto_class``, and what transformers and PEFT call each.
 - ``Spelling``: what another tool calls a key, for ``Section.spellings``; ``switch``, ``words`` and
   ``listed`` turn its value into ours, ``DTYPE_WORDS`` are others' names of dtypes; ``Removal`` says
   that there is nothing to write, ``Keys`` that several keys are, ``Sentence`` what else to do.
@@ -127,6 +129,7 @@ if TYPE_CHECKING:
     from llmload.errors import RequestError as RequestError
     from llmload.errors import SpecError as SpecError
     from llmload.errors import in_one_line as in_one_line
+    from llmload.errors import some as some
     from llmload.hf.adapters import hold_adapter as hold_adapter
     from llmload.hf.adapters import matching_within_budget as matching_within_budget
     from llmload.hf.adapters import replicated_layers as replicated_layers
@@ -139,7 +142,6 @@ if TYPE_CHECKING:
     from llmload.host.distributions import name_and_version as name_and_version
     from llmload.host.distributions import version_of as version_of
     from llmload.loading.audit import MISSING as MISSING
-    from llmload.loading.audit import some as some
     from llmload.loading.loaders import account as account
     from llmload.loading.loaders import from_pretrained as from_pretrained
     from llmload.loading.wording import alike as alike
@@ -177,10 +179,13 @@ if TYPE_CHECKING:
     from llmload.spec.suggest import closest as closest
     from llmload.spec.suggest import nearest as nearest
     from llmload.spec.values import dtype_name as dtype_name
+    from llmload.spec.words import AUTO_CLASSES as AUTO_CLASSES
+    from llmload.spec.words import Dtype as Dtype
     from llmload.spec.yaml_read import parse as parse_yaml
 
 __all__ = [
     "ABILITIES",
+    "AUTO_CLASSES",
     "DTYPE_WORDS",
     "MISSING",
     "Accounting",
@@ -189,6 +194,7 @@ __all__ = [
     "CheckpointError",
     "Conflict",
     "Decline",
+    "Dtype",
     "InvalidValueError",
     "KeyRule",
     "Keys",
@@ -301,7 +307,7 @@ _HOME = {
     **dict.fromkeys(
         ("Part", "Placement", "Plain", "Source", "Splitting", "Target"), "checkpoint.placement"
     ),
-    "in_one_line": "errors",
+    **dict.fromkeys(("in_one_line", "some"), "errors"),
     **dict.fromkeys(("installed_versions", "name_and_version", "version_of"), "host.distributions"),
     **dict.fromkeys(("hold_adapter", "matching_within_budget", "replicated_layers"), "hf.adapters"),
     "Transformers": "hf.interface",
@@ -309,7 +315,7 @@ _HOME = {
     "default_dtype": "model.torch_defaults",
     "cache_dir": "hf.hub",
     **dict.fromkeys(("locate_files", "read_config"), "hf.locating"),
-    **dict.fromkeys(("MISSING", "some"), "loading.audit"),
+    "MISSING": "loading.audit",
     **dict.fromkeys(("account", "from_pretrained"), "loading.loaders"),
     **dict.fromkeys(("alike", "size_text"), "loading.wording"),
     "filesystem": "checkpoint.filesystem",
@@ -328,6 +334,7 @@ _HOME = {
         "spec.foreign_keys",
     ),
     "Regex": "spec.loadspec",
+    **dict.fromkeys(("AUTO_CLASSES", "Dtype"), "spec.words"),
     "explain": "spec.refusals",
     **dict.fromkeys(("closest", "nearest"), "spec.suggest"),
     "parse_yaml": "spec.yaml_read",

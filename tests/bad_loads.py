@@ -425,9 +425,8 @@ BAD_LOADS = [
         "",
         (
             "strict: the checkpoint has no values for 'model.layers.2.input_layernorm.weight',"
-            " 'model.layers.2.mlp.down_proj.weight', 'model.layers.2.mlp.gate_proj.weight',"
-            " 'model.layers.2.mlp.up_proj.weight',"
-            " 'model.layers.2.post_attention_layernorm.weight' and 4 more. Map the keys with"
+            " 'model.layers.2.mlp.down_proj.weight', 'model.layers.2.mlp.gate_proj.weight'"
+            " and 6 more. Map the keys with"
             " `key_map`, or list what may be newly initialised in `strict: {allow_missing:"
             " [...]}`."
         ),
@@ -438,9 +437,8 @@ BAD_LOADS = [
         "",
         (
             "strict: the model has no place for 'model.layers.1.input_layernorm.weight',"
-            " 'model.layers.1.mlp.down_proj.weight', 'model.layers.1.mlp.gate_proj.weight',"
-            " 'model.layers.1.mlp.up_proj.weight',"
-            " 'model.layers.1.post_attention_layernorm.weight' and 4 more of the checkpoint."
+            " 'model.layers.1.mlp.down_proj.weight', 'model.layers.1.mlp.gate_proj.weight'"
+            " and 6 more of the checkpoint."
             " Map the keys with `key_map`, or list what may be left out in `strict:"
             " {allow_unexpected: [...]}`."
         ),

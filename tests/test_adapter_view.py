@@ -288,7 +288,7 @@ def test_an_adapter_that_changed_the_base_leaves_other_weights_when_it_is_off(
         " checkpoint's ('base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight',"
     )
     assert message.endswith(
-        " and 9 more), and turning it off leaves them. Write `frozen_copy: true` for what 'policy'"
+        " and 11 more), and turning it off leaves them. Write `frozen_copy: true` for what 'policy'"
         f" starts from, {LIKE}"
     )
 

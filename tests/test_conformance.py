@@ -90,6 +90,9 @@ def test_a_class_made_inside_a_test_and_an_object_are_tried_too() -> None:
 
 
 def test_the_process_that_asks_is_not_touched() -> None:
+    # What stays by design: the server that ranks are forked from, and a variable of torch._dynamo.
+    findings(FreezeLayers)
+    testing.snapshot()
     before = dict(os.environ)
     with testing.nothing_left_behind():
         findings(FAULTS["an environment variable left"][0])

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalL
 import llmload
 from llmload import hookimpl
 from llmload.builtin.coati.keys import undo as undo_coati
+from llmload.plugin import some
 from llmload.spec.renaming import RULES, Renaming
 from llmload.spec.schema import json_schema
 from llmload.testing import tiny_checkpoint, tiny_llama, tiny_model
@@ -290,7 +291,7 @@ def test_a_model_saved_from_within_peft_loads_if_its_adapter_may_be_left_out(
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     adapter = [f"model.layers.{n}.self_attn.q_proj.lora_{ab}.weight" for n in "01" for ab in "AB"]
     assert refusal(folder, key_rules=["peft"]) == (
-        f"strict: the model has no place for {', '.join(map(repr, adapter))} of the checkpoint."
+        f"strict: the model has no place for {some(adapter)} of the checkpoint."
         " Map the keys with `key_map`, or list what may be left out in"
         " `strict: {allow_unexpected: [...]}`."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import llmload
 from llmload import Section, create_registry, hookimpl
 from llmload.builtin.dropout.plugin import DropoutPlugin
-from llmload.errors import PluginError
+from llmload.errors import PluginError, RequestError
 from llmload.host.discovery import from_object
 from llmload.host.registry import PluginInfo, Registry
 from llmload.spec.loadspec import LoadSpec
@@ -460,6 +461,22 @@ def test_an_object_that_breaks_the_contract_is_refused_at_once() -> None:
     assert reason_of(Plugin()) == (
         "plugin 'mine' breaks the hook contract: `laod` is not a hook. Did you mean 'load'?"
     )
+
+
+def test_an_error_of_a_hook_bears_the_plugins_name_in_words_and_in_data() -> None:
+    class Plugin:
+        name = "mine"
+
+        @hookimpl
+        def check(self, ctx: Any) -> None:
+            raise RequestError("it cannot be", fix="Ask for less.")
+
+    host = create_registry([Plugin()], environ={}).activate(LoadSpec(model="m"))
+    with pytest.raises(RequestError) as caught:
+        host.call("mine", "check", ctx=None)
+    assert str(caught.value) == "plugin 'mine': it cannot be. Ask for less."
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.problems, str(again)) == (caught.value.problems, str(caught.value))
 
 
 def test_a_section_that_is_no_model_is_refused() -> None:

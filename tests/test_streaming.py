@@ -194,9 +194,9 @@ def test_a_placement_is_not_passed_over_where_the_streaming_loader_declines(tmp_
     registry = llmload.create_registry(plugins=[PlacesByOptions])
     folder = tiny_llama(tmp_path)
     assert refusal(folder, registry) == (
-        "Watching places the weights of this load, and only the streaming loader asks it, which"
-        " declined. See in the plan why it declined, or leave out the plugin that sets the"
-        " placement."
+        "plugin 'transformers': Watching places the weights of this load, and only the streaming"
+        " loader asks it, which declined. See in the plan why it declined, or leave out the plugin"
+        " that sets the placement."
     )
     PlacesByOptions.placement.replaceable = True
     assert load(folder, registry).report.loader == "transformers"

@@ -22,7 +22,7 @@ from llmload.checkpoint.folder import (
 )
 from llmload.checkpoint.header import TensorInfo, is_no_model, read_header, read_header_afar
 from llmload.checkpoint.pickled import read_pickle, refuse_pickle, require_safe_torch
-from llmload.errors import CheckpointError, Problem
+from llmload.errors import CheckpointError, Problem, some
 
 _AT_ONCE = 8
 """Headers that are fetched at a time."""
@@ -282,16 +282,11 @@ def _disagreements(
         elsewhere[weight_map.get(name, "")].append(name)
     for shard, names in elsewhere.items():
         said = f"the index places in {shard}" if shard else "the index does not list"
-        yield _fault(file, f"the shard holds {_some(names)}, which {said}")
+        yield _fault(file, f"the shard holds {some(names)}, which {said}")
     if promised - held:
-        missing = _some(sorted(promised - held))
+        missing = some(sorted(promised - held))
         yield _fault(file, f"the index places {missing} in this shard, which does not hold it")
 
 
 def _fault(file: CheckpointFile, message: str) -> Problem:
     return Problem(message=message, fix=_INCOMPLETE, where=str(file.path))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more

@@ -25,7 +25,7 @@ class Copies(AbstractContextManager["Copies"]):
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
-        self._threads = min(_MOST_THREADS, _cores())
+        self._threads = min(_MOST_THREADS, cores())
         self._running: deque[Future[None]] = deque()
 
     def __exit__(self, *exc: object) -> None:
@@ -52,8 +52,8 @@ class Copies(AbstractContextManager["Copies"]):
             self._running.popleft().result()
 
 
-def _cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
+def cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux only
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -10,6 +10,7 @@ from typing import Final
 
 from pydantic import BaseModel, Field
 
+from llmload.checkpoint.copying import cores
 from llmload.errors import PluginError, Problem
 from llmload.host import ordering
 from llmload.host.discovery import PluginInfo, Status
@@ -112,7 +113,7 @@ def describe(registry: Registry, environ: Mapping[str, str] = os.environ) -> Env
     return Environment(
         versions=installed_versions() | others,
         platform=platform.platform(),
-        processors=_processors(),
+        processors=cores(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         devices=_devices(),
         variables={name: _shown(name, environ[name]) for name in _VARIABLES if name in environ},
@@ -144,12 +145,6 @@ def _devices() -> list[str]:
         cards = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
         return [f"{card.name}, {card.total_memory / 2**30:.1f} GiB" for card in cards]
     return ["mps"] if torch.backends.mps.is_available() else []
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):  # Linux only
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _shown(name: str, value: str) -> str:

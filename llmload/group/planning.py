@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
-from llmload.errors import PlanError, Problem
+from llmload.errors import PlanError, Problem, some
 from llmload.group import sharing
 from llmload.group.sharing import Sharing
-from llmload.loading.audit import some
 from llmload.loading.plan import Plan
 from llmload.loading.planning import Fetch, prepare
 from llmload.loading.prepared import Prepared

@@ -10,6 +10,7 @@ from llmload.checkpoint.strict_json import short
 from llmload.errors import CheckpointError, Problem, SpecError, in_one_line
 from llmload.hf import bounds, hub, locating
 from llmload.hf.versions import installed_transformers
+from llmload.spec.words import AUTO_CLASSES
 
 if TYPE_CHECKING:
     import torch
@@ -18,15 +19,6 @@ if TYPE_CHECKING:
     from llmload.checkpoint import Checkpoint
     from llmload.checkpoint.untrusted import UntrustedFolder
     from llmload.spec.loadspec import LoadSpec
-
-AUTO_CLASSES = {
-    "causal_lm": "AutoModelForCausalLM",
-    "seq2seq_lm": "AutoModelForSeq2SeqLM",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "token_classification": "AutoModelForTokenClassification",
-    "image_text_to_text": "AutoModelForImageTextToText",
-    "base": "AutoModel",
-}
 
 
 def load_config(
@@ -94,7 +86,8 @@ def resolve_class(
     if ":" in spec.auto_class:
         return _imported_class(spec.auto_class), config
     try:
-        found = _concrete_class(AUTO_CLASSES[spec.auto_class], config, spec)
+        named = AUTO_CLASSES[spec.auto_class].transformers
+        found = _concrete_class(named, config, spec)
     except Exception as error:  # the folder's own code may raise anything
         message = f"no class can be chosen by this config: {in_one_line(error)}"
         fix = "Check `architectures` and `auto_map` in the config."
@@ -164,7 +157,7 @@ def _heads(config: PretrainedConfig) -> list[str]:
     return [
         name
         for name, auto in AUTO_CLASSES.items()
-        if _concrete_class(auto, config, None) is not None
+        if _concrete_class(auto.transformers, config, None) is not None
     ]
 
 

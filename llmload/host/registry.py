@@ -125,10 +125,7 @@ class Host:
             result = self._manager.call_one(info.plugin, hook, **kwargs)
             return list(result) if isinstance(result, Iterator) else result
         except RequestError as error:
-            error.problems = tuple(
-                problem if problem.plugin else problem.model_copy(update={"plugin": name})
-                for problem in error.problems
-            )
+            error.problems = tuple(problem.of(name) for problem in error.problems)
             raise
 
     def declared(self, hook: str) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmload.checkpoint.accounting import as_quantised
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.open_files import OpenFiles
-from llmload.errors import AuditError, CheckpointError, Problem
+from llmload.errors import AuditError, CheckpointError, Problem, some
 from llmload.hf import quantised
 from llmload.loading import hook_calls
 from llmload.model import partitions
@@ -33,7 +33,6 @@ EXCUSED = "missing from the checkpoint, as the model's class allows"
 """Why a parameter or buffer is newly initialised though ``strict`` does not mind."""
 
 _SAMPLE = 32
-_SHOWN = 5
 
 
 def list_missing(ctx: LoadContext, model: nn.Module) -> None:
@@ -501,9 +500,3 @@ def ask(host: Host, plugin: str, ctx: LoadContext, model: nn.Module) -> list[Pro
     if errors:
         raise AuditError(errors)
     return found
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first few names, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(repr(name) for name in names[:_SHOWN]) + more

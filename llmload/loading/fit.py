@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import as_quantised
 from llmload.checkpoint.dtypes import torch_dtype
-from llmload.errors import CheckpointError, Problem
+from llmload.errors import CheckpointError, Problem, some
 from llmload.hf import generation, installed_transformers, quantised
 from llmload.loading import audit
 from llmload.spec.suggest import closest
@@ -173,7 +173,7 @@ def untrained(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         yield Problem(
             where="lora.trainable_token_indices",
             severity="warning",
-            message=f"the new tokens {audit.some([*new])} have rows in a frozen embedding: no"
+            message=f"the new tokens {some([*new])} have rows in a frozen embedding: no"
             " training will change what they mean",
             fix=f"Write `trainable_token_indices: {ids}` to train these rows,"
             " or name the embedding and the head in `modules_to_save`."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any, Final, TypeAlias
@@ -22,11 +21,6 @@ from llmload.spec.yaml_read import Path, dotted
 
 MAX_BYTES: Final = 256 * 1024
 """Size of the largest spec file that is read."""
-_PIPES: Final = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
-"""Where a shell puts what a command writes: pipes that are read like files."""
-_LONGEST_INT: Final = 332
-"""Bits of a whole number from Python: those of 100 digits, as in a file."""
-
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | LoadSpec | GroupSpec | Document
 """What ``llmload.load`` and ``load_group`` take: a file name, or the spec itself."""
@@ -93,11 +87,7 @@ def _content(path: FilePath) -> bytes:
 
 
 def _read(path: FilePath) -> bytes:
-    # A fifo that nobody writes to would be waited for, and a terminal for what is typed there.
-    flags = 0 if str(path).startswith(_PIPES) else getattr(os, "O_NONBLOCK", 0)
-    with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as handle:
-        if flags and (handle.isatty() or stat.S_ISFIFO(os.fstat(handle.fileno()).st_mode)):
-            raise ValueError("it is a terminal or a pipe, not a file")
+    with path.open("rb") as handle:
         return handle.read(MAX_BYTES + 1)
 
 
@@ -168,7 +158,7 @@ def _plain(value: object, path: Path, problems: list[Problem]) -> Any:
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
-    if value is None or (isinstance(value, int) and value.bit_length() <= _LONGEST_INT):
+    if value is None or isinstance(value, int):
         return value
     problems.append(_not_plain(value, path))
     return None
@@ -177,9 +167,6 @@ def _plain(value: object, path: Path, problems: list[Problem]) -> Any:
 def _not_plain(value: object, path: Path) -> Problem:
     if isinstance(value, float):
         message, fix = f"{value} is not a finite number", "Write a number."
-    elif isinstance(value, int):
-        message = f"a whole number of {value.bit_length()} bits is more than anything here takes"
-        fix = "Write a smaller one."
     elif isinstance(value, str):
         message, fix = (
             "the text has half of a surrogate pair, which is no character",

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, get_args
 
+from llmload.spec.words import AUTO_CLASSES, Dtype
 from llmload.spec.yaml_write import dump_inline
 
 _SHOWN: Final = 500
@@ -120,7 +121,7 @@ def _task(value: object) -> object:
 
 def _dtype(value: object) -> object:
     """dtypes in the spellings of torch and of trainers."""
-    allowed = ("auto", "float32", "bfloat16", "float16")
+    allowed = ("auto", *get_args(Dtype))
     if value in ("no", False):
         return Removal.DEFAULT
     found = DTYPE_WORDS.get(str(value).lower(), value)
@@ -138,18 +139,8 @@ def _archive(value: object) -> object:
 
 
 _CLASSES: Final = {
-    "AutoModelForCausalLM": "causal_lm",
-    "AutoModelForSeq2SeqLM": "seq2seq_lm",
-    "AutoModelForSequenceClassification": "sequence_classification",
-    "AutoModelForTokenClassification": "token_classification",
-    "AutoModelForImageTextToText": "image_text_to_text",
     "AutoModelForVision2Seq": "image_text_to_text",
-    "AutoModel": "base",
-    "CAUSAL_LM": "causal_lm",
-    "SEQ_2_SEQ_LM": "seq2seq_lm",
-    "SEQ_CLS": "sequence_classification",
-    "TOKEN_CLS": "token_classification",
-    "FEATURE_EXTRACTION": "base",
+    **{theirs: ours for ours, named in AUTO_CLASSES.items() for theirs in named if theirs},
 }
 DTYPE_WORDS: Final[Mapping[str, str]] = {
     "bf16": "bfloat16",

@@ -120,7 +120,8 @@ def naming(name: str) -> Iterator[None]:
     try:
         yield
     except LlmloadError as error:
-        raise type(error)([in_member(name, problem) for problem in error.problems]) from error
+        error.problems = tuple(in_member(name, problem) for problem in error.problems)
+        raise
 
 
 def _members(

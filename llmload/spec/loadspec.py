@@ -38,7 +38,6 @@ from llmload.spec.refusals import (
     unknown_words,
 )
 from llmload.spec.values import (
-    AUTO_CLASSES,
     CLASS_PATH,
     auto_class_name,
     device_name,
@@ -46,6 +45,7 @@ from llmload.spec.values import (
     regex,
     replacements,
 )
+from llmload.spec.words import AUTO_CLASSES
 
 if TYPE_CHECKING:
     from pydantic import GetJsonSchemaHandler

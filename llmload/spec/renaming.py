@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeAlias
 
-from llmload.errors import CheckpointError, Problem
+from llmload.errors import CheckpointError, Problem, some
 from llmload.spec import patterns
 
 KeyRule: TypeAlias = (
@@ -45,8 +45,6 @@ RULES: Mapping[str, KeyRule] = MappingProxyType(
 _PEFT = "base_model.model."
 WRAPPERS = ("ddp", "compiled", "fsdp", "activation_checkpointing", "fabric")
 """Those of the rules that take away what a wrapper put into keys, of an adapter too."""
-
-_SHOWN = 3
 
 
 def wrapped_by(keys: Collection[str]) -> list[str]:
@@ -102,7 +100,7 @@ class Renaming:
                 Problem(
                     where=f"key_map[{pattern!r}]",
                     message=f"the regular expression matches none of the {len(found)} keys of the"
-                    f" checkpoint, which are {_some(found)}",
+                    f" checkpoint, which are {some(found)}",
                     fix="Correct the rule, or remove it. Rules are applied one after the other,"
                     " each to what the one before it left.",
                 )
@@ -146,7 +144,7 @@ class Renaming:
         problems = [
             Problem(
                 where="key_map",
-                message=f"the keys {_some(keys)} of the checkpoint would all be called {name!r}",
+                message=f"the keys {some(keys)} of the checkpoint would all be called {name!r}",
                 fix="Make the rules map each key to a name of its own.",
             )
             for name, keys in keys_of.items()
@@ -154,8 +152,3 @@ class Renaming:
         ]
         if problems:
             raise CheckpointError(problems)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from llmload.spec import patterns
 from llmload.spec.refusals import InvalidValueError, meant
 from llmload.spec.suggest import nearest
+from llmload.spec.words import AUTO_CLASSES
 
-if TYPE_CHECKING:
-    import torch
-
-AUTO_CLASSES: Final = (
-    "causal_lm",
-    "seq2seq_lm",
-    "sequence_classification",
-    "token_classification",
-    "image_text_to_text",
-    "base",
-)
 CLASS_PATH: Final = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 _LONGEST_PATTERN: Final = 10_000
 _PLACEMENTS: Final = ("auto", "balanced", "balanced_low_0", "sequential")
 _DEVICES: Final = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa")
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """What specs, configs and torch call ``dtype``: ``bfloat16``."""
+def dtype_name(dtype: object) -> str:
+    """What specs, configs and torch call a ``torch.dtype``: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 

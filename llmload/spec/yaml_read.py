@@ -2,8 +2,7 @@
 
 What is read is the core schema of YAML 1.2, so ``no`` is text and ``1e-4`` is a number, as people
 mean them and as JSON has them; JSON is read as the YAML that it is. Nothing is ever constructed but
-dict, list, str, int, float, bool and None. A document that is made to exhaust its reader (aliases
-of aliases, thousands of brackets) is refused as soon as it shows.
+dict, list, str, int, float, bool and None.
 """
 
 from __future__ import annotations
@@ -20,14 +19,11 @@ Path: TypeAlias = tuple[str | int, ...]
 """Keys and list indices that lead to a value."""
 
 MAX_DEPTH: Final = 32
-MAX_VALUES: Final = 10_000
-"""Values in a document after its aliases are expanded; long text counts one per 100 characters."""
+"""Levels of a spec, which are fewer by far: what is deeper contains itself."""
 
 _NULLS: Final = re.compile(r"~|null|Null|NULL|")
 _BOOLS: Final = re.compile(r"true|True|TRUE|false|False|FALSE")
 INTS: Final = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-LONGEST_INT: Final = 100
-"""Digits of a whole number; Python shows none that has over 4,300, and nothing here needs one."""
 FLOATS: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITE: Final = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
@@ -56,8 +52,12 @@ def parse(text: str, file: str = "") -> tuple[Any, dict[Path, tuple[int, int]]]:
         text = _json_as_yaml(text)
     reader = _Reader(file)
     try:
-        composer = _Composer(text, reader)
-        node = composer.get_single_node()
+        node = _Composer(text, reader).get_single_node()
+        if node is None:
+            reader.stop("the document is empty", "Write at least `model: ...`.", _Mark(0, 0))
+        data = reader.value(node, ())
+    except RecursionError:
+        reader.stop_too_deep(_Mark(0, 0))
     except yaml.MarkedYAMLError as error:
         reader.stop(*_syntax_fault(error, file), error.problem_mark or error.context_mark)
     except yaml.reader.ReaderError as error:
@@ -68,9 +68,6 @@ def parse(text: str, file: str = "") -> tuple[Any, dict[Path, tuple[int, int]]]:
             "Remove it; inside double quotes it can be written as an escape.",
             mark,
         )
-    if node is None:
-        reader.stop("the document is empty", "Write at least `model: ...`.", _Mark(0, 0))
-    data = reader.value(node, ())
     if reader.problems:
         raise SpecError(reader.problems)
     return data, reader.positions
@@ -102,55 +99,21 @@ class _Mark:
 
 
 class _Composer(yaml.BaseLoader):
-    """Makes the node tree, and stops where a document is made to exhaust its reader.
-
-    It sees the events, where tags, depth and the size of what an alias stands for show before
-    anything is built from them.
-    """
+    """Makes the node tree. Tags are faults: in the tree, `!!str 1` would look like a plain 1."""
 
     def __init__(self, text: str, reader: _Reader) -> None:
         super().__init__(text)
         self._reader = reader
-        self._depth = 0
-        self._values = 0
-        self._values_of_anchor: dict[str, int] = {}
-
-    def fetch_flow_collection_start(self, TokenClass: Any) -> None:  # noqa: N803 - PyYAML's name
-        # The scanner looks a thousand brackets ahead, at a cost that grows with their square.
-        if self.flow_level >= MAX_DEPTH:
-            self._reader.stop_too_deep(self.get_mark())
-        super().fetch_flow_collection_start(TokenClass)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        before = self._values
-        if isinstance(event, yaml.AliasEvent):
-            anchor = str(event.anchor)
-            if anchor in self.anchors and anchor not in self._values_of_anchor:
-                self._reader.stop(
-                    f"the anchor {anchor!r} contains its own alias",
-                    "Write out what is meant there.",
-                    event.start_mark,
-                )
-            self._values += self._values_of_anchor.get(anchor, 0)
-        else:
-            self._values += 1 + len(getattr(event, "value", "")) // 100
-            if event.tag is not None:
-                self._reader.fault(
-                    f"the tag {event.tag!r} is not allowed: a spec is plain data",
-                    "Remove the tag.",
-                    event.start_mark,
-                )
-        if self._values > MAX_VALUES:
-            self._reader.stop_too_large(event.start_mark)
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            self._reader.stop_too_deep(event.start_mark)
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        if event.anchor is not None:
-            self._values_of_anchor[event.anchor] = self._values - before
-        return node
+        if getattr(event, "tag", None) is not None:
+            self._reader.fault(
+                f"the tag {event.tag!r} is not allowed: a spec is plain data",
+                "Remove the tag.",
+                event.start_mark,
+            )
+        return super().compose_node(parent, index)
 
 
 class _Reader:
@@ -229,14 +192,6 @@ class _Reader:
             return None
         if _BOOLS.fullmatch(text):
             return text.lower() == "true"
-        if INTS.fullmatch(text) and len(text) > LONGEST_INT:
-            self.fault(
-                f"{text[:20]}... is a number of {len(text)} digits",
-                f"Write one of at most {LONGEST_INT}, or put it in quotes if it is text.",
-                node.start_mark,
-                path,
-            )
-            return None
         if INTS.fullmatch(text):
             return int(text, 8 if text[:2] == "0o" else 16 if text[:2] == "0x" else 10)
         if _INFINITE.fullmatch(text) or FLOATS.fullmatch(text):
@@ -284,14 +239,7 @@ class _Reader:
     def stop_too_deep(self, mark: Any) -> NoReturn:
         self.stop(
             f"the document is nested deeper than {MAX_DEPTH} levels",
-            "Flatten it.",
-            mark,
-        )
-
-    def stop_too_large(self, mark: Any) -> NoReturn:
-        self.stop(
-            f"the document has more than {MAX_VALUES:,} values once its aliases are expanded",
-            "Shorten it, or give the spec from Python.",
+            "Flatten it; an anchor must not contain its own alias.",
             mark,
         )
 

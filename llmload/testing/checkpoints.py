@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from llmload.hf.model_classes import AUTO_CLASSES
+from llmload.spec.words import AUTO_CLASSES
 from llmload.testing.shrinking import VOCABULARY, tiny_config
 
 IDS = torch.arange(24).view(2, 12)
@@ -102,7 +102,7 @@ def tiny_model(
     :param config: overrides any config field.
     :raises ValueError: transformers has no such type, or no such class of it.
     """
-    auto = getattr(transformers, AUTO_CLASSES[auto_class])
+    auto = getattr(transformers, AUTO_CLASSES[auto_class].transformers)
     made = _config(model_type, auto_class, config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

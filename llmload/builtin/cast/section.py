@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated
 
 from pydantic import Field
 
-from llmload.plugin import Regex, Section
-
-Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+from llmload.plugin import Dtype, Regex, Section
 
 
 class CastSection(Section):

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias
 from pydantic import Field, model_validator
 
 from llmload.builtin.kbit.spellings import SPELLINGS
-from llmload.plugin import InvalidValueError, Section
+from llmload.plugin import Dtype, InvalidValueError, Section
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 Profile: TypeAlias = Literal["minimal", "legacy", "trl", "trl_legacy"]
 
 _ONLY_FOR: Final[Mapping[str, int]] = MappingProxyType(

@@ -15,21 +15,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from llmload.builtin.lora import coati, saved
 from llmload.builtin.lora.section import FIELDS_SINCE, INITIALISATIONS, LoraSection
-from llmload.plugin import Problem, RequestError, nearest, version_of
+from llmload.plugin import AUTO_CLASSES, Problem, RequestError, nearest, version_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
     from llmload.plugin import LoadContext
-
-TASKS: Final = {
-    "causal_lm": "CAUSAL_LM",
-    "seq2seq_lm": "SEQ_2_SEQ_LM",
-    "sequence_classification": "SEQ_CLS",
-    "token_classification": "TOKEN_CLS",
-    "base": "FEATURE_EXTRACTION",
-}
-"""PEFT's task type for each ``auto_class``; a class named by its path has none."""
 
 ALL_LINEAR: Final = "all-linear"
 
@@ -129,7 +120,8 @@ def resolve(ctx: LoadContext) -> Request:
                 )
             )
     if "task_type" not in base and "task_type" not in given:
-        base = base | {"task_type": TASKS.get(ctx.spec.auto_class)}
+        known = AUTO_CLASSES.get(ctx.spec.auto_class)
+        base = base | {"task_type": known.peft if known else None}
     request = Request(section=section, fields=base | given, saved=adapter, coati=theirs)
     _refuse_impossible(ctx, request)
     return request

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from llmload.builtin.tokenizer.section import TokenizerSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import Note, Problem
+from llmload.plugin import Note, Problem, some
 
 if TYPE_CHECKING:
     from torch import nn
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from llmload.builtin.tokenizer.ids import Misfit
     from llmload.plugin import LoadContext
 
-_SHOWN = 3
 _IN_EVERY_TEXT = ("pad", "bos", "eos", "unk", "sep", "cls")
 """Special tokens that texts and configs get, whatever they say."""
 
@@ -160,7 +159,7 @@ def _rows(ctx: LoadContext) -> Iterator[Problem]:
         yield Problem(
             where="tokenizer",
             severity="warning",
-            message=f"the new tokens {_some(new)} have rows in the checkpoint that no training has"
+            message=f"the new tokens {some(new)} have rows in the checkpoint that no training has"
             " touched",
             fix="Add the section `embeddings: {}` to initialise them.",
         )
@@ -169,14 +168,8 @@ def _rows(ctx: LoadContext) -> Iterator[Problem]:
 def _summary(ctx: LoadContext) -> str:
     tokenizer = ctx.tokenizer
     assert tokenizer is not None  # check sets it first
-    new = f", {_some(ctx.new_tokens)} new" if ctx.new_tokens else ""
+    new = f", {some(ctx.new_tokens)} new" if ctx.new_tokens else ""
     return (
         f"{type(tokenizer).__name__} with {len(tokenizer)} tokens{new}; pad token"
         f" {tokenizer.pad_token!r}, padding on the {tokenizer.padding_side}"
     )
-
-
-def _some(tokens: Iterable[str]) -> str:
-    shown = [repr(token) for token in tokens]
-    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-    return ", ".join(shown[:_SHOWN]) + more

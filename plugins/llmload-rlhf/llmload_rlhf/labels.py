@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llmload import Note, Problem, RequestError
+from llmload.plugin import some
 from llmload_rlhf.layouts import LANGUAGE_MODEL_HEADS
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def check(ctx: LoadContext, section: Any) -> Iterator[Problem | Note]:
     if section.new and found:
         yield Problem(
             where="reward_head",
-            message=f"a new head is asked for, and the checkpoint has one: {_some(found)}",
+            message=f"a new head is asked for, and the checkpoint has one: {some(found)}",
             fix="Remove `new` from `reward_head`.",
         )
     elif section.new:
@@ -57,7 +58,7 @@ def check(ctx: LoadContext, section: Any) -> Iterator[Problem | Note]:
         missing = [name for name in heads if name not in stored]
         yield Problem(
             where="reward_head",
-            message=f"the checkpoint has no {_some(missing)}",
+            message=f"the checkpoint has no {some(missing)}",
             fix="Write `reward_head: {new: true}` to start with a new head, or map the keys.",
         )
     start = "new" if section.new else "from the checkpoint"
@@ -92,7 +93,3 @@ def _refuse_class(ctx: LoadContext) -> None:
                 fix="Write `auto_class: sequence_classification`.",
             )
         )
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(map(repr, keys))

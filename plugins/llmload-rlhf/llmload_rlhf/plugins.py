@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from llmload import Conflict, Note, Problem, RequestError, hookimpl
+from llmload.plugin import some
 from llmload_rlhf import factors, labels
 from llmload_rlhf.layouts import (
     COATI_CRITIC,
@@ -162,10 +163,10 @@ class HeadPlugin:
         if section.new and not found:
             return
         if section.new:
-            message = f"a new head is asked for, and the checkpoint has one: {_some(found)}"
+            message = f"a new head is asked for, and the checkpoint has one: {some(found)}"
             fix = f"Remove `new` from `{self.name}`."
         elif missing:
-            message = f"the checkpoint has no {_some(missing)}"
+            message = f"the checkpoint has no {some(missing)}"
             fix = f"Write `{self.name}: {{new: true}}` to start with a new head, or map the keys."
         else:
             return
@@ -190,7 +191,7 @@ class HeadPlugin:
                 yield Problem(
                     where=f"{info.file}: {key}",
                     message=f"a {self._section(ctx).layout} head has no {key!r}, only"
-                    f" {_some([*known])}",
+                    f" {some([*known])}",
                     fix=f"Choose another `layout` in `{self.name}`, or map the key.",
                 )
 
@@ -252,7 +253,3 @@ class ValueHeadPlugin(HeadPlugin):
     name = "value_head"
     Section = ValueHeadSection
     layouts: ClassVar = {"trl": TRL}
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(map(repr, keys))

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from llmload import Section
+from llmload.plugin import Dtype
 
 
 class HeadSection(Section):
@@ -16,7 +17,7 @@ class HeadSection(Section):
     """Start with a new head. Otherwise the checkpoint must have one, and it is loaded."""
     trainable: bool = True
     """Whether the head requires gradients. LoRA freezes it unless it is in ``modules_to_save``."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
     """Dtype of the head's parameters; null for the model's, and for TRL's head float32."""
 
 
