@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,43 @@ def test_a_cache_folder_that_cannot_be_made_is_done_without(
     assert counted == {"torch": 640}
     assert reason is not None
     assert "Not a directory" in reason
+
+
+def test_a_compiler_that_is_no_command_is_done_without(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", '"')
+    counted, reason = quantised_by(torch.randn(640))
+    assert counted == {"torch": 640}
+    assert reason == "CC='\"' is no command: No closing quotation"
+
+
+def test_without_any_home_folder_the_kernel_is_done_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    counted, reason = quantised_by(torch.randn(640))
+    assert counted == {"torch": 640}
+    assert reason == "Could not determine home directory."
+
+
+# After an interrupt, `subprocess` waits for nobody, and warns of whom it has not waited for.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_leaves_nothing_of_the_compiler(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = tmp_path / "slow-cc"
+    # It waits for a moment, so that whoever started it waits for it.
+    compiler.write_text(
+        '#!/bin/sh\ntouch "$TMPDIR/part.s"\nsleep 2\nkill -INT $PPID\nexec sleep 600\n'
+    )
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CC", str(compiler))
+    with pytest.raises(KeyboardInterrupt):
+        quantised_by(torch.randn(640))
+    assert list(cache.iterdir()) == []

@@ -4,6 +4,31 @@ In come words of the command line; data goes to standard output, everything for 
 error.
 """
 
-from llmload.cli.commands import app, main
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmload.cli.commands import app as app
 
 __all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Run the command line and exit: 130 after Ctrl-C, 143 after SIGTERM."""
+    from llmload.cli.stopping import stoppable
+
+    with stoppable():  # before the rest is imported, which takes a moment
+        from llmload.cli.commands import app
+
+        app()
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name != "app":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from llmload.cli.commands import app
+
+        return app

@@ -7,6 +7,7 @@ Nothing heavy is imported before a command needs it.
 
 from __future__ import annotations
 
+import errno
 import json as json_module
 import logging
 import sys
@@ -65,11 +66,6 @@ Plugins = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
 
-def main() -> None:
-    """Run the command line and exit."""
-    app()
-
-
 def _command(function: Callable[..., Answer]) -> Callable[..., None]:
     """Make a function a command: write its answer, or its error without a traceback."""
 
@@ -90,10 +86,16 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
                 message = f"{type(error).__name__}: {error}"
                 _write_json({"error": type(error).__name__, "problems": [{"message": message}]})
             raise
-        if json:
-            _write_json(answer.data)
-        else:
-            _write_text(answer.text())
+        try:
+            if json:
+                _write_json(answer.data)
+            else:
+                _write_text(answer.text())
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # nobody reads on, and typer ends in silence
+            typer.secho(f"standard output cannot be written: {error.strerror}", err=True, fg="red")
+            raise typer.Exit(LlmloadError.exit_code) from None
         raise typer.Exit(answer.exit_code)
 
     return app.command()(run)
@@ -198,11 +200,15 @@ def lock(
 
     Set `lock: FILE` in the spec, and a load that differs in anything is refused.
     """
+    from llmload.cli.writing import refused, require_place
     from llmload.loading import lock as locking
 
     registry = _registry(plugin)
-    made = locking.make(_prepared(_one_model(spec, registry), registry))
-    locking.write(made, output)
+    wanted = _one_model(spec, registry)
+    require_place(output)
+    made = locking.make(_prepared(wanted, registry))
+    with refused(output):
+        locking.write(made, output)
     size = sum(file.size for file in made.files.values())
     return Answer(made, lambda: f"{output}: {len(made.files)} files, {size:,} bytes")
 
@@ -333,14 +339,16 @@ def demo(
     from llmload.cli import demo as demonstration
     from llmload.cli import show
     from llmload.cli.progress import is_wanted, progress, tell
+    from llmload.cli.writing import new_folder
 
     registry = _registry(plugin)
     demonstration.require_new(directory)
-    typer.echo(f"About a minute on two cores; model and spec will be in {directory}.", err=True)
-    shown_as_bars = is_wanted(json=json)
-    with progress(shown=shown_as_bars) as track:
-        track = track if shown_as_bars else tell
-        shown = demonstration.run(directory, steps=steps, registry=registry, track=track)
+    with new_folder(directory, room=demonstration.ROOM):
+        typer.echo(f"About a minute on two cores; model and spec will be in {directory}.", err=True)
+        shown_as_bars = is_wanted(json=json)
+        with progress(shown=shown_as_bars) as track:
+            track = track if shown_as_bars else tell
+            shown = demonstration.run(directory, steps=steps, registry=registry, track=track)
     exit_code = 0 if shown.fine_tuning.loss_fell else LlmloadError.exit_code
     return Answer(shown, lambda: show.demonstration(shown), exit_code)
 

@@ -35,7 +35,11 @@ def library() -> ctypes.CDLL:
 
     :raises NotCompiledError: it cannot be compiled or loaded here.
     """
-    command = shlex.split(os.environ.get("CC") or "cc")
+    asked = os.environ.get("CC", "")
+    try:
+        command = shlex.split(asked) or ["cc"]
+    except ValueError as error:
+        raise NotCompiledError(f"CC={asked!r} is no command: {error}") from error
     compiler = shutil.which(command[0])
     if compiler is None:
         raise NotCompiledError(f"no C compiler {command[0]!r} is found")
@@ -47,7 +51,8 @@ def library() -> ctypes.CDLL:
         if not file.exists():
             _compile([compiler, *command[1:]], file)
         return ctypes.CDLL(str(file))
-    except (OSError, subprocess.TimeoutExpired) as error:
+    # RuntimeError: there is no home folder at all.
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         raise NotCompiledError(str(error)) from error
 
 
@@ -64,20 +69,20 @@ def _cache_folder() -> Path:
 
 def _compile(compiler: list[str], file: Path) -> None:
     """Compile beside ``file`` and rename: other processes may be at it too."""
-    descriptor, name = tempfile.mkstemp(suffix=".so", dir=file.parent)
-    os.close(descriptor)
-    try:
+    # With the compiler's own temporary files, which it leaves where it is killed.
+    with tempfile.TemporaryDirectory(dir=file.parent, ignore_cleanup_errors=True) as place:
+        made = Path(place) / file.name
         done = subprocess.run(
-            [*compiler, *_FLAGS, "-o", name, str(_SOURCE)],
+            [*compiler, *_FLAGS, "-o", str(made), str(_SOURCE)],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
+            env=os.environ | {"TMPDIR": place},
             check=False,
             timeout=_DEADLINE_SECONDS,
         )
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise NotCompiledError(f"{compiler[0]} failed: {said[0]}")
-        Path(name).replace(file)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        made.replace(file)
