@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import BaseModel
 
 from llmload.cli.progress import Track
+from llmload.cli.writing import refused
 from llmload.errors import RequestError
 from llmload.host.registry import Registry
 from llmload.loading import pipeline
@@ -36,6 +37,8 @@ STEPS: Final = 200
 FINE_TUNING_STEPS: Final = 240
 LEARNING_RATE: Final = 5e-3
 ADAPTER_LEARNING_RATE: Final = 1e-2
+ROOM: Final = 8 * 2**20
+"""Bytes of disk that model and spec take at most."""
 MARK: Final = "<s>"
 """Begins each text that the adapter learns."""
 PROMPTS: Final = ("Beautiful is", "Simple is", "Errors should")
@@ -152,7 +155,8 @@ def write_spec(folder: Path) -> Path:
     """Write the spec of the model in ``folder``, beside it."""
     file = folder / "demo.yaml"
     model = json.dumps(str(folder / "model"))
-    file.write_text(SPEC.format(model=model), encoding="utf-8")
+    with refused(folder):
+        file.write_text(SPEC.format(model=model), encoding="utf-8")
     return file
 
 
@@ -184,8 +188,9 @@ def make_model(folder: Path, *, steps: int, track: Track) -> Training:
         starts = torch.randint(len(ids) - LENGTH, (BATCH, 1))
         batch = ids[starts + torch.arange(LENGTH)]
         losses.append(_step(model, optimizer, input_ids=batch, labels=batch))
-    model.save_pretrained(folder, max_shard_size="2MB")
-    tokenizer.save_pretrained(folder)
+    with refused(folder):
+        model.save_pretrained(folder, max_shard_size="2MB")
+        tokenizer.save_pretrained(folder)
     return Training(
         characters=len(text),
         parameters=model.num_parameters(),

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from llmload.cli.writing import new_folder, refused
 from llmload.errors import Problem, RequestError
 from llmload.host.distributions import version_of
 from llmload.spec.loadspec import LoadSpec
@@ -64,11 +65,12 @@ def write(name: str, folder: Path | None, kind: str, registry: Registry) -> dict
         )
     files = {target: _filled(template, name) for target, template in _templates(kind).items()}
     written = {}
-    for target, text in files.items():
-        path = folder / target.replace("my_plugin", name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        written[str(path)] = text
+    with new_folder(folder), refused(folder):
+        for target, text in files.items():
+            path = folder / target.replace("my_plugin", name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            written[str(path)] = text
     return written
 
 
