@@ -65,6 +65,8 @@ class Joined:
         Each piece is one-dimensional and a view of one of the tensors.
         """
         while start < stop:
+            # The ends are counted within a row of what is before `dim`. Along the first dimension
+            # there is one row, the whole; along the second, each row has a piece of every part.
             row, column = divmod(start, self._ends[-1])
             number = bisect_right(self._ends, column)
             begin = self._ends[number - 1] if number else 0
@@ -90,6 +92,7 @@ class StandIn(torch.Tensor):
 
     behind: torch.Tensor | Joined
 
+    # A wrapper subclass that is only asked below autograd, by the operations themselves.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -108,6 +111,8 @@ class StandIn(torch.Tensor):
             joined = _joined(func, *args)
             if joined is not None:
                 return cls(joined, args[0][0].device)
+        # Anything but joining (a permutation, a cast, arithmetic) needs the values: they are made
+        # now, and the result is an ordinary tensor, which `Assembled.of` then calls computed.
         args, kwargs = tree_map_only(StandIn, lambda s: _made(s.behind), (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -193,6 +193,8 @@ class _MappedFile:
             if error.errno == errno.ENOMEM:
                 return None
             raise
+        # A part of its own is about to be used, and a rank that faults in page by page waits for
+        # each.
         libc.libc().madvise(ctypes.addressof(memory), length, mmap.MADV_WILLNEED)
         return torch.frombuffer(memory, dtype=torch.uint8, offset=start - offset, count=nbytes)
 

@@ -114,6 +114,8 @@ class Source:
             self._asked(piece)
         if len(pieces) == 1:
             return pieces[0]
+        # Several pieces are merged experts, of as many tensors of the file: they are copied, so
+        # that nothing lies on the file's pages any more.
         joined = torch.cat(pieces) if pieces else torch.empty(0, dtype=self.dtype)
         self._release()
         return joined
@@ -134,6 +136,7 @@ class Source:
         stop = self.shape.numel() if stop is None else stop
         for piece in self._pieces(start, stop):
             self._asked(piece)
+            # `out` shrinks to what is still to be filled.
             first, out = out.view(-1).tensor_split([piece.numel()])
             self._fill(first, piece)
 
@@ -222,11 +225,14 @@ class Plain:
         What is cast on the CPU has its values by ``finish``, not before: see :meth:`Source.fill`.
         """
         if target.device.type == "cpu" and (source.dtype != target.dtype or not source.may_stay):
+            # Not by `to`: this copy can be made by another thread, piece by piece, with its pages
+            # let go.
             copied = source.empty(target.dtype)
             source.fill(copied)
             return copied
         value = source.whole()
         placed = value.to(target.device, target.dtype)
+        # Under `to`, a value of the right dtype and device is itself: it stays on the pages.
         if placed is not value:
             source.release()
         return placed

@@ -85,6 +85,8 @@ class Placer(AbstractContextManager["Placer"]):
             dtype=dtype,
             device=torch.device(self._devices[name]),
         )
+        # The placement decides what is read, and asks this source for it through the functions
+        # below: what it asked for, not what the file holds, is counted and goes into the digest.
         reading = self._proof.reading()
 
         def origin(part: torch.Tensor) -> TensorInfo | None:
@@ -97,13 +99,18 @@ class Placer(AbstractContextManager["Placer"]):
             reading.add(part)
 
         def release() -> None:
+            # Hashed in another thread, over the pages that go now.
             reading.wait()
             self.drop(behind if info is None else [info])
 
+        # What stays on the pages is proven by its address; a part that is mapped by itself has
+        # another.
         address = None if info is None else self._files.address(info)
 
         def own(part: torch.Tensor) -> torch.Tensor | None:
             nonlocal address
+            # Tensors of a file stand close together: behind one of a narrower dtype the next may
+            # begin at an address that torch cannot take as its own dtype. It is copied then.
             if info is None or info.start % part.itemsize:
                 return None
             pages = self._files.part(info, _first_byte(part), part.nbytes)
@@ -129,9 +136,12 @@ class Placer(AbstractContextManager["Placer"]):
         def copy() -> None:
             for out, part in copies:
                 found = origin(part)
+                # Computed and in memory, or a part with gaps, which torch has to walk through.
                 if found is None or not _are_laid_out_alike(out, part):
                     populate(out)
                     out.copy_(part)
+                # The bytes as they are: read past the mapping, so that no page of the file counts
+                # as ours.
                 elif out.dtype == part.dtype:
                     populate(out)
                     self._files.read(found, _first_byte(part), out)

@@ -73,6 +73,7 @@ class Proof(AbstractContextManager["Proof"]):
             return
         digest = Digest(reading.digest() if reading.numel else "", sha256(placed))
         self.digests[name] = digest
+        # Cast, quantised or split values are other bytes by right: the report has both digests.
         unchanged = (placed.dtype, placed.numel()) == (reading.dtype, reading.numel)
         if unchanged and digest.read != digest.placed:
             raise LoadFailedError(

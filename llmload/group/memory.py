@@ -56,6 +56,7 @@ class Pool(AbstractContextManager["Pool"]):
         self._places: dict[Hashable, tuple[int, str]] = {}
         self._end = 0
         self._capacity = capacity
+        # Sealing must be allowed from the start; the name shows in /proc/PID/maps.
         self._file = os.memfd_create("llmload-shared", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self._file, capacity)
         self._writing = mmap.mmap(self._file, capacity, flags=mmap.MAP_SHARED | NO_RESERVE)
@@ -78,6 +79,7 @@ class Pool(AbstractContextManager["Pool"]):
 
     def mapping(self) -> mmap.mmap:
         """Map the whole file privately, for one model."""
+        # Private and writable: to torch the weights are ordinary ones, and a training step works.
         return mmap.mmap(
             self._file,
             self._capacity,
@@ -153,12 +155,15 @@ class Shared(Plain):
 
     def place(self, target: Target, source: Source) -> torch.Tensor:
         """Return the value over the memory file's pages, read and cast only by the first."""
+        # With the dtype of the file it lies on the file's own pages, which is less memory than one
+        # cast.
         as_stored = source.origin is not None and source.dtype == target.dtype
         wanted = target.name in self._names and target.device.type == "cpu"
         if as_stored or not wanted or not source.shape.numel():
             return super().place(target, source)
         layout = Layout.of(source.empty(target.dtype))
         origin = source.origin
+        # A converted value has no one place: its name and what decides on the conversion tell it.
         value = (origin.file, origin.start, origin.dtype) if origin else (self._kind, target.name)
         found = self._pool.find((value, layout))
         if found is None:
@@ -166,6 +171,8 @@ class Shared(Plain):
             source.fill(out)
         else:
             start, writer = found
+        # The writer too maps it privately: what was filled through the common mapping shows
+        # through, and its own later writes do not.
         shared = layout.over(self._mapping, start)
         if found is not None:
             self._found[shared.data_ptr()] = writer, layout.size

@@ -135,6 +135,7 @@ def _entries(ctx: LoadContext, loader: str, rehearsal: Rehearsal) -> dict[str, E
     accounting = ctx.accounting(ctx.blank)
     dtypes = installed_transformers().final_dtypes(ctx.blank, accounting, ctx.dtype)
     stored, missing = accounting.as_stored, {*accounting.missing, *accounting.excused}
+    # One entry for each parameter, tied names together: it takes memory once.
     aliases: dict[int, list[str]] = {}
     for name, parameter in rehearsal.base.items():
         aliases.setdefault(id(parameter), []).append(name)
@@ -145,16 +146,21 @@ def _entries(ctx: LoadContext, loader: str, rehearsal: Rehearsal) -> dict[str, E
     entries = {}
     for names in aliases.values():
         parameter = rehearsal.base[names[0]]
+        # A tied weight may be in the file under one of its names, or under both with equal values.
         found = [name for name in names if name in stored]
+        # Of no file: each member draws its own.
         if missing.issuperset(names):
             continue
         # Of tied ones it is the first that stays.
         dtype = dtypes[(found or names)[0]]
+        # A reward model calls `layers.0` what the language model calls `model.layers.0`.
         entries[names[0].removeprefix(prefix)] = Entry(
             names=tuple(names),
             shape=tuple(parameter.shape),
             elements=parameter.numel(),
             size=parameter.numel() * dtype.itemsize,
+            # By the place in the files rather than by name: members may rename keys in different
+            # ways.
             origin=frozenset((str(stored[name].file), stored[name].start) for name in found)
             or naming,
             mapped=on_pages
@@ -188,6 +194,8 @@ def find(members: Mapping[str, Prepared]) -> Found:
     shared: list[Sharing] = []
     apart: dict[str, str] = {}
     together: dict[str, set[str]] = {name: set() for name in weights}
+    # Members load in this order, so that each can only have in common what an earlier one has. What
+    # is found with one is not looked for with the next: it saves its bytes once.
     for at, (name, mine) in enumerate(weights.items()):
         left, reason = dict(mine.entries), ""
         for other in list(weights)[:at]:
@@ -199,11 +207,14 @@ def find(members: Mapping[str, Prepared]) -> Found:
                 continue
             pages, casts, others = _common(mine, theirs, left)
             shared += _told(name, other, mine, theirs, pages, casts)
+            # Both sides: the earlier one must cast into the common memory for the later one to find
+            # it.
             together[name] |= casts
             together[other] |= casts
             left = {one: entry for one, entry in left.items() if one not in pages | casts}
             if others:
                 reason = reason or _why_apart(name, other, mine, theirs, others)
+        # All on pages: the reason why nothing was cast once does not matter then.
         if reason and (mine.alone or any(not entry.mapped for entry in left.values())):
             apart[name] = reason
     once = {name: weights[name].elements(found) for name, found in together.items() if found}
@@ -219,6 +230,8 @@ def _common(
         for one in left
         if one in theirs.entries and mine.entries[one].same_as(theirs.entries[one])
     }
+    # Pages of a file are shared even where one member trains: copy-on-write gives it its own. A
+    # cast is made for it, so it is worth sharing only where both keep it.
     pages = {one for one in both if mine.entries[one].mapped and theirs.entries[one].mapped}
     others = both - pages
     casts = {

@@ -55,9 +55,12 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
         model: Any = ctx.blank
         base = dict(model.named_parameters(remove_duplicate=False))
         plan.frozen = [name for name, parameter in base.items() if not parameter.requires_grad]
+        # The blank model is not tied: each name of a tied weight is a parameter of its own there,
+        # and would be counted twice. `still_apart` are those names, for as long as that is so.
         tied = still_apart = installed_transformers().tied_names(ctx.blank) - ctx.apart
         wider = _kept_in_float32(ctx)
         shaping = host.shaping("post_load") or host.shaping("wrap_adapter")
+        # Hooks must find the model as the load will hand it to them, tied.
         if shaping or (tied and not ctx.spec.trainable):
             model = ctx.take_blank()
             model.tie_weights()
@@ -67,6 +70,8 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
             ledger.take_stock(plan.loader, model)
         # Otherwise it is frozen at most, as the load does too: the loader may still fill it.
         # Adapters draw their first values; the caller's random stream must not move.
+        # Nor may transformers or PEFT look for DeepSpeed: on meta tensors there is nothing to
+        # gather.
         with torch.random.fork_rng(devices=[]), deepspeed.hidden():
             model, plan.declined_adapters = hook_calls.finish(
                 host, ctx, model, lambda hook, plugin: nullcontext(), ledger.take_stock
@@ -86,13 +91,18 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
         return None
     finally:
         plan.facts = {name: dict(facts) for name, facts in found.facts.items()}
+        # What `check` found is kept for the load; what this run records must not get into it.
         for name, facts in ctx.facts.items():
             plan.facts.setdefault(name, {}).update(facts)
         plan.lines = [*found.lines, *ctx.lines]
+    # By identity: an adapter renames parameters, a resize replaces them, and one that was replaced
+    # has the dtype that the hook gave it.
     kept = {id(base[name]) for name in wider if name in base}
     narrowed = {id(p) for p in base.values() if ctx.one_dtype and p.is_floating_point()}
     unique = {name: p for name, p in model.named_parameters() if name not in still_apart}
     plan.parameters = sum(partitions.values(p) for p in unique.values())
+    # The blank model is all in `ctx.dtype`. Placements with one dtype for all (DeepSpeed's) undo
+    # even what a hook widened; else what stays float32 takes four bytes, unless a hook has cast it.
     plan.parameter_bytes = sum(
         p.numel() * ctx.dtype.itemsize
         if id(p) in narrowed
@@ -104,6 +114,8 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
     plan.trainable = sum(partitions.values(p) for p in unique.values() if p.requires_grad)
     plan.trainable_parameters = [name for name, p in unique.items() if p.requires_grad]
     plan.tied = sorted(tied)
+    # First what the load will initialise because the checkpoint lacks it, then what hooks made,
+    # which goes before: a resized embedding is its plugin's.
     foretold = {name: plan.loader for name in unique if name in ctx.to_initialise}
     plan.new_parameters = foretold | ledger.made(model, plan.loader)
     return Rehearsal(model=model, base=base, changed_base=ledger.changed_base())
