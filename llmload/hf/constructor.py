@@ -87,11 +87,14 @@ def compute(
     large: set[int] = set()
     with states_kept():
         if wanted:
+            # Names are known when the model is whole, and memory is decided on as parameters come:
+            # so the first run counts them, and the second keeps those that were counted.
             building = _Building(set())
             model = building.run(build)
             large = building.indices(model, wanted)
     with states_kept():
         if other_stream:
+            # What differs then was drawn, and cannot be held to a value.
             torch.manual_seed(torch.initial_seed() + 1)
         return _Building(large).computed(build)
 
@@ -182,9 +185,12 @@ class _Building:
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
         ]
+        # Reversed, so that of tied names the first one stays.
         names = {id(tensor): name for name, tensor in reversed(named)}
         storages = {_storage(tensor): name for name, tensor in reversed(named)}
         paths = {id(module): path for path, module in model.named_modules()}
+        # Its constructor may keep the parameter that was taken off the CPU: it stands for the
+        # other.
         for key, (original, module, name) in self._moved.items():
             if original() is not None and id(module) in paths:
                 names[key] = f"{paths[id(module)]}.{name}".lstrip(".")
@@ -269,6 +275,7 @@ class Values:
         left |= partitions.with_nan(split, like=model)
         if left:
             self._fill(model, left)
+        # It drew, each rank from a stream of its own: rank 0's values are for all.
         if not torch.equal(before, torch.get_rng_state()):
             buffers = {id(buffer) for buffer in model.buffers()}
             drawn = [tensor for tensor in mine.values() if id(tensor) in buffers]
@@ -278,6 +285,7 @@ class Values:
     def know(self, tensors: Any) -> None:
         """Note that tensors have their values now, from the class or the constructor."""
         for tensor in tensors:
+            # An id may come again, and a tensor may be written to: both must be seen.
             self._known[id(tensor)] = (weakref.ref(tensor), _version(tensor))
 
     def knows(self, tensor: torch.Tensor) -> bool:

@@ -152,6 +152,7 @@ def _run(
             try:
                 given = model(**arguments)
                 found = tuple(recorder.found)
+                # Any loss starts from some of the outputs: what none of them reaches, no loss can.
                 roots = [t.sum() for t in _tensors(given) if t.requires_grad]
                 if roots:
                     torch.autograd.backward(roots)

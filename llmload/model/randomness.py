@@ -74,10 +74,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _take_draw(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         rate = _rate(func, args, kwargs)
+        # Dropout at 0 or 1 draws nothing that matters.
         if rate is not None and not 0.0 < rate < 1.0:
             return
         path, kind = self._issuer()
         op = RandomOp(op=str(func.overloadpacket), module=path, module_class=kind, probability=rate)
+        # A plain draw (`rand`, `normal_`) counts once something is computed with it.
         if rate is None and isinstance(result, torch.Tensor):
             self._unused[_storage(result)] = (result, op)
         else:
@@ -97,6 +99,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _issuer(self) -> tuple[str, str]:
         """Find the innermost module of the model on the Python stack."""
+        # By the stack rather than by hooks: those would change the model, and checkpointing runs a
+        # forward again in the backward.
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             owner = frame.f_locals.get("self")

@@ -112,6 +112,7 @@ class _Walk:
             return value
         if isinstance(value, torch.Tensor):
             return self._visit(path, value)
+        # What cannot change is made anew where something in it was replaced.
         if isinstance(value, tuple | frozenset):
             return self._rebuilt(path, value)
         if id(value) not in self._seen:
@@ -197,6 +198,7 @@ class _Walk:
         self.value(f"{path}.defaults", function.__defaults__)
 
     def _class(self, path: str, owner: type) -> None:
+        # Once for each class, however many modules are of it: a model has hundreds of a kind.
         for base in owner.__mro__:
             if base in self._classes:
                 continue
@@ -254,6 +256,7 @@ def _contents(holder: Any) -> Callable[[], None]:
 
 
 def _refill(holder: dict[Any, Any], entries: dict[Any, Any]) -> None:
+    # By identity: to compare tensors by value is no yes or no, and costs what they hold.
     if [*map(id, holder)] != [*map(id, entries)] or (
         [*map(id, holder.values())] != [*map(id, entries.values())]
     ):

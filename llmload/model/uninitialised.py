@@ -76,14 +76,18 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
+        # Memory of the allocator: without values until it is written. Of no elements there is
+        # nothing.
         if name in _EMPTY:
             result = func(*args, **kwargs)
             if not result.is_meta and result.numel():
                 self.add([result])
             return result
+        # The ordinary case, on every operation: as short as can be.
         if not self._without:
             return func(*args, **kwargs)
         written, read = _split(func, args, kwargs)
+        # What an operation in place finds goes into its result, as with `add_`.
         if not (name in _OVERWRITES or "out" in func._schema.overload_name):
             read += written
         reads = func._schema.is_mutable or not (func.is_view or name in _NO_VALUES)
@@ -94,6 +98,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if lost and not results and not written:
             self._all_lost = True  # a number of Python's: nobody knows what is computed with it
+        # Uninitialised memory spreads: a result of what has no values has none itself.
         for tensor in [*written, *results]:
             if not tensor.is_meta:
                 self._note(tensor, written=not (lost or self._all_lost))
@@ -128,6 +133,7 @@ class _Memory:
     def set(self, tensor: torch.Tensor, written: bool) -> bool:
         """Note that a tensor was written, with values or without; says whether now all have."""
         nbytes = tensor.untyped_storage().nbytes()
+        # The whole storage at once: nothing has to be kept of single elements.
         if tensor.numel() * tensor.element_size() >= nbytes and tensor.is_contiguous():
             self._written = None
             return written

@@ -43,6 +43,7 @@ def request_of(
         **{f"`{key}`": _short(value) for key, value in asked.items()},
         **{f"plugin {name!r}": peer.distribution for name, peer in ctx.peers.items()},
         **{f"the version of {name}": found for name, found in installed_versions().items()},
+        # Their collectives must meet in one order.
         "the order of plugins": ", ".join(ctx.active),
         **{name: _short(value) for name, value in details.items()},
         "the model's config": _short(_of_model(ctx)),
@@ -68,6 +69,7 @@ def _plain(value: Any) -> Any:
 
 def _of_model(ctx: LoadContext) -> dict[str, Any]:
     content = ctx.config.to_dict()
+    # Where the folder lies may differ from host to host.
     return {key: value for key, value in content.items() if key != "_name_or_path"}
 
 
@@ -83,6 +85,7 @@ def _of_checkpoint(ctx: LoadContext) -> list[Any]:
 
 
 def _short(value: Any) -> str:
+    # Sorted, and dtypes by their text: equal values must give equal text in every process.
     text = json.dumps(value, sort_keys=True, default=str)
     if len(text) <= _SHOWN:
         return text

@@ -112,6 +112,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         """
         key = f"{point}/{self._load}"
         self._asked(lambda: self._store.add(key, 1))
+        # `add` of 0 reads without waiting; `wait` and `get` would block until the key is there.
         while self._asked(lambda: self._store.add(key, 0)) < self.size:
             self._wait()
 
@@ -193,6 +194,8 @@ class Ranks(AbstractContextManager["Ranks"]):
 
     def _watched(self) -> str | None:
         """Return the failure that was found; None when the load has ended."""
+        # One watcher for each rank: the store is asked as often as there are ranks, not their
+        # square.
         beside = (self.rank + 1) % self.size
         beats, since = 0, time.monotonic()
         while not self._stopped.wait(POLL):
@@ -220,6 +223,8 @@ class Ranks(AbstractContextManager["Ranks"]):
             if time.monotonic() - self._pulse > self._deadline * SILENCE:
                 self._store_answers = False
                 self._notice(store_is_gone(TimeoutError("it does not answer")))
+        # Most loads come to a meeting point by themselves. One that is busy in Python is
+        # interrupted, one that is stuck in C can only be ended.
         if self._stopped.wait(self._deadline * _POLITE):
             return
         with self._lock:

@@ -84,6 +84,7 @@ class Presences:
         now = time.monotonic()
         for rank in ranks:
             key = f"{_ELSEWHERE}/{rank}"
+            # `get` of a key that is not there would wait for it.
             if not self._store.check([key]):
                 continue  # it starts
             elsewhere = self._store.get(key).decode()

@@ -154,6 +154,7 @@ def hand_over(ctx: LoadContext, model: PreTrainedModel) -> PreTrainedModel:
         keep_dtype(lazy, ctx.dtype)
         if name in loaded:
             lazy._op_buffer.clear()  # the Booster overwrites what the constructor wrote
+    # What the Booster reads in `boost`; colossalai's own from_pretrained notes it the same way.
     set_pretrained_path(model, str(main_file(ctx.folder)))
     transformers.finish(model, ctx.folder, None, trust_remote_code=ctx.spec.trust_remote_code)
     return model

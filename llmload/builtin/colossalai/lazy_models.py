@@ -159,6 +159,8 @@ def materialise(
     if requires_grad is None:
         requires_grad = stand_in(lazy).requires_grad
     if value is not None:
+        # `materialize` takes what is there for the outcome of its replay, and turns the object's
+        # class.
         lazy._materialized_data = value
     tensor: torch.Tensor = lazy.materialize().requires_grad_(requires_grad)
     # colossalai leaves its idea of the device behind, and a method that keeps the tensor alive.
@@ -183,6 +185,7 @@ def keep_dtype(lazy: Any, dtype: torch.dtype) -> None:
     """
 
     def replay() -> torch.Tensor:
+        # The attribute hides the class's method of that name, which is then found again.
         del lazy._materialize_data
         with default_dtype(dtype):
             return lazy._materialize_data()  # type: ignore[no-any-return]
@@ -201,6 +204,8 @@ class LazyPlacement(Plain):
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Materialise what will not be placed: missing weights, and buffers of no file."""
+        # A missing weight is replayed, initialisation and all; buffers that are not saved are in no
+        # file.
         placed = model.state_dict().keys() - self._missing.keys()
         with default_dtype(self._dtype):
             for name, lazy in list(lazy_tensors(model)):
@@ -235,6 +240,8 @@ class LazyPlacement(Plain):
         """
         left = []
         for name, lazy in list(lazy_tensors(model)):
+            # Some operations cannot be recorded: colossalai gives the tensor values early, and
+            # leaves its class.
             if lazy._materialized_data is None:
                 left.append(name)
             else:

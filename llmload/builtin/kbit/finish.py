@@ -277,8 +277,10 @@ def _rows(layer: QuantisedLayer, file: Any, name: str, start: int, stop: int) ->
 def _agrees(layer: QuantisedLayer, file: Any, name: str, dtype: torch.dtype) -> bool:
     weight = layer.weight
     if isinstance(weight, Int8Params):
+        # bitsandbytes quantises to 8 bits from float16, whatever the model's dtype.
         row = _rows(layer, file, name, 0, 1).to(dtype).to(torch.float16)
         codes, scale, _ = bnb.int8_vectorwise_quant(row)
+        # The first forward moves them from the weight to the layer's state.
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
         return torch.equal(codes, weight.data[:1]) and torch.equal(scale, scales[:1])
     found = partitions.held(weight)
@@ -293,6 +295,7 @@ def _agrees(layer: QuantisedLayer, file: Any, name: str, dtype: torch.dtype) -> 
     held = held[start // 2 - first : (stop + 1) // 2 - first]
     if start >= stop or 2 * len(held) < stop - start:
         return True
+    # Blocks go through the matrix laid out flat, and need not begin with a row.
     rows = _rows(layer, file, name, start // width, -(-stop // width)).flatten()
     offset = start - start // width * width
     packed, expected = bnb.quantize_4bit(

@@ -39,6 +39,8 @@ class Method:
         # Of the two zeros of fp4, sorting makes the first one or the other: as in bitsandbytes.
         order = torch.argsort(values)
         self.quant_type = quant_type
+        # Halfway between neighbours: the nearest code is found by counting bounds, as in
+        # bitsandbytes.
         self._bounds = (values[order[:-1]] + values[order[1:]]) / 2
         self._top = int(order[-1])
         self._steps: list[int] = order.diff().tolist()
@@ -72,6 +74,7 @@ class Compiled(Method):
 
     def __call__(self, blocks: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor) -> bool:
         """Quantise blocks in the compiled kernel."""
+        # torch's number heeds OMP_NUM_THREADS, which launchers set where ranks share a machine.
         threads = max(1, min(torch.get_num_threads(), blocks.numel() // self._PER_THREAD))
         parts = [len(blocks) * part // threads for part in range(threads + 1)]
 
@@ -92,6 +95,7 @@ class Compiled(Method):
 
         if threads == 1:
             return bool(work((0, len(blocks))))
+        # ctypes lets go of the interpreter's lock: the parts do run at once.
         with ThreadPoolExecutor(threads, "llmload-kbit") as pool:
             return all(list(pool.map(work, pairwise(parts))))
 
@@ -106,6 +110,9 @@ class ByTorch(Method):
     @staticmethod
     def _pack(codes: torch.Tensor, spare: torch.Tensor, packed: torch.Tensor) -> None:
         """Put pairs of codes, int16, into one byte each: the first into the upper half."""
+        # Little-endian: the first of two codes is the lower half of 32 bits. Moved up by four, with
+        # the second from the upper half behind it, it is the lowest byte, the one that the copy
+        # keeps.
         pairs = codes.view(torch.int32)
         second = torch.bitwise_right_shift(pairs, 16, out=spare.view(torch.int32))
         packed.copy_(pairs.bitwise_left_shift_(4).bitwise_or_(second))
@@ -123,6 +130,8 @@ class ByFloats(ByTorch):
         torch.amax(torch.abs(blocks, out=outcome), 1, out=absmax)
         if not absmax.isfinite().all():
             return False
+        # The bound is bitsandbytes' own, for blocks of zeros. It multiplies by the inverse: to
+        # divide would round some values to the other side of a bound.
         torch.mul(blocks, (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1), out=values)
         codes.fill_(self._top)
         for bound, step in zip(self._bounds.tolist(), self._steps, strict=True):
@@ -146,6 +155,8 @@ class ByIntegers(ByTorch):
         self._dtype = dtype
         self._mantissa = MANTISSA_BITS[dtype]
         self._infinity = int(torch.tensor(torch.inf, dtype=dtype).view(torch.int16))
+        # A row for each finite magnitude of 16 bits, a megabyte in all; rows are found as blocks
+        # need them.
         self._thresholds = torch.empty((self._infinity, 15), dtype=torch.int16)
         self._known = torch.zeros(self._infinity >> self._mantissa, dtype=torch.bool)
 
@@ -154,9 +165,11 @@ class ByIntegers(ByTorch):
         values, outcome, codes = (b.view(blocks.shape) for b in self._buffers[:, : blocks.numel()])
         bits = blocks.view(torch.int16)
         magnitudes = torch.bitwise_and(bits, 0x7FFF, out=codes).amax(1)
+        # NaN has larger bits than infinity.
         if (magnitudes >= self._infinity).any():
             return False
         absmax.copy_(magnitudes.view(self._dtype))
+        # The shift fills with the sign: all ones for a negative value, whose other bits are turned.
         torch.bitwise_right_shift(bits, 15, out=outcome).bitwise_and_(0x7FFF)
         torch.bitwise_xor(bits, outcome, out=values)
         codes.fill_(self._top)
@@ -168,6 +181,7 @@ class ByIntegers(ByTorch):
     def _of(self, magnitudes: torch.Tensor) -> torch.Tensor:
         """Return the thresholds, shape ``(blocks, 15)``, of blocks with these magnitudes."""
         index = magnitudes.long()
+        # The exponent: what is found for one of its magnitudes is found for all, in one bisection.
         octaves = index >> self._mantissa
         for octave in set(octaves[~self._known[octaves]].tolist()):
             self._find(octave)

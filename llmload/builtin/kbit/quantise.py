@@ -132,6 +132,7 @@ class KbitPlacement:
     def _quantised(self, target: Target, source: Source) -> torch.Tensor | Part:
         splitting = self._splitting
         device = target.device if splitting is None else splitting.device
+        # The rounding to the model's dtype is part of the outcome: from_pretrained casts first too.
         value = source.whole().to(device, target.dtype)
         made = self._operation.convert({target.name: value}, model=self._model)[target.name]
         source.release()
@@ -152,6 +153,7 @@ def replace_layers(
     model: PreTrainedModel, quantiser: Any, ctx: LoadContext, section: KbitSection
 ) -> None:
     """Let ``quantiser`` put its layers into a model on the meta device."""
+    # Of the new layers' biases.
     with default_dtype(ctx.dtype):
         quantiser.preprocess_model(
             model=model,
@@ -161,6 +163,7 @@ def replace_layers(
         )
     for _, layer in quantised_layers(model):
         if isinstance(layer, Linear4bit):
+            # transformers' config has no such key; the weight takes it along when it is quantised.
             layer.weight.blocksize = section.block_size
 
 
@@ -175,8 +178,10 @@ def rehearse(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> 
     for _, layer in quantised_layers(model):
         size = layer.in_features * layer.out_features
         if isinstance(layer, Linear4bit):
+            # As the load leaves it: nothing that a later `.to` has to quantise.
             layer.weight.bnb_quantized = True
             dtype = layer.quant_storage
+            # Two codes to the byte, in one column, as bitsandbytes packs them.
             shape = (math.ceil(size / 2) // dtype.itemsize, 1)
         else:
             dtype, shape = torch.int8, (layer.out_features, layer.in_features)

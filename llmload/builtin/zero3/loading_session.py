@@ -51,6 +51,8 @@ class Session(AbstractContextManager["Session"]):
                         digests=self._section.digests,
                     )
                 )
+                # Else transformers' own way: with the config in sight, from_pretrained partitions
+                # while it builds.
                 if self._config.beyond_us() is None:
                     self._ctx.placement = Partitioned(
                         self._config.for_loading(), ranks, self.loaded
@@ -69,6 +71,8 @@ class Session(AbstractContextManager["Session"]):
         scope = self._ctx.scope
         try:
             connect(self._section.deadline)
+            # A group's scope outlives the load: its ranks meet once, and part when all members are
+            # loaded.
             if "zero3" not in scope.kept:
                 scope.kept["zero3"] = scope.until_end.enter_context(
                     Ranks(self._section.deadline, lacking="zero3")

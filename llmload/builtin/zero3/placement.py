@@ -65,10 +65,12 @@ class Partitioned:
             value = source.whole().to(device, target.dtype, copy=True)
             source.release()
             return value
+        # transformers looks at shapes, and sets the parameter in its module; neither needs memory.
         ghost = torch.empty(1, dtype=dtype_of(target.like, self._init.dtype), device=device)
         parameter: Any = nn.Parameter(
             ghost.expand(source.shape), requires_grad=target.like.is_floating_point()
         )
+        # Gives it what DeepSpeed wants of a parameter, and does not partition it.
         self._init._convert_to_deepspeed_param(parameter)
         init, elements = self._init, parameter.ds_numel
         span = share(target.module, target.attribute, elements, init.rank, init.dp_world_size)
@@ -145,7 +147,10 @@ class Partitioned:
         init = self._init
         from_file = [p for p in model.parameters() if is_zero_param(p)]
         for parameter in from_file:
+            # It has a partition, so DeepSpeed lets go of the whole, the ghost, and copies nothing.
             parameter.partition()
+        # The others are whole, newly initialised: here each is sent from rank 0 and partitioned.
+        # All ranks have the same ones, in the same order.
         init._convert_to_zero_parameters(model.parameters())
         for buffer in model.buffers():
             if not buffer.is_meta:  # another name of one that is not: it becomes that one

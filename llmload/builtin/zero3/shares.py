@@ -54,6 +54,7 @@ def forecast(ctx: LoadContext, accounting: Accounting, rank: int, ranks: int) ->
         module = model.get_submodule(path)
         elements = getattr(module, attribute).numel()
         span = share(module, attribute, elements, rank, ranks)
+        # As many bytes as the checkpoint has for an element; what the model will have may be wider.
         read += span.length * nbytes // max(elements, 1)
     tied = installed_transformers().tied_names(model)
     dtypes = installed_transformers().final_dtypes(model, accounting, ctx.dtype)

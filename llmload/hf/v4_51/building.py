@@ -44,6 +44,7 @@ def blank(
     unsaved = set(model_class._keys_to_ignore_on_save or ())
     for path, module in model.named_modules():
         name = f"{path}.weight"
+        # transformers 4.51's sinusoidal embeddings, which have a method to fill them in.
         if hasattr(module, "_init_weight") and name in unsaved and name not in stored:
             module.weight.requires_grad_(False)
     return model
@@ -95,6 +96,7 @@ def construct(
 
     @restore_default_torch_dtype  # type: ignore[untyped-decorator]
     def run(config: PretrainedConfig) -> PreTrainedModel:
+        # Undone by the decorator, as in transformers' own from_pretrained.
         torch.set_default_dtype(dtype)
         if not getattr(config, "_attn_implementation_autoset", False):
             config = model_class._autoset_attn_implementation(
@@ -104,6 +106,7 @@ def construct(
 
     config = copy.deepcopy(config)
     parts = (getattr(config, name) for name in config.sub_configs) if asked else ()
+    # Some constructors take the dtype of a part from its config, not torch's default.
     for part in (config, *parts):
         part.torch_dtype = dtype
     return run(config)

@@ -191,12 +191,15 @@ def fill(
     kept = _float32_pattern(model, dtype)
     for name in kept_in_float32(model, dtype):
         parameter = model.get_parameter(name)
+        # Those that were initialised too: they had the default dtype.
         parameter.data = parameter.data.to(torch.float32)
     with Placer(model, files, placement, proof, _devices(model, device_map)) as placer:
         for name, info in stored.items():
             value = files.tensor(info)
             _, cast = _infer_parameter_dtype(model, name, value, kept, None)
             placed = placer.place(name, cast or value.dtype, value, info)
+            # A tied name that the file lacks gets the same object; one that it has is placed in its
+            # turn, and `tie_weights` makes one of the two.
             for alias in (name, *(ties.get(name, set()) - stored.keys())):
                 path, _, attribute = alias.rpartition(".")
                 module = placer.modules[path]
@@ -255,6 +258,7 @@ def _refuse_contradictions(
                     fix="Set `tie_word_embeddings` to false in config.json.",
                 )
             for info in pair:
+                # They were read to be compared only.
                 files.drop(info)
 
 

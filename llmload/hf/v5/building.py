@@ -33,6 +33,8 @@ def blank(
     with ExitStack() as stack:
         for context in model_class.get_init_context(dtype, False, False, None):
             stack.enter_context(context)
+        # Private functions differ: the plan still wants a model to look at, and the streaming
+        # loader declines.
         return model_class(copy.deepcopy(config))
 
 
@@ -102,6 +104,8 @@ def nothing_drawn_on_meta() -> AbstractContextManager[None]:
 
     def passing_over(draw: Callable[..., Any]) -> Callable[..., Any]:
         def pass_over(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            # What is built on the CPU meanwhile, such as a part that a constructor loads, has
+            # values.
             return tensor if tensor.is_meta else draw(tensor, *args, **kwargs)
 
         return pass_over

@@ -64,6 +64,7 @@ def convert(
     from transformers.modeling_utils import LoadStateDictConfig
 
     config = LoadStateDictConfig(
+        # Where transformers would put what it reads. The placement decides on devices itself.
         device_map={"": device},
         dtype=None,  # nothing is cast before the placement has it
         hf_quantizer=Handover(receive),

@@ -41,6 +41,7 @@ class Outline:
         from llmload.checkpoint.assembled import StandIn
 
         tensor = self._tensor()
+        # `[...]` is how transformers reads the whole of a safetensors slice.
         if index is not Ellipsis:
             tensor = tensor[index]
         return self._take(StandIn(tensor, tensor.device))
@@ -73,6 +74,7 @@ class View(Outline):
 
 def as_stored(taken: Taken, values: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo] | None:
     """Return which tensor of the file each value is; None where they were made of several."""
+    # By identity: what transformers had nothing to do to comes out as the object that went in.
     infos = {id(tensor): info for info, tensor in taken}
     if not infos.keys() >= {id(value) for value in values.values()}:
         return None

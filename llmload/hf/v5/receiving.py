@@ -20,6 +20,9 @@ Receive = Callable[[str, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor]"]
 class Handover:
     """What transformers takes for a quantiser and its operation."""
 
+    # For a "quantiser" of weights that are not quantised yet, transformers reads in its own thread,
+    # one target after the other; else it reads ahead in a pool. `Receiver` tells by that what is
+    # whose.
     pre_quantized = False
 
     def __init__(self, receive: Receive) -> None:
@@ -112,6 +115,8 @@ class Receiver:
             }
         made = {name: itself(value) for name, value in values.items()}
         self._placer.read_for_conversion(behind)
+        # A view of what was read (a transpose, a chunk) still lies on the file's pages, which may
+        # go only when it is placed. What was computed has memory of its own.
         if not _share_storage(made.values(), (itself(tensor) for _, tensor in read)):
             self._placer.drop(behind)
             behind = []

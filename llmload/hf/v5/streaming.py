@@ -60,6 +60,8 @@ def account(model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool = Fals
 
     def receive(first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         found.update(values)
+        # Three kinds, in the order of what they cost: a tensor of the file, several of them side by
+        # side, and what is computed, for which they must be read whole.
         infos = as_stored(taken, values)
         if infos is not None:
             unchanged.update(infos)
@@ -71,6 +73,8 @@ def account(model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool = Fals
         return {}
 
     def fits(name: str, value: torch.Tensor) -> bool:
+        # Integers for a parameter of floating point are codes of a quantisation, which a cast would
+        # take for values.
         integers = state[name].is_floating_point() and not value.is_floating_point()
         return value.shape == state[name].shape and not (integers and is_parameter(model, name))
 
@@ -84,10 +88,12 @@ def account(model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool = Fals
         with no_progress_bar():
             info = convert(model, outlines, receive, "meta")
     absent = state.keys() - found.keys() - info.conversion_errors.keys()
+    # One of its names in the file is enough for a tied weight.
     for group in _ties(model):
         if not group <= absent:
             absent -= group
     info.missing_keys = set(absent)
+    # Takes out what the class lets be missing or be there; that is excused below, not forgotten.
     model._adjust_missing_and_unexpected_keys(info)
     return Accounting(
         missing=tuple(sorted(info.missing_keys)),
@@ -174,10 +180,12 @@ def fill(
         except AbortError as abort:
             raise abort.cause from None
         placer.finish()
+    # Read while somebody wrote to the files, the values may be of two versions.
     files.check()
     finishing = LoadStateDictConfig(
         pretrained_model_name_or_path=name_or_path, device_map=device_map
     )
+    # Moves what is missing off the meta device, initialises it, ties what is tied.
     model._finalize_model_loading(model, finishing, info)
     placement.finish(model)
     return sorted(info.missing_keys)
