@@ -18,8 +18,9 @@ What every plugin speaks in, the same as in :mod:`llmload`:
 
 Values of a section:
 
-- ``Regex``: a field that holds a regular expression, refused where it is none; ``patterns``:
-  matching one within a budget of time, as it is somebody else's.
+- ``Regex``: a field that holds a regular expression, refused where it is none; ``replacements``:
+  holds a mapping of them to replacements to what ``re.sub`` takes; ``patterns``: matching one
+  within a budget of time, as it is somebody else's.
 - ``Dtype``: a field that holds the name of a dtype to train in; ``AUTO_CLASSES``: the words of
   ``auto_class``, and what transformers and PEFT call each.
 - ``Spelling``: what another tool calls a key, for ``Section.spellings``; ``switch``, ``words`` and
@@ -40,7 +41,8 @@ Files of a checkpoint:
 - ``hold_adapter``: a saved adapter's config held to what its weights bear;
   ``matching_within_budget``: PEFT's matching of names held to a budget of time;
   ``replicated_layers``: how many a ``layer_replication`` makes.
-- ``unwrapped``: a key without what wrappers put into it.
+- ``unwrapped``: a key without what wrappers put into it; ``WRAPPERS``: the rules that take it
+  away; ``Renaming``: keys on their way to other names, by regular expressions.
 - ``KeyRule``: how what a system did to keys is undone, in a plugin's ``key_rules``.
 - ``main_file``: the file that another library wants to be pointed to.
 - ``filesystem``: on what kind of file system a file lies, and whether other machines write to it.
@@ -174,11 +176,14 @@ if TYPE_CHECKING:
     from llmload.spec.loadspec import Section as Section
     from llmload.spec.refusals import InvalidValueError as InvalidValueError
     from llmload.spec.refusals import explain as explain
+    from llmload.spec.renaming import WRAPPERS as WRAPPERS
     from llmload.spec.renaming import KeyRule as KeyRule
+    from llmload.spec.renaming import Renaming as Renaming
     from llmload.spec.renaming import unwrapped as unwrapped
     from llmload.spec.suggest import closest as closest
     from llmload.spec.suggest import nearest as nearest
     from llmload.spec.values import dtype_name as dtype_name
+    from llmload.spec.values import replacements as replacements
     from llmload.spec.words import AUTO_CLASSES as AUTO_CLASSES
     from llmload.spec.words import Dtype as Dtype
     from llmload.spec.yaml_read import parse as parse_yaml
@@ -188,6 +193,7 @@ __all__ = [
     "AUTO_CLASSES",
     "DTYPE_WORDS",
     "MISSING",
+    "WRAPPERS",
     "Accounting",
     "AuditError",
     "Checkpoint",
@@ -217,6 +223,7 @@ __all__ = [
     "Ranks",
     "Regex",
     "Removal",
+    "Renaming",
     "RequestError",
     "Section",
     "Sentence",
@@ -257,6 +264,7 @@ __all__ = [
     "rank",
     "read_config",
     "read_file",
+    "replacements",
     "replicated_layers",
     "request_of",
     "size_text",
@@ -299,8 +307,8 @@ _HOME = {
     "Proof": "checkpoint.proof",
     "TensorInfo": "checkpoint.header",
     **dict.fromkeys(("UntrustedFolder", "local_path", "read_file"), "checkpoint.untrusted"),
-    "KeyRule": "spec.renaming",
-    "unwrapped": "spec.renaming",
+    **dict.fromkeys(("WRAPPERS", "KeyRule", "Renaming", "unwrapped"), "spec.renaming"),
+    "replacements": "spec.values",
     "main_file": "checkpoint.folder",
     "dtype_name": "spec.values",
     "torch_dtype": "checkpoint.dtypes",

@@ -78,9 +78,14 @@ class Renaming:
     """The keys of a checkpoint on their way to the model's names.
 
     :param keys: as they are stored.
+    :param where: the key of the spec that renames them, for messages.
+    :param of: what holds them.
     """
 
-    def __init__(self, keys: Iterable[str]) -> None:
+    def __init__(
+        self, keys: Iterable[str], *, where: str = "key_map", of: str = "the checkpoint"
+    ) -> None:
+        self._where, self._of = where, of
         self.names: dict[str, str] = {key: key for key in keys}
         """Key as stored -> name it has by now."""
         self.counts: dict[str, int] = {}
@@ -98,9 +103,9 @@ class Renaming:
             found = list(self.names.values())
             raise CheckpointError(
                 Problem(
-                    where=f"key_map[{pattern!r}]",
-                    message=f"the regular expression matches none of the {len(found)} keys of the"
-                    f" checkpoint, which are {some(found)}",
+                    where=f"{self._where}[{pattern!r}]",
+                    message=f"the regular expression matches none of the {len(found)} keys of"
+                    f" {self._of}, which are {some(found)}",
                     fix="Correct the rule, or remove it. Rules are applied one after the other,"
                     " each to what the one before it left.",
                 )
@@ -143,8 +148,8 @@ class Renaming:
             keys_of[name].append(key)
         problems = [
             Problem(
-                where="key_map",
-                message=f"the keys {some(keys)} of the checkpoint would all be called {name!r}",
+                where=self._where,
+                message=f"the keys {some(keys)} of {self._of} would all be called {name!r}",
                 fix="Make the rules map each key to a name of its own.",
             )
             for name, keys in keys_of.items()

@@ -22,13 +22,14 @@ class _RecordingConfig(peft.LoraConfig):  # type: ignore[misc]
 
     llmload_plugins: list[str] = dataclasses.field(default_factory=list)
     llmload_tied_weights: str | None = None
+    llmload_merged_first: list[str] = dataclasses.field(default_factory=list)
 
 
 def record(config: peft.LoraConfig, **fields: Any) -> None:
     """Save ``fields`` with the adapter; the configuration is in the model already."""
     config.__class__ = _RecordingConfig
-    for name in ("llmload_plugins", "llmload_tied_weights"):
-        config.__dict__.setdefault(name, [] if name == "llmload_plugins" else None)
+    for name in ("llmload_plugins", "llmload_tied_weights", "llmload_merged_first"):
+        config.__dict__.setdefault(name, None if name == "llmload_tied_weights" else [])
     for name, value in fields.items():
         setattr(config, name, value)
 

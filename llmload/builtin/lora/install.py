@@ -16,7 +16,15 @@ from llmload.builtin.lora.dispatch import Dispatcher, record
 from llmload.builtin.lora.layers import adapter_parameters, lora_layers, own_name
 from llmload.builtin.lora.names import translate_targets
 from llmload.builtin.lora.outlines import dequantised_by_shape, is_quantised
-from llmload.builtin.lora.request import Request, heard, refused, resolve
+from llmload.builtin.lora.request import (
+    Request,
+    blamed_on,
+    heard,
+    merged_first,
+    refused,
+    resolve,
+)
+from llmload.builtin.lora.section import LoraSection
 from llmload.plugin import Problem, RequestError, alike, matching_within_budget, partitions
 
 if TYPE_CHECKING:
@@ -28,22 +36,40 @@ if TYPE_CHECKING:
 PREFIX: Final = "base_model.model."
 """Goes before the base model's names in a ``PeftModel``."""
 
+_NOT_MERGED: Final = "Resume it as the section's `adapter`, without `merge`."
+
 # Initialisations that PEFT cannot run on the meta device; names and shapes are those of any other.
 _NEED_VALUES: Final = ("corda", "loftq")
 
 
-def install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
-    """Wrap ``model`` and record what came of it under ``ctx.facts["lora"]``.
+def carry_out(ctx: LoadContext, model: PreTrainedModel) -> PeftModel | PreTrainedModel:
+    """Merge what is to be merged first, and put the section's own adapter around ``model``, or into
+    it. What came of it is recorded under ``ctx.facts["lora"]``.
 
     :raises RequestError: PEFT refuses the adapter, a name matches nothing, the adapter reaches tied
         weights without a choice, or a saved adapter does not fit.
     """
     with matching_within_budget():
-        return _install(ctx, model)
+        merged: dict[str, list[str]] = {}
+        for request in merged_first(ctx):
+            with blamed_on("lora.merge_first"):
+                model = _merge(ctx, request, _install(ctx, request, model))
+            merged[str(request.section.adapter)] = ctx.facts["lora"]["targets"]
+        request = resolve(ctx)
+        wrapped = _install(ctx, request, model)
+        if merged:
+            ctx.record("lora", {"merged_first": merged})
+        if request.section.merge:
+            return _merge(ctx, request, wrapped)
+        if merged:
+            record(
+                wrapped.peft_config[request.section.adapter_name],
+                llmload_merged_first=list(merged),
+            )
+        return wrapped
 
 
-def _install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
-    request = resolve(ctx)
+def _install(ctx: LoadContext, request: Request, model: PreTrainedModel) -> PeftModel:
     section = request.section
     untied = ties.untie(model) if section.tied_weights == "untie" else {}
     with heard():  # what it warns of, `check` has told
@@ -101,7 +127,7 @@ def _install(ctx: LoadContext, model: PreTrainedModel) -> PeftModel:
     return wrapped.train(model.training)
 
 
-def merge(ctx: LoadContext, model: PeftModel) -> PreTrainedModel:
+def _merge(ctx: LoadContext, request: Request, model: PeftModel) -> PreTrainedModel:
     """Add the adapter to the base's weights and return the plain model, frozen.
 
     Of a partitioned model one layer after the other is gathered, on all ranks alike.
@@ -109,7 +135,6 @@ def merge(ctx: LoadContext, model: PeftModel) -> PreTrainedModel:
     :raises RequestError: PEFT cannot merge the adapter, or the result could not be equal to the
         model before.
     """
-    request = resolve(ctx)
     adapter = request.section.adapter_name
     base = model.get_base_model()
     repeated = ties.part_repeated_layers(model) if request.fields.get("layer_replication") else []
@@ -118,13 +143,15 @@ def merge(ctx: LoadContext, model: PeftModel) -> PreTrainedModel:
     try:
         with heard():  # that what is merged already is not merged again
             for layer in lora_layers(model, adapter).values():
+                if ctx.rehearsing:  # KaSA waits for values to truncate, where there are none
+                    getattr(layer, "_lora_kasa_truncation_deferred", set()).discard(adapter)
                 with partitions.whole(layer.get_base_layer().parameters(recurse=False)):
                     # PEFT's safe_merge would round the adapter's part to the base's dtype before
                     # adding it.
                     layer.merge(safe_merge=False, adapter_names=[adapter])
             merged = model.merge_and_unload(safe_merge=False)
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        raise refused(error, "lora.merge") from error
+        raise refused(error, "lora.merge", _NOT_MERGED) from error
     ties.tie(merged, together)
     partitions.split(merged, like=merged)  # PEFT's copies of modules to save are whole
     if tied and ties.are_apart(tied, merged):
@@ -133,7 +160,8 @@ def merge(ctx: LoadContext, model: PeftModel) -> PreTrainedModel:
     ctx.newly_initialised.clear()
     ctx.changed_base.clear()
     ctx.newly_initialised.update(dict.fromkeys(repeated, "a copy for a repeated layer"))
-    ctx.record("lora", {"merged": True})
+    if request.section.adapter == ctx.section(LoraSection).adapter:
+        ctx.record("lora", {"merged": True})
     merged.requires_grad_(False)
     return merged.eval()
 

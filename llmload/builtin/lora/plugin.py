@@ -11,6 +11,8 @@ from llmload.hookspecs import hookimpl
 from llmload.plugin import Conflict, Note, Problem, RequestError, version_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedModel
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LoraPlugin", "LoraSection"]
 
+_PREFIX: Final = "base_model.model."
 _UNQUANTISED: Final = ("pissa", "corda", "loftq", "mica", "lora_ga")
 
 
@@ -50,11 +53,15 @@ class LoraPlugin:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note]:
         """Say which adapter will be made, and find what PEFT would refuse or get wrong."""
-        from llmload.builtin.lora.request import heard, resolve
+        from llmload.builtin.lora.request import heard, merged_first, resolve
 
-        request = resolve(ctx)
-        if request.saved is not None:
-            ctx.adapter_from = request.saved.folder
+        first, request = merged_first(ctx), resolve(ctx)
+        for each in (*first, request):
+            if each.saved is not None:
+                ctx.adapter_from = _of_model(ctx, each.saved.folder)
+                ctx.to_initialise.update(_brought(ctx, each))
+                yield from _resume_problems(each)
+                yield from _missing_dispatchers(ctx, each)
         with heard() as warned:
             request.config()
         for text in warned:
@@ -63,10 +70,11 @@ class LoraPlugin:
             )
         yield from _idle(ctx, request)
         yield from _start_problems(request)
-        yield from _resume_problems(request)
-        yield from _missing_dispatchers(ctx, request)
-        yield from _merge_problems(ctx, request)
+        yield from _merge_problems(ctx)
+        yield from _not_merged_first(request)
         yield from _bias_problems(request)
+        for each in first:
+            yield Note(text=f"merge the adapter in {each.section.adapter!r} into the base first")
         for text in _notes(request):
             yield Note(text=text)
         asked = {"fields": request.fields, "changes_base": request.changes_base}
@@ -77,14 +85,12 @@ class LoraPlugin:
     @hookimpl
     def wrap_adapter(self, ctx: LoadContext, model: PreTrainedModel) -> PeftModel | PreTrainedModel:
         """Put the adapter around the model, and where it is to be merged, into it."""
-        from llmload.builtin.lora.install import install, merge
-        from llmload.builtin.lora.request import resolve
+        from llmload.builtin.lora.install import carry_out
 
-        problems = list(_merge_problems(ctx, resolve(ctx)))
+        problems = list(_merge_problems(ctx))
         if problems:  # said in `check` already; PEFT's words for it would come on top
             raise RequestError(problems)
-        wrapped = install(ctx, model)
-        return merge(ctx, wrapped) if ctx.section(LoraSection).merge else wrapped
+        return carry_out(ctx, model)
 
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
@@ -191,13 +197,49 @@ def _missing_dispatchers(ctx: LoadContext, request: Request) -> Iterator[Problem
             )
 
 
-def _merge_problems(ctx: LoadContext, request: Request) -> Iterator[Problem]:
+def _of_model(ctx: LoadContext, folder: Path) -> Path:
+    """Return the folder to state in ``ctx.adapter_from``: of several, the model's own if it is one.
+
+    The host asks what becomes of an adapter that lies there.
+    """
+    stated = ctx.adapter_from
+    return stated if stated is not None and stated.resolve() == ctx.folder.resolve() else folder
+
+
+def _brought(ctx: LoadContext, request: Request) -> dict[str, str]:
+    """Return parameters of the base that a saved adapter brings whole and no checkpoint needs to
+    have, such as a classifier's head -> why."""
+    if request.saved is None or ctx.checkpoint is None:
+        return {}
+    names = {key.removeprefix(_PREFIX) for key in request.saved.checkpoint.tensors}
+    known = ctx.blank.state_dict().keys()
+    return dict.fromkeys(
+        sorted(names & known - ctx.checkpoint.tensors.keys()),
+        f"the adapter in {request.section.adapter!r} brings it",
+    )
+
+
+def _not_merged_first(request: Request) -> Iterator[Problem]:
+    """Warn where an adapter is put on another base than it was trained on."""
+    before = request.saved.merged_first if request.saved is not None else ()
+    if before and not request.section.merge_first:
+        yield Problem(
+            where="lora.merge_first",
+            severity="warning",
+            message=f"the adapter in {request.section.adapter!r} was trained on its base with"
+            f" {' and '.join(map(repr, before))} merged into it, and here nothing is",
+            fix=f"Write `merge_first: [{', '.join(before)}]`, unless the model has it in its"
+            " weights already.",
+        )
+
+
+def _merge_problems(ctx: LoadContext) -> Iterator[Problem]:
     """Refuse to merge into weights of 8 or 4 bits: the adapter would be rounded away."""
     stored = getattr(ctx.config, "quantization_config", None) is not None
-    quantised = ctx.providing("quantisation")
-    if request.section.merge and (quantised or stored):
+    quantised, section = ctx.providing("quantisation"), ctx.section(LoraSection)
+    if (section.merge or section.merge_first) and (quantised or stored):
         yield Problem(
-            where="lora.merge",
+            where="lora.merge" if section.merge else "lora.merge_first",
             message="the base is quantised, and an adapter merged into so few bits is mostly lost",
             fix="Load the checkpoint from before it was quantised."
             if stored

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,6 +55,7 @@ def prove(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         yield from _start_values(request, layers, adapter)
     else:
         yield from _saved_values(request, model, adapter)
+    yield from _merged_first(ctx, model)
     if request.section.ensure_weight_tying:
         yield from _tie(model, facts["tied"], adapter)
 
@@ -69,14 +70,33 @@ def prove_merged(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
             fix=_REPORT,
         )
         return
-    # Several parameters of one module are adapted by layers around one another.
-    names = dict.fromkeys(map(own_name, ctx.facts["lora"]["targets"]))
-    merged = [(name, model.get_submodule(name)) for name in names]
-    spoilt = [n for n, m in merged if not all(p.isfinite().all() for p in m.parameters())]
+    yield from _not_finite(ctx.facts["lora"]["targets"], model, "lora.merge")
+    yield from _merged_first(ctx, model)
+
+
+def _merged_first(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
+    for names in ctx.facts["lora"].get("merged_first", {}).values():
+        yield from _not_finite(names, model, "lora.merge_first")
+
+
+def _not_finite(targets: Iterable[str], model: nn.Module, where: str) -> Iterator[Problem]:
+    """Yield the layers that an adapter was merged into and that it spoilt."""
+    # Several parameters of one module are adapted by layers around one another, and a later adapter
+    # may be around it.
+    wanted = set(map(own_name, targets))
+    spoilt = [
+        own_name(name)
+        for name, parameter in model.named_parameters()
+        if own_name(name).rpartition(".")[0] in wanted
+        and "lora_" not in name
+        and (part := partitions.held(parameter)) is not None
+        and not part[0].isfinite().all()
+    ]
     if spoilt:
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in spoilt))
         yield Problem(
-            where="lora.merge",
-            message=f"merged weights of {some(spoilt)} are not finite",
+            where=where,
+            message=f"merged weights of {some(layers)} are not finite",
             fix="Load in a wider `dtype`, or check the adapter.",
         )
 

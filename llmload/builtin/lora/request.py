@@ -94,13 +94,33 @@ def resolve(ctx: LoadContext) -> Request:
 
     :raises RequestError: a file is wrong, or the section contradicts it.
     """
+    return _resolved(ctx, ctx.section(LoraSection))
+
+
+def merged_first(ctx: LoadContext) -> list[Request]:
+    """Return the saved adapters that are merged into the base before the section's own adapter.
+
+    :raises RequestError: as :func:`resolve`.
+    """
     section = ctx.section(LoraSection)
+    options: dict[str, Any] = {}
+    if section.tied_weights is not None:
+        options["tied_weights"] = section.tied_weights
+    with blamed_on("lora.merge_first"):
+        return [
+            _resolved(ctx, LoraSection(adapter=folder, merge=True, **options), f"merged{number}")
+            for number, folder in enumerate(section.merge_first, 1)
+        ]
+
+
+def _resolved(ctx: LoadContext, section: LoraSection, role: str = "adapter") -> Request:
+    """Put together one adapter; ``role`` is what its folder is for among the load's files."""
     adapter = theirs = None
     given = section.given()
     base: dict[str, Any] = {}
     if section.adapter is not None:
-        adapter = saved.open_adapter(section.adapter, ctx.spec.key_rules)
-        ctx.files.adopt("adapter", adapter.files)
+        adapter = saved.open_adapter(section.adapter, section.key_map, ctx.spec.key_rules)
+        ctx.files.adopt(role, adapter.files)
         base = adapter.fields
         _refuse_contradictions(given, base, f"the adapter in {section.adapter!r}")
         section = _as_it_was_tied(section, adapter)
@@ -263,7 +283,9 @@ def _nested_class(name: str) -> Any:
     return getattr(config, _NESTED[name])
 
 
-def refused(error: Exception, where: str = "lora") -> RequestError:
+def refused(
+    error: Exception, where: str = "lora", fix: str = "Change what it names."
+) -> RequestError:
     """Tell PEFT's own refusal of a request, in one line."""
     reason = " ".join(str(error).split()).rstrip(".")
     return RequestError(
@@ -271,9 +293,22 @@ def refused(error: Exception, where: str = "lora") -> RequestError:
             where=where,
             message=f"PEFT refuses this adapter: {reason}",
             # Of a missing package PEFT itself says that it must be installed.
-            fix="" if isinstance(error, ImportError) else "Change what it names.",
+            fix="" if isinstance(error, ImportError) else fix,
         )
     )
+
+
+@contextmanager
+def blamed_on(where: str) -> Iterator[None]:
+    """Say of what a block refuses of a saved adapter which key of the spec names it."""
+    try:
+        yield
+    except RequestError as error:
+        named = ("lora.adapter", "lora.merge")
+        raise type(error)(
+            problem.model_copy(update={"where": where}) if problem.where in named else problem
+            for problem in error.problems
+        ) from error
 
 
 @contextmanager

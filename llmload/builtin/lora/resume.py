@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterator, Mapping, Set
+from typing import TYPE_CHECKING, Final
 
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from llmload.builtin.lora.names import translate_weights
 from llmload.builtin.lora.request import heard
-from llmload.plugin import CheckpointError, Problem, partitions, some
+from llmload.plugin import WRAPPERS, CheckpointError, Problem, partitions, some, unwrapped
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from llmload.builtin.lora.saved import SavedAdapter
     from llmload.plugin import LoadContext
+
+_PREFIX: Final = "base_model.model."
+_NAMED: Final = re.compile(r"(\.lora_\w+)\.(?!weight$|bias$)([^.]+)(\.weight|\.bias)?$")
+"""A key with the adapter's name, which PEFT leaves out of what it saves."""
 
 
 def restore(ctx: LoadContext, saved: SavedAdapter, model: PeftModel, adapter: str) -> list[str]:
@@ -72,7 +77,7 @@ def _mismatches(
     if missing:
         yield _problem(
             f"the adapter in {str(saved.folder)!r} lacks {some(missing)}",
-            "Save it again, complete; or check that model and adapter belong together.",
+            _how_keys_would_fit(found.keys(), needed.keys()),
         )
     if unexpected:
         yield _problem(
@@ -87,6 +92,28 @@ def _mismatches(
                 f" {list(known[name].shape)} in the model",
                 _how_it_would_fit(saved, model, found[name].shape, known[name].shape),
             )
+
+
+def _how_keys_would_fit(found: Set[str], needed: Set[str]) -> str:
+    """Return by which rule or renaming an adapter's keys would have the names that are missing."""
+    rules = [rule for rule in WRAPPERS if any(unwrapped(key, [rule]) != key for key in found)]
+    if rules:
+        return (
+            f"Write `key_rules: [{', '.join(rules)}]`, which takes away what wrappers put into"
+            " its keys."
+        )
+    names = {match[2] for key in found if (match := _NAMED.search(key))}
+    renamings = {rf"(\.lora_\w+)\.{name}(?=\.|$)": r"\1" for name in sorted(names)}
+    renamings["^"] = _PREFIX
+    for pattern, replacement in renamings.items():
+        if needed <= {re.sub(pattern, replacement, key) for key in found}:
+            return f"Write `lora: {{key_map: {{'{pattern}': '{replacement}'}}}}`."
+    if found and not needed & found:
+        return (
+            f"Its keys are {some(sorted(found))}: rename them with `lora: {{key_map: ...}}`, or"
+            " check that model and adapter belong together."
+        )
+    return "Save it again, complete; or check that model and adapter belong together."
 
 
 def _problem(message: str, fix: str) -> Problem:

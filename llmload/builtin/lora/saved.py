@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
@@ -17,6 +18,7 @@ from llmload.plugin import (
     CheckpointError,
     MappedCheckpoint,
     Problem,
+    Renaming,
     UntrustedFolder,
     explain,
     hold_adapter,
@@ -34,6 +36,8 @@ LAYER_PLUGINS: Final = "llmload_plugins"
 TIED_WEIGHTS: Final = "llmload_tied_weights"
 """Our key in the configuration: ``untie`` where rows of untied embeddings were trained, which PEFT
 would tie again."""
+MERGED_FIRST: Final = "llmload_merged_first"
+"""Our key in the configuration: folders of adapters that were merged into the base before."""
 _PICKLE: Final = "adapter_model.bin"
 
 # What the file says of where it came from, and of how it is used; neither is inherited.
@@ -53,6 +57,8 @@ class SavedAdapter:
     """Names of the plugins whose ``lora_layer`` made layers of it."""
     untied: bool
     """Whether embedding and head had been untied, and rows of one of them were trained alone."""
+    merged_first: tuple[str, ...]
+    """Folders of the adapters that were merged into its base before it was trained."""
     checkpoint: Checkpoint
     """Names, shapes and dtypes of the weights."""
     files: UntrustedFolder
@@ -83,9 +89,21 @@ class SavedAdapter:
         }
 
 
-def open_adapter(path: str, key_rules: Sequence[str] = ()) -> SavedAdapter:
+class _Config(NamedTuple):
+    """What a configuration says, by the fields of :class:`SavedAdapter`."""
+
+    fields: dict[str, Any]
+    layer_plugins: tuple[str, ...]
+    untied: bool
+    merged_first: tuple[str, ...]
+
+
+def open_adapter(
+    path: str, key_map: Mapping[str, str] = MappingProxyType({}), key_rules: Sequence[str] = ()
+) -> SavedAdapter:
     """Describe the adapter at ``path``, reading its configuration and headers.
 
+    :param key_map: the section's, applied to the adapter's keys first.
     :param key_rules: the spec's; those that undo wrappers hold for the adapter's keys too.
     :raises CheckpointError: the folder or a file is missing, damaged, no LoRA, or made by a PEFT
         that knows more than this one.
@@ -97,7 +115,7 @@ def open_adapter(path: str, key_rules: Sequence[str] = ()) -> SavedAdapter:
             "Give a folder written by save_pretrained of a PeftModel.",
         )
     files = UntrustedFolder(folder)
-    fields, layer_plugins, untied = _read_config(files)
+    config = _read_config(files)
     if not files.holds(WEIGHTS):
         if files.holds(_PICKLE):
             raise _refusal(
@@ -110,25 +128,22 @@ def open_adapter(path: str, key_rules: Sequence[str] = ()) -> SavedAdapter:
         )
     files.path(WEIGHTS)  # which no link may lead out of the folder
     checkpoint = Checkpoint.open(folder / WEIGHTS)
-    names = {key: unwrapped(key, key_rules) for key in checkpoint.tensors}
+    renaming = Renaming(checkpoint.tensors, where="lora.key_map", of="the adapter")
+    for pattern, replacement in key_map.items():
+        renaming.by_regex(pattern, replacement)
+    renaming.refuse_collisions()
+    names = {key: unwrapped(name, key_rules) for key, name in renaming.names.items()}
     if len(set(names.values())) < len(names):
         raise _refusal(
             f"two keys of the adapter in {path!r} have one name after {list(key_rules)}",
             "Remove the rule, or save the adapter again.",
         )
     checkpoint = checkpoint.renamed(names)
-    hold_adapter(files, fields, checkpoint)
-    return SavedAdapter(
-        folder=folder,
-        fields=fields,
-        layer_plugins=layer_plugins,
-        untied=untied,
-        checkpoint=checkpoint,
-        files=files,
-    )
+    hold_adapter(files, config.fields, checkpoint)
+    return SavedAdapter(folder=folder, checkpoint=checkpoint, files=files, **config._asdict())
 
 
-def _read_config(files: UntrustedFolder) -> tuple[dict[str, Any], tuple[str, ...], bool]:
+def _read_config(files: UntrustedFolder) -> _Config:
     if not files.holds(CONFIG):
         raise _refusal(
             f"the adapter folder {str(files.root)!r} holds no {CONFIG}",
@@ -155,6 +170,11 @@ def _read_config(files: UntrustedFolder) -> tuple[dict[str, Any], tuple[str, ...
     layer_plugins = content.pop(LAYER_PLUGINS, [])
     if not isinstance(layer_plugins, list) or not all(isinstance(n, str) for n in layer_plugins):
         raise _refusal(f"{LAYER_PLUGINS!r} is not a list of names", "Save the adapter again.", file)
+    before = content.pop(MERGED_FIRST, [])
+    if not isinstance(before, list) or not all(isinstance(name, str) for name in before):
+        raise _refusal(
+            f"{MERGED_FIRST!r} is not a list of folders", "Save the adapter again.", file
+        )
     tied_weights = content.pop(TIED_WEIGHTS, None)
     if tied_weights not in (None, "untie"):
         raise _refusal(
@@ -186,7 +206,7 @@ def _read_config(files: UntrustedFolder) -> tuple[dict[str, Any], tuple[str, ...
         problems = explain(error, LoraSection, known, spellings=SPELLINGS)
         raise CheckpointError(p.model_copy(update={"file": str(file)}) for p in problems) from None
     fields = {name: v for name, v in section.given().items() if name not in _NOT_INHERITED}
-    return fields, tuple(layer_plugins), tied_weights == "untie"
+    return _Config(fields, tuple(layer_plugins), tied_weights == "untie", tuple(before))
 
 
 def _refusal(message: str, fix: str, file: Path | None = None) -> CheckpointError:

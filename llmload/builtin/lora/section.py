@@ -1,4 +1,4 @@
-"""The spec key ``lora``: every field of PEFT's ``LoraConfig`` under its own name, and six of ours.
+"""The spec key ``lora``: every field of PEFT's ``LoraConfig`` by its own name, and eight of ours.
 
 Defaults are PEFT's own. Only keys that are given are handed on, so that the installed PEFT fills in
 the rest; a key that it does not know yet is refused with the version that brought it.
@@ -14,10 +14,19 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 from pydantic import AfterValidator, Field, model_validator
 
 from llmload.builtin.lora.spellings import SPELLINGS
-from llmload.plugin import InvalidValueError, Regex, Section, nearest
+from llmload.plugin import InvalidValueError, Regex, Section, nearest, replacements
 
 OWN_FIELDS: Final = frozenset(
-    {"adapter", "adapter_dtype", "adapter_name", "lora_config", "merge", "tied_weights"}
+    {
+        "adapter",
+        "adapter_dtype",
+        "adapter_name",
+        "key_map",
+        "lora_config",
+        "merge",
+        "merge_first",
+        "tied_weights",
+    }
 )
 """Fields of the section that are not PEFT's."""
 
@@ -67,6 +76,7 @@ _MOST: Final = 10_000
 """Names that PEFT holds against each module in turn."""
 _MOST_PATTERNS: Final = 4096
 _MOST_LAYERS: Final = 4096
+_MOST_MERGED: Final = 64
 
 Names: TypeAlias = Annotated[
     tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=_MOST)
@@ -271,6 +281,14 @@ class LoraSection(Section):
     """Folder of a saved adapter to resume; its ``adapter_config.json`` is the configuration."""
     merge: bool = False
     """Add the ``adapter`` to the weights of its base and hand out the plain model, all frozen."""
+    merge_first: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=_MOST_MERGED)
+    ] = ()
+    """Folders of saved adapters that are merged into the base one after the other, before the
+    section's own adapter is made, resumed or merged."""
+    key_map: Annotated[Mapping[Regex, str], AfterValidator(replacements)] = {}
+    """Renames the keys of the saved ``adapter``: regular expression to replacement, as in
+    ``re.sub``, one after the other. One that matches no key is an error."""
     adapter_name: Annotated[str, Field(pattern=r"^[^.\s]+$")] = "default"
     """Name of the adapter in the model."""
     adapter_dtype: Literal["auto", "float32", "bfloat16", "float16", "base"] = "auto"
@@ -293,6 +311,11 @@ class LoraSection(Section):
             raise InvalidValueError(
                 "`merge` is for a saved adapter, and none is named",
                 fix="Set `adapter` to its folder.",
+            )
+        if self.key_map and self.adapter is None:
+            raise InvalidValueError(
+                "`key_map` renames the keys of a saved adapter, and none is named",
+                fix="Set `adapter` to its folder, or write the spec's own `key_map` for the model.",
             )
         if self.ensure_weight_tying and self.tied_weights is not None:
             raise InvalidValueError(
