@@ -34,6 +34,21 @@ class TorchaoPlugin:
             reason="a weight is quantised once",
             fix="Remove `torchao` or `kbit`.",
         ),
+        llmload.Conflict(
+            key="cast",
+            reason="it would cast what stands for codes and scales",
+            fix="Remove `torchao` or `cast`.",
+        ),
+        llmload.Conflict(
+            key="coati",
+            reason="ColossalChat's layers adapt weights that are not quantised",
+            fix="Remove `torchao` or `coati`.",
+        ),
+        llmload.Conflict(
+            key="colossalai",
+            reason="ColossalAI shards and trains weights as they are in the checkpoint",
+            fix="Remove `torchao` or `colossalai`.",
+        ),
     )
 
     @llmload.hookimpl
@@ -56,6 +71,17 @@ class TorchaoPlugin:
         weights = ctx.section(TorchaoSection).weights
         yield llmload.Note(text=f"quantise linear layers to {weights}, a scale for each row")
         yield llmload.Note(text="freeze the base model")
+
+    @llmload.hookimpl
+    def check_lora(self, changes_base: str) -> Iterator[llmload.Problem]:
+        """Refuse adapters that start from other base weights than the checkpoint's."""
+        if changes_base:
+            yield llmload.Problem(
+                where="lora.init_lora_weights",
+                message=f"{changes_base} changes the weights that the adapter starts from, and"
+                " those are in 8 bits",
+                fix="Remove `init_lora_weights`, or `torchao`.",
+            )
 
     @llmload.hookimpl
     def init_context(self, ctx: llmload.LoadContext) -> None:

@@ -164,6 +164,37 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "'torchao' cannot be combined with 'kbit': a weight is quantised once",
         "Remove `torchao` or `kbit`.",
     ),
+    **{
+        key: (
+            "llama",
+            {"torchao": {}, **keys},
+            f"'torchao' cannot be combined with {key!r}: {reason}",
+            f"Remove `torchao` or `{key}`.",
+        )
+        for key, keys, reason in (
+            (
+                "cast",
+                {"cast": {"modules": {"norm": "float32"}}},
+                "it would cast what stands for codes and scales",
+            ),
+            (
+                "coati",
+                {"coati": {}, "lora": {"r": 2}},
+                "ColossalChat's layers adapt weights that are not quantised",
+            ),
+            (
+                "colossalai",
+                {"colossalai": {}},
+                "ColossalAI shards and trains weights as they are in the checkpoint",
+            ),
+        )
+    },
+    "an adapter that rewrites the base": (
+        "llama",
+        {"torchao": {}, "lora": {"r": 2, "init_lora_weights": "pissa"}},
+        "'pissa' changes the weights that the adapter starts from, and those are in 8 bits",
+        "Remove `init_lora_weights`, or `torchao`.",
+    ),
     "nothing to read": (
         "llama",
         {"torchao": {}, "weights": "random"},
