@@ -447,7 +447,8 @@ def wrap_adapter(ctx: LoadContext, model: nn.Module) -> nn.Module | Decline:
     """Put an adapter around the finished base model.
 
     Called last, in plan order; the first plugin that does not decline wins, so a model gets one
-    adapter system. Rehearsed on the meta device for the plan.
+    adapter system. Rehearsed on the meta device for the plan. An adapter that is not PEFT's states
+    ``ctx.adapter_switch``, so that a policy's reference can be the model without it.
 
     :param ctx: the load.
     :param model: the base model after every ``post_load``.

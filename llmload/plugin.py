@@ -58,6 +58,8 @@ Models:
 - ``partitions``: sizes and values of whole and partitioned parameters alike, and of those that wrap
   other tensors; ``Span`` is the part of a parameter that one rank holds.
 - ``Accounting``: how a checkpoint's keys fit a model, as ``ctx.accounting`` finds it out.
+- ``AdapterSwitch``: turns off an adapter of the plugin's own, as ``ctx.adapter_switch``, so that a
+  member of a group can be the model without it.
 - ``probe``, ``ProbeResult``, ``RandomOp``: a forward pass without storage, and what came of it.
 
 Loaders:
@@ -118,6 +120,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint.untrusted import read_file as read_file
     from llmload.context.context import LoadContext as LoadContext
     from llmload.context.peers import ABILITIES as ABILITIES
+    from llmload.context.switch import AdapterSwitch as AdapterSwitch
     from llmload.errors import AuditError as AuditError
     from llmload.errors import CheckpointError as CheckpointError
     from llmload.errors import Conflict as Conflict
@@ -195,6 +198,7 @@ __all__ = [
     "MISSING",
     "WRAPPERS",
     "Accounting",
+    "AdapterSwitch",
     "AuditError",
     "Checkpoint",
     "CheckpointError",
@@ -301,6 +305,7 @@ _HOME = {
     **dict.fromkeys(("LoadSpec", "Section"), "spec.loadspec"),
     "InvalidValueError": "spec.refusals",
     "ABILITIES": "context.peers",
+    "AdapterSwitch": "context.switch",
     "Accounting": "checkpoint.accounting",
     "Checkpoint": "checkpoint.contents",
     "MappedCheckpoint": "checkpoint.mapped",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -320,3 +322,90 @@ def test_an_adapter_outside_the_layers_cannot_be_turned_off_there(folder: Path) 
     assert message.startswith(
         "models.reference.adapter_of: 'policy' has an adapter that is not in the layers of its base"
     )
+
+
+# --- adapters of other systems --------------------------------------------------------------------
+
+
+class Scale(torch.nn.Module):
+    """Scales the logits by a trained factor, unless it is off."""
+
+    def __init__(self, model: torch.nn.Module, device: str) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.full((1,), 2.0, device=device))
+        self.is_off = False
+        model.lm_head.register_forward_hook(self.scaled)
+
+    def scaled(self, module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output if self.is_off else output * self.factor
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        self.is_off = True
+        try:
+            yield
+        finally:
+            self.is_off = False
+
+
+class ScalePlugin:
+    """An adapter system of one parameter."""
+
+    name = "scale"
+    stage = "adapter"
+
+    class Section(llmload.Section):
+        """Whether it can be turned off."""
+
+        switch: bool = True
+
+    @hookimpl
+    def wrap_adapter(self, ctx: llmload.LoadContext, model: Any) -> Any:
+        model.requires_grad_(False)
+        scale = Scale(model, "meta" if ctx.rehearsing else "cpu")
+        model.scale = scale
+        if ctx.section(self.Section).switch:
+            ctx.adapter_switch = scale
+        return model
+
+
+SCALED = create_registry([ScalePlugin])
+
+
+def scaled(folder: Path, member: dict[str, Any], **section: Any) -> dict[str, Any]:
+    policy = {"model": str(folder), "dtype": "float32", "scale": section}
+    return {"models": {"policy": policy, "reference": member}}
+
+
+def test_an_adapter_that_is_not_pefts_is_turned_off_by_its_plugin(folder: Path) -> None:
+    plan = llmload.plan_group(scaled(folder, OFF), registry=SCALED)
+    policy, reference = plan.members["policy"], plan.members["reference"]
+    assert (policy.parameters - reference.parameters, policy.trainable) == (1, 1)
+    assert plan.saved_bytes == reference.parameter_bytes == policy.parameter_bytes - 4
+
+    loaded = llmload.load_group(scaled(folder, OFF), registry=SCALED)
+    model, view = loaded["policy"].model, loaded["reference"].model
+    assert view.dtype == torch.float32
+    with torch.no_grad():
+        wanted = from_pretrained(AutoModelForCausalLM, folder, "float32").eval()(IDS).logits
+    losses(model, 2)
+    assert torch.equal(view(IDS).logits, wanted)
+    assert model.training
+    assert not model.scale.is_off
+    hidden = view.base_model(IDS).last_hidden_state
+    with torch.no_grad():  # outside a call of the view the adapter is there
+        assert torch.equal(view.get_output_embeddings()(hidden), wanted * model.scale.factor)
+    with pytest.raises(TypeError):
+        view("no ids")
+    assert not model.scale.is_off
+    assert not view(IDS).logits.requires_grad
+
+
+def test_what_an_adapter_of_another_system_cannot_be_is_refused(folder: Path) -> None:
+    (problem,) = llmload.plan_group(scaled(folder, FROZEN), registry=SCALED).errors
+    assert problem.message == (
+        "the adapter of 'policy' is not PEFT's, and can be turned off but not copied"
+    )
+    assert problem.fix == ("Remove `frozen_copy`, or load a second model with `like: policy`.")
+    (problem,) = llmload.plan_group(scaled(folder, OFF, switch=False), registry=SCALED).errors
+    assert problem.message == "'policy' is a LlamaForCausalLM without an adapter of PEFT"

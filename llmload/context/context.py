@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint.untrusted import UntrustedFolder
     from llmload.context.engine import Engine
     from llmload.context.peers import Hooks, Peer
+    from llmload.context.switch import AdapterSwitch
     from llmload.model.dry_run import ProbeResult
     from llmload.spec.loadspec import LoadSpec
 
@@ -125,6 +126,7 @@ class LoadContext:
     unexpected: _ReadOnly[list[str]] = _ReadOnly("records")
     left_out: _ReadOnly[dict[str, str]] = _ReadOnly("records")
     changed_base: _ReadOnly[dict[str, str]] = _ReadOnly("records")
+    adapter_switch: _Stated[AdapterSwitch | None] = _Stated("records")
     facts: _ReadOnly[dict[str, dict[str, Any]]] = _ReadOnly("records")
     lines: _ReadOnly[list[Line]] = _ReadOnly("records")
     handed_on: _ReadOnly[MutableMapping[str, Any]] = _ReadOnly("records")

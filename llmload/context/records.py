@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PretrainedConfig
 
+    from llmload.context.switch import AdapterSwitch
     from llmload.model.dry_run import ProbeResult
 
 
@@ -68,6 +69,9 @@ class Records:
     what changed it: with the adapter off it is not the base model. Written by the hook that changed
     it and taken by the host, as ``newly_initialised``; read by groups, and by audits, for which the
     host puts it back under the final names."""
+    adapter_switch: AdapterSwitch | None = None
+    """Turns off the adapter of this model. Written in ``wrap_adapter``, in the rehearsal too, by a
+    plugin whose adapter is not PEFT's; read by groups, for members with ``adapter_of``."""
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """JSON-able facts for plan or report, by plugin name. Written by ``record``; read by a plugin's
     own later hooks and by the host."""

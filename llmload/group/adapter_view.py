@@ -1,9 +1,10 @@
-"""A model of PEFT seen without its adapter, or with a frozen copy of it: a policy's reference.
+"""A model seen without its adapter, or with a frozen copy of it: a policy's reference.
 
-Imported by functions only: this module needs torch and peft. Written against the layers of
-peft 0.13 to 0.21, whose two attributes for the active adapters and for none are set here directly:
-PEFT's own ``disable_adapter`` and ``set_adapter`` also change which parameters require gradients,
-and leave them so.
+The adapter is PEFT's, or a plugin says how it is turned off (``ctx.adapter_switch``); only PEFT's
+are copied. Imported by functions only: this module needs torch and peft. Written against the layers
+of peft 0.13 to 0.21, whose two attributes for the active adapters and for none are set here
+directly: PEFT's own ``disable_adapter`` and ``set_adapter`` also change which parameters require
+gradients, and leave them so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -22,6 +23,9 @@ from torch import nn
 from llmload.errors import LoadFailedError
 from llmload.model import partitions
 from llmload.model.partitions import is_partitioned
+
+if TYPE_CHECKING:
+    from llmload.context.switch import AdapterSwitch
 
 
 class AdapterView(nn.Module):
@@ -37,15 +41,18 @@ class AdapterView(nn.Module):
     by; use the trainer's own switch there.
     """
 
-    def __init__(self, model: PeftModel, adapter: str | None = None) -> None:
+    def __init__(
+        self, model: Any, adapter: str | None = None, switch: AdapterSwitch | None = None
+    ) -> None:
         super().__init__()
         self._model = (model,)  # in a tuple, nn.Module does not take it for a submodule
+        self._switch = (switch,)
         self.adapter = adapter
         """The adapter that is active in a call; None for none."""
         self.training = False
 
     @property
-    def model(self) -> PeftModel:
+    def model(self) -> Any:
         """The other member's model."""
         return self._model[0]
 
@@ -67,7 +74,7 @@ class AdapterView(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The floating-point dtype of the base model."""
-        return self.model.get_base_model().dtype  # type: ignore[no-any-return]
+        return _base_of(self.model).dtype  # type: ignore[no-any-return]
 
     @property
     def base_model(self) -> nn.Module:
@@ -98,32 +105,23 @@ class AdapterView(nn.Module):
             return model.generate(*args, **kwargs)
 
     @contextmanager
-    def switched(self) -> Iterator[PeftModel]:
+    def switched(self) -> Iterator[Any]:
         """Give the model itself as this view sees it, for the length of a ``with`` block.
 
         :raises RuntimeError: an adapter is merged into the weights.
         """
-        layers = [m for m in self.model.modules() if _switches(m)]
-        if any(getattr(layer, "merged", False) for layer in layers):
-            raise RuntimeError("adapters are merged into the model's weights: unmerge them first")
+        (switch,) = self._switch
+        turned = _turned(self.model, self.adapter) if switch is None else switch.off()
         modes = [(module, module.training) for module in self.model.modules()]
-        switches = [(la, la._disable_adapters, la._active_adapter) for la in layers]
-        try:
-            for module, _ in modes:
-                module.training = False
-            for layer, _, active in switches:
-                layer._disable_adapters = self.adapter is None
-                if self.adapter is not None and active:
-                    # A name or a list of names, depending on layer and version of peft.
-                    one = isinstance(active, str)
-                    layer._active_adapter = self.adapter if one else [self.adapter]
-            with torch.no_grad():
-                yield self.model
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for layer, disabled, active in switches:
-                layer._disable_adapters, layer._active_adapter = disabled, active
+        with turned:
+            try:
+                for module, _ in modes:
+                    module.training = False
+                with torch.no_grad():
+                    yield self.model
+            finally:
+                for module, mode in modes:
+                    module.training = mode
 
 
 class _Backbone(nn.Module):
@@ -135,15 +133,41 @@ class _Backbone(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self._view[0].switched() as model:
-            return model.get_base_model().base_model(*args, **kwargs)
+            return _base_of(model).base_model(*args, **kwargs)
+
+
+def _base_of(model: Any) -> Any:
+    """Return the transformers model: PEFT has it inside, others may have changed it in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _turned(model: PeftModel, adapter: str | None) -> Iterator[None]:
+    """Turn PEFT's adapters off, or ``adapter`` on and the others off, for a block."""
+    layers: list[Any] = [m for m in model.modules() if _switches(m)]
+    if any(getattr(layer, "merged", False) for layer in layers):
+        raise RuntimeError("adapters are merged into the model's weights: unmerge them first")
+    switches = [(la, la._disable_adapters, la._active_adapter) for la in layers]
+    try:
+        for layer, _, active in switches:
+            layer._disable_adapters = adapter is None
+            if adapter is not None and active:
+                # A name or a list of names, depending on layer and version of peft.
+                layer._active_adapter = adapter if isinstance(active, str) else [adapter]
+        yield
+    finally:
+        for layer, disabled, active in switches:
+            layer._disable_adapters, layer._active_adapter = disabled, active
 
 
 def _switches(module: Any) -> bool:
     return isinstance(module, BaseTunerLayer | _auxiliary_wrapper())
 
 
-def unsuited(model: nn.Module) -> str | None:
+def unsuited(model: nn.Module, switch: AdapterSwitch | None) -> str | None:
     """Say why a model has no such view, after its name; None if it has one."""
+    if switch is not None:
+        return None
     if not isinstance(model, PeftModel):
         return f"is a {type(model).__name__} without an adapter of PEFT"
     if not isinstance(model.base_model, BaseTuner):
@@ -156,9 +180,9 @@ def adapters(model: PeftModel) -> list[str]:
     return list(model.peft_config)
 
 
-def trained_beside(model: PeftModel) -> list[str]:
+def trained_beside(model: nn.Module, switch: AdapterSwitch | None) -> list[str]:
     """Return the parameters that are trained and that turning the adapter off leaves in place."""
-    own = {id(parameter) for parameter in _of_adapters(model)}
+    own = {id(parameter) for parameter in _of_adapters(model, switch)}
     return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]
 
 
@@ -174,15 +198,18 @@ class Sizes:
     """Bytes of all others."""
 
 
-def sizes(model: PeftModel) -> Sizes:
+def sizes(model: nn.Module, switch: AdapterSwitch | None) -> Sizes:
     """Count adapters and base."""
-    own = {id(parameter): parameter for parameter in _of_adapters(model)}.values()
+    own = {id(parameter): parameter for parameter in _of_adapters(model, switch)}.values()
     held = sum(map(partitions.nbytes, own))
     every = sum(map(partitions.nbytes, model.parameters()))
     return Sizes(sum(p.numel() for p in own), held, every - held)
 
 
-def _of_adapters(model: PeftModel) -> Iterator[nn.Parameter]:
+def _of_adapters(model: nn.Module, switch: AdapterSwitch | None) -> Iterator[nn.Parameter]:
+    if switch is not None:
+        yield from switch.parameters()
+        return
     wrapper = _auxiliary_wrapper()
     for module in model.modules():
         if isinstance(module, wrapper):

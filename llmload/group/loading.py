@@ -187,7 +187,9 @@ def _view(
     with report.phase("wrap_adapter"):
         if member.frozen_copy:
             adapter_view.add_frozen_copy(other.model, name)
-        view = adapter_view.AdapterView(other.model, name if member.frozen_copy else None)
+        view = adapter_view.AdapterView(
+            other.model, name if member.frozen_copy else None, other.adapter_switch
+        )
     report.versions = installed_versions()
     report.parameters, report.parameter_bytes = plan.parameters, plan.parameter_bytes
     what = f"the frozen adapter {name!r}" if member.frozen_copy else "no adapter"

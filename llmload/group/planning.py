@@ -124,7 +124,7 @@ def _plan_adapter(name: str, member: AdapterSpec, of: Prepared, plan: GroupPlan)
     from llmload.group import adapter_view
 
     assert of.rehearsal is not None  # else there was a problem
-    held = adapter_view.sizes(of.rehearsal.model)
+    held = adapter_view.sizes(of.rehearsal.model, of.rehearsal.switch)
     made.parameters = base.parameters - (0 if member.frozen_copy else held.adapter)
     made.parameter_bytes = held.base_bytes + (held.adapter_bytes if member.frozen_copy else 0)
     plan.shared.append(
@@ -150,14 +150,22 @@ def _adapter_problem(name: str, member: AdapterSpec, of: Prepared) -> Problem | 
             message=f"{message} its adapter",
             fix=f"Load a second model with `like: {member.adapter_of}`.",
         )
-    reason = adapter_view.unsuited(of.rehearsal.model)
+    switch = of.rehearsal.switch
+    reason = adapter_view.unsuited(of.rehearsal.model, switch)
     if reason is not None:
         return Problem(
             where=ADAPTER_OF,
             message=f"{member.adapter_of!r} {reason}",
             fix=f"Give it an adapter of PEFT, such as the section `lora`, {own}.",
         )
-    beside = adapter_view.trained_beside(of.rehearsal.model)
+    if member.frozen_copy and switch is not None:
+        return Problem(
+            where=ADAPTER_OF,
+            message=f"the adapter of {member.adapter_of!r} is not PEFT's, and can be turned off but"
+            " not copied",
+            fix=f"Remove `frozen_copy`, {own}.",
+        )
+    beside = adapter_view.trained_beside(of.rehearsal.model, switch)
     if beside:
         return Problem(
             where=ADAPTER_OF,

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint.placement import Placement
     from llmload.context.context import LoadContext
     from llmload.context.records import Scope
+    from llmload.context.switch import AdapterSwitch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ class LoadResult:
     """What happened."""
     kept_alive: tuple[object, ...] = field(default=(), repr=False)
     """What plugins need to live as long as the model."""
+    adapter_switch: AdapterSwitch | None = field(default=None, repr=False)
+    """Turns off an adapter that is not PEFT's, where its plugin says how."""
     opened: Mapping[Path, FileState | None] = field(default_factory=dict, repr=False)
     """The files that hold the weights, as they were when the load ended."""
 
@@ -194,6 +197,7 @@ def execute(
         plan=plan,
         report=report,
         kept_alive=tuple(ctx.kept_alive),
+        adapter_switch=ctx.adapter_switch,
         opened={file.path: file_state(file.path) for file in _files(ctx)},
     )
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmload.context.context import LoadContext
+    from llmload.context.switch import AdapterSwitch
     from llmload.host.registry import Host
     from llmload.loading.plan import Plan
 
@@ -32,6 +33,8 @@ class Rehearsal:
     """Every name in the base model, tied ones included -> its parameter as the loader made it."""
     changed_base: dict[str, str]
     """What the hooks said of the parameters that they change: see ``ctx.changed_base``."""
+    switch: AdapterSwitch | None
+    """Turns off an adapter that is not PEFT's: see ``ctx.adapter_switch``."""
 
     def kept(self) -> set[str]:
         """Return the names in the base model of the parameters that the finished model still has,
@@ -118,7 +121,9 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
     # which goes before: a resized embedding is its plugin's.
     foretold = {name: plan.loader for name in unique if name in ctx.to_initialise}
     plan.new_parameters = foretold | ledger.made(model, plan.loader)
-    return Rehearsal(model=model, base=base, changed_base=ledger.changed_base())
+    return Rehearsal(
+        model=model, base=base, changed_base=ledger.changed_base(), switch=ctx.adapter_switch
+    )
 
 
 def _keep_apart(model: PreTrainedModel, names: Iterable[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -28,6 +29,7 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = shape
+        self.enabled = True
         self.down = nn.Linear(width, shape.size, dtype=dtype, device=device)
         self.up = nn.Linear(shape.size, width, dtype=dtype, device=device)
         for parameter in self.up.parameters():
@@ -35,6 +37,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the hidden states with the adapter's part, in their own dtype."""
+        if not self.enabled:
+            return hidden
         narrow = self.down(hidden.to(self.down.weight.dtype))
         added: torch.Tensor = self.up(getattr(nn.functional, self.shape.activation)(narrow))
         return hidden + added.to(hidden.dtype)
@@ -68,3 +72,27 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
         for path, layer in bottlenecks(model)
         for name, parameter in layer.named_parameters()
     }
+
+
+class Switch:
+    """Turns the adapter of a model off, for whoever wants its base."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [layer for _, layer in bottlenecks(model)]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the adapter's parameters."""
+        for layer in self._layers:
+            yield from layer.parameters()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let hidden states pass the bottlenecks as they are, for a block."""
+        before = [layer.enabled for layer in self._layers]
+        try:
+            for layer in self._layers:
+                layer.enabled = False
+            yield
+        finally:
+            for layer, enabled in zip(self._layers, before, strict=True):
+                layer.enabled = enabled

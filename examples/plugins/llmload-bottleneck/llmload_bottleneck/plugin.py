@@ -53,7 +53,7 @@ class BottleneckPlugin:
     @llmload.hookimpl
     def wrap_adapter(self, ctx: llmload.LoadContext, model: PreTrainedModel) -> PreTrainedModel:
         """Freeze the model and attach the adapter, in the rehearsal without storage."""
-        from llmload_bottleneck.layers import weights
+        from llmload_bottleneck.layers import Switch, weights
 
         saved: Saved | None = ctx.handed_on.get(self.name)
         shape = ctx.section(BottleneckSection) if saved is None else saved.shape
@@ -64,6 +64,7 @@ class BottleneckPlugin:
             source = f"resumed from {str(saved.folder)!r}"
             _fill(ctx, model, saved)
         ctx.newly_initialised.update(dict.fromkeys(weights(model), source))
+        ctx.adapter_switch = Switch(model)
         ctx.record(self.name, {"targets": layers})
         if ctx.rehearsing:
             for line in alike(layers):
