@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmload
 from llmload.model import reachable
@@ -225,6 +225,29 @@ class NeedsPixels(LlamaForCausalLM):
         return super().forward(input_ids, **others)
 
 
+class ClashingDtypes(LlamaForCausalLM):
+    """Writes in place what it computes in another dtype, which no autocast mends."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.added = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
+        hidden = self.model(input_ids).last_hidden_state.flatten(0, 1)
+        shifts = hidden.to(self.added.weight.dtype) * 2
+        rows = torch.zeros_like(shifts, dtype=torch.long)
+        return self.lm_head(hidden.clone().scatter_(0, rows, shifts))
+
+
+class LooksAtValues(ClashingDtypes):
+    """The same, and it cannot run on the meta device."""
+
+    def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
+        assert int(input_ids.max()) >= 0
+        return super().forward(input_ids, **others)
+
+
 LORA = {"target_modules": ["q_proj"]}
 
 
@@ -269,6 +292,31 @@ def test_a_model_whose_forward_raises_is_handed_out_where_the_spec_says_so(
         "the gradient path was not looked at: on meta tensors: ValueError: the mask is of another"
         " time; for real: ValueError: the mask is of another time"
     ) in report.audit
+
+
+CAST = {"dtype": "bfloat16", "cast": {"modules": {"added": "float32"}}}
+
+
+@pytest.mark.parametrize("model_class", [ClashingDtypes, LooksAtValues])
+def test_a_model_whose_dtypes_do_not_go_together_is_not_handed_out(
+    model_class: type, folder: Path
+) -> None:
+    strict = {"allow_missing": ["added"]}
+    llmload.load(spec(folder, model_class, strict=strict, dtype="bfloat16"))
+    with pytest.raises(llmload.AuditError) as caught:
+        llmload.load(spec(folder, model_class, strict=strict, **CAST))
+    message = str(caught.value)
+    assert message.startswith(
+        "the model's forward fails in the dtypes that its parameters have, under autocast too, and"
+        " runs where all have one: RuntimeError: "
+    )
+    assert message.endswith(
+        ". Give them one with `dtype` or the section `cast`. If somebody casts them later, set"
+        " `strict: {allow_failing_forward: true}`."
+    )
+    strict["allow_failing_forward"] = True
+    report = llmload.load(spec(folder, model_class, strict=strict, **CAST)).report
+    assert "gradients reach 4 of 4 trainable parameters" in report.audit
 
 
 def test_a_forward_that_takes_what_no_example_has_is_not_held_against_the_model(

@@ -289,11 +289,20 @@ class LoadContext:
 
             self.records.probed = probe(model)
         probed = self.records.probed
-        if probed.raised and not self.spec.key_exceptions.allow_failing_forward:
+        if self.spec.key_exceptions.allow_failing_forward:
+            return probed
+        if probed.raised:
             raise AuditError(
                 f"the model's forward fails on a row of token ids: {probed.raised}",
                 fix="Mend the class or the config. If it takes other inputs, or is not meant to run"
                 " yet, set `strict: {allow_failing_forward: true}`.",
+            )
+        if probed.clash and not self.cast_later_by:
+            raise AuditError(
+                "the model's forward fails in the dtypes that its parameters have, under autocast"
+                f" too, and runs where all have one: {probed.clash}",
+                fix="Give them one with `dtype` or the section `cast`. If somebody casts them"
+                " later, set `strict: {allow_failing_forward: true}`.",
             )
         return probed
 

@@ -16,9 +16,9 @@ import functools
 import inspect
 import traceback
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -45,6 +45,9 @@ class ProbeResult:
     raised: str = ""
     """What the forward raised for real, on inputs that it takes: the model cannot run. Empty where
     it ran, and where stand-ins, inputs or this machine may be what did not suffice."""
+    clash: str = ""
+    """What the forward raised for real in the dtypes that the parameters have, under autocast too,
+    where it runs once all have one: the other fields tell of that run."""
     random_ops: tuple[RandomOp, ...] = ()
     """Every random operation, in the order of the forward."""
     unreached: tuple[str, ...] = ()
@@ -69,33 +72,52 @@ def probe(
         Tensors among them are moved to where the probe runs.
     :param watch: names of modules whose outputs the result is to tell the shapes of.
     """
+    run = functools.partial(_run, model, inputs, watch)
     try:
-        return _run(model, inputs, watch, on_meta=True, reason="")
+        return run(on_meta=True, reason="")
     except Exception as error:  # the model's own code, which may raise anything
         reason = f"on meta tensors: {_first_line(error)}"
+    in_one = None
     mixed = len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
     if mixed:
         # It may want the autocast of its training, which the meta device has not. No dtype changes
         # what is random and what gets a gradient.
-        with suppress(Exception):
-            return _run(model, inputs, watch, on_meta=True, reason=reason, dtype=torch.float32)
+        in_one = _in_one_dtype(run, on_meta=True, reason=reason)
     size = sum(partitions.elements(parameter) for parameter in model.parameters())
     if size > SMALL or any(p.is_meta or partitions.is_partitioned(p) for p in model.parameters()):
-        return ProbeResult(method="unavailable", reason=reason)
-    try:
-        return _run(model, inputs, watch, on_meta=False, reason=reason)
-    except Exception as error:
-        failure = error
-    device = next(model.parameters()).device.type
-    with suppress(Exception), torch.autocast(device, torch.bfloat16):
-        return _run(model, inputs, watch, on_meta=False, reason=reason)
-    reason = f"{reason}; for real: {_first_line(failure)}"
+        return in_one or ProbeResult(method="unavailable", reason=reason)
+    found = _for_real(run, next(model.parameters()).device.type, reason)
+    if isinstance(found, ProbeResult):
+        return in_one or found
     lacking = _lacking(model, inputs)
+    excused = bool(lacking) or _is_of_this_machine(found)
+    if mixed and in_one is None:
+        in_one = _in_one_dtype(run, on_meta=False, reason=reason)
+    if in_one is not None:
+        return in_one if excused else replace(in_one, clash=_first_line(found))
+    reason = f"{reason}; for real: {_first_line(found)}"
     if lacking:
         reason += f"; no example has {lacking}"
-    excused = lacking or _is_of_this_machine(failure) or (mixed and "dtype" in str(failure))
-    raised = "" if excused else _first_line(failure)
+    raised = "" if excused else _first_line(found)
     return ProbeResult(method="unavailable", reason=reason, raised=raised)
+
+
+def _in_one_dtype(run: Callable[..., ProbeResult], **options: Any) -> ProbeResult | None:
+    """Run with everything of floating point in float32; None where that raises too."""
+    with suppress(Exception):
+        return run(dtype=torch.float32, **options)
+    return None
+
+
+def _for_real(run: Callable[..., ProbeResult], device: str, reason: str) -> ProbeResult | Exception:
+    """Run on copies of the values, under autocast if it must be; what it raises without that."""
+    try:
+        return run(on_meta=False, reason=reason)
+    except Exception as error:
+        failure = error
+    with suppress(Exception), torch.autocast(device, torch.bfloat16):
+        return run(on_meta=False, reason=reason)
+    return failure
 
 
 def _is_of_this_machine(error: Exception) -> bool:
@@ -280,8 +302,8 @@ def _autocast_on_meta() -> Iterator[None]:
 def _put_stand_ins(model: nn.Module, *, on_meta: bool, dtype: torch.dtype | None) -> None:
     """Replace every tensor that the model can reach by another one; ties stay ties.
 
-    On the meta device those of floating point are of ``dtype``, or with None of their own. Else
-    they are copies, but for those of a library's own type, which are more than their values.
+    Those of floating point are of ``dtype``, or with None of their own: on the meta device, else
+    copies, but for those of a library's own type, which are more than their values.
     """
     made: dict[int, torch.Tensor] = {}
     if on_meta:
@@ -289,12 +311,12 @@ def _put_stand_ins(model: nn.Module, *, on_meta: bool, dtype: torch.dtype | None
             if _is_packed_linear(module):
                 module.forward = functools.partial(_dense_forward, module)
 
-    def replace(path: str, tensor: torch.Tensor) -> torch.Tensor:
+    def stand_in(path: str, tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
-            made[id(tensor)] = _stand_in(tensor, dtype) if on_meta else _copy(tensor)
+            made[id(tensor)] = (_stand_in if on_meta else _copy)(tensor, dtype)
         return made[id(tensor)]
 
-    reachable.replace_tensors(model, replace)
+    reachable.replace_tensors(model, stand_in)
 
 
 def _stand_in(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -306,10 +328,12 @@ def _stand_in(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return empty
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
+def _copy(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if type(tensor) not in (torch.Tensor, nn.Parameter):
         return tensor
-    copied = tensor.detach().clone()
+    if dtype is None or not tensor.is_floating_point():
+        dtype = tensor.dtype
+    copied = tensor.detach().to(dtype, copy=True)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(copied, requires_grad=tensor.requires_grad)
     return copied
