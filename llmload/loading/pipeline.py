@@ -159,6 +159,8 @@ def execute(
             if ctx.awaiting is None:
                 values.complete(model)
             ctx.files.check()
+            if ctx.checkpoint is not None and ctx.awaiting is None:
+                _part(model)
             _freeze(model, plan.frozen)
             apart = audit.kept_apart(plan, model)
             unforeseen = audit.saved_by_others(ctx, model)
@@ -226,6 +228,12 @@ def _constructor(ctx: Any) -> Callable[[], PreTrainedModel]:
     """Return what runs the model's constructor on the CPU, with the config as it is then."""
     construct, asked = installed_transformers().construct, ctx.spec.dtype != "auto"
     return lambda: construct(ctx.model_class, ctx.config, ctx.dtype, asked=asked)
+
+
+def _part(model: nn.Module) -> None:
+    from llmload.model import overlaps  # needs torch
+
+    overlaps.part(model)
 
 
 def _freeze(model: nn.Module, names: list[str]) -> None:

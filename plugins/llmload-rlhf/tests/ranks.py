@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from making import load
 
+import llmload
 from llmload.plugin import partitions
 from llmload_rlhf.models import whole_state
 
@@ -44,3 +45,11 @@ def load_and_save(
         "parameters": len(parameters),
         "whole": str(whole),
     }
+
+
+def load_policy(spec: dict[str, Any]) -> dict[str, Any]:
+    """Load a policy, and return its head once it is whole."""
+    model = llmload.load(spec | {"zero3": {"config": CONFIG}}).model
+    partitioned = all(map(partitions.is_partitioned, model.parameters()))
+    with partitions.whole([model.lm_head.weight]):
+        return {"partitioned": partitioned, "head": model.lm_head.weight.tolist()}

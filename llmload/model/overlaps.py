@@ -1,0 +1,53 @@
+"""Parameters and buffers that lie over each other's memory: an update of one would change another.
+
+Files of ``torch.save`` can hold two names over one storage, such as those of a head and an
+embedding that were tied when it was written. Loaded into a model that does not tie them, both are
+views of the same memory.
+
+Imported lazily, by functions: this module needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+
+def part(model: nn.Module) -> list[str]:
+    """Give each parameter and buffer memory of its own; returns the names of those that had none.
+
+    Of those that overlap the one that begins first keeps its memory. One object under several
+    names is one.
+    """
+    named = {id(tensor): (name, tensor) for name, tensor in _named(model)}
+    found = []
+    for name, tensor in _overlapping(named.values()):
+        tensor.data = tensor.data.clone()
+        found.append(name)
+    return found
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _overlapping(
+    named: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    spans = sorted(
+        (str(tensor.device), tensor.data_ptr(), -tensor.nbytes, name, tensor)
+        for name, tensor in named
+        if type(tensor) in (torch.Tensor, nn.Parameter)
+        and not tensor.is_meta
+        and tensor.numel()
+        and tensor.is_contiguous()
+    )
+    device, end = "", 0
+    for where, start, minus_bytes, name, tensor in spans:
+        if where == device and start < end:
+            yield name, tensor
+        else:
+            device, end = where, start - minus_bytes
