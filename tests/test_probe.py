@@ -278,7 +278,7 @@ def test_experts_are_all_reached(model_type: str) -> None:
 
 
 def run_for_real(model: nn.Module) -> ProbeResult:
-    return probe_module._run(model, None, on_meta=False, reason="")
+    return probe_module._run(model, None, (), on_meta=False, reason="")
 
 
 @pytest.mark.parametrize("look", [probe, run_for_real], ids=["on meta", "for real"])

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from llmload_rlhf.policies import CoatiPolicyPlugin
 from making import IDS, MASK, OPENS_PICKLES, read, write
 from ranks import load_policy
 from safetensors.torch import save_file
@@ -16,6 +15,7 @@ from test_factors import RANK, LoraLinear, converted
 
 import llmload
 from llmload.testing import assert_plugin, run_on_ranks, same, tiny_checkpoint, tiny_model
+from llmload_rlhf.policies import CoatiPolicyPlugin
 
 CASES = [("llama", 15), ("gpt2", 1), ("opt", 13)]
 """Model type -> its linear layers, the head among them, which two of the three tie."""
