@@ -126,9 +126,20 @@ class LlmloadError(Exception):
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(self, problems: str | Problem | Iterable[Problem], *, fix: str = "") -> None:
+    def __init__(
+        self,
+        problems: str | Problem | Iterable[Problem],
+        *,
+        fix: str = "",
+        where: str = "",
+        file: str = "",
+    ) -> None:
+        """Make an error of problems that were found, or of one.
+
+        :param problems: or the message of the only one, which the others are fields of.
+        """
         if isinstance(problems, str):
-            problems = Problem(message=problems, fix=fix)
+            problems = Problem(message=problems, fix=fix, where=where, file=file)
         self.problems: tuple[Problem, ...] = (
             (problems,) if isinstance(problems, Problem) else tuple(problems)
         )

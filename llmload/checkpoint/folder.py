@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from llmload.checkpoint import mistaken, strict_json
-from llmload.errors import CheckpointError, Problem
+from llmload.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,7 +25,7 @@ _FORBIDDEN = frozenset('\\:*?"<>|')
 
 def refuse(where: Path, message: str, fix: str = "") -> CheckpointError:
     """The error for one file or folder, to be raised by the caller."""
-    return CheckpointError(Problem(message=message, fix=fix, where=str(where)))
+    return CheckpointError(message, fix=fix, where=str(where))
 
 
 def main_file(folder: Path, elsewhere: Collection[str] = ()) -> Path:

@@ -20,7 +20,7 @@ from typing import Any
 
 from llmload.checkpoint import strict_json
 from llmload.checkpoint.strict_json import short
-from llmload.errors import CheckpointError, Problem
+from llmload.errors import CheckpointError
 
 MAX_HEADER_BYTES = 25_000_000
 """The hub refuses longer headers; the reference reader stops at 100 MB."""
@@ -86,7 +86,7 @@ def read_header(descriptor: int, path: Path, size: int) -> tuple[list[TensorInfo
     try:
         return _parse(_header_bytes(descriptor, size), path, size)
     except _DamagedError as error:
-        raise CheckpointError(Problem(message=str(error), fix=error.fix, where=str(path))) from None
+        raise CheckpointError(str(error), fix=error.fix, where=str(path)) from None
 
 
 def read_header_afar(

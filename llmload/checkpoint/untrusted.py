@@ -193,7 +193,7 @@ class UntrustedFolder:
 
     def refusal(self, name: str, message: str, fix: str = _AGAIN) -> CheckpointError:
         """Return the error about one file, to be raised by the caller."""
-        return CheckpointError(Problem(file=str(self.root / name), message=message, fix=fix))
+        return CheckpointError(message, fix=fix, file=str(self.root / name))
 
     def _hold(self, name: str, descriptor: int, state: os.stat_result, limit: int) -> None:
         if state.st_size > limit:
@@ -225,12 +225,7 @@ def read_file(path: Path, where: str, what: str, limit: int = MAX_CONFIG_BYTES) 
     except CheckpointError as error:
         message = error.problems[0].message
     raise CheckpointError(
-        Problem(
-            where=where,
-            file=str(path),
-            message=f"{what} cannot be read: {message}",
-            fix="Check the name.",
-        )
+        f"{what} cannot be read: {message}", fix="Check the name.", where=where, file=str(path)
     )
 
 
@@ -248,11 +243,7 @@ def local_path(text: str, where: str) -> Path:
     except (OSError, RuntimeError, ValueError) as fault:
         reason = (getattr(fault, "strerror", None) or str(fault)).rstrip(".")
         raise CheckpointError(
-            Problem(
-                where=where,
-                message=f"the path {short(text)} cannot be opened: {reason}",
-                fix="Check the path.",
-            )
+            f"the path {short(text)} cannot be opened: {reason}", fix="Check the path.", where=where
         ) from None
     return path
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from llmload.cli.writing import new_folder, refused
-from llmload.errors import Problem, RequestError
+from llmload.errors import RequestError
 from llmload.host.distributions import version_of
 from llmload.spec.loadspec import LoadSpec
 from llmload.spec.suggest import nearest
@@ -48,20 +48,16 @@ def write(name: str, folder: Path | None, kind: str, registry: Registry) -> dict
     _refuse_name(name, registry)
     if kind not in KINDS:
         raise RequestError(
-            Problem(
-                where="--kind",
-                message=f"{kind!r} is no kind of plugin",
-                fix=nearest(kind, KINDS) or f"Write one of {', '.join(KINDS)}.",
-            )
+            f"{kind!r} is no kind of plugin",
+            fix=nearest(kind, KINDS) or f"Write one of {', '.join(KINDS)}.",
+            where="--kind",
         )
     folder = folder or Path(_distribution(name))
     if folder.exists():
         raise RequestError(
-            Problem(
-                where=str(folder),
-                message="the folder of the new plugin is there already",
-                fix="Name another with `--dir`, or remove it.",
-            )
+            "the folder of the new plugin is there already",
+            fix="Name another with `--dir`, or remove it.",
+            where=str(folder),
         )
     files = {target: _filled(template, name) for target, template in _templates(kind).items()}
     written = {}
@@ -77,27 +73,28 @@ def write(name: str, folder: Path | None, kind: str, registry: Registry) -> dict
 def _refuse_name(name: str, registry: Registry) -> None:
     wanted = name.lower().replace("-", "_")
     if not wanted.isascii() or not wanted.isidentifier() or keyword.iskeyword(wanted):
-        _refuse(
+        raise RequestError(
             f"{name!r} cannot be the name of a plugin, which is a key in specs and names a module",
-            "Choose a word of lower-case letters, digits and underscores.",
+            fix="Choose a word of lower-case letters, digits and underscores.",
+            where="NAME",
         )
     if name != wanted:
-        _refuse(
+        raise RequestError(
             f"{name!r} has other signs than lower-case letters, digits and underscores",
-            f"Write {wanted!r}.",
+            fix=f"Write {wanted!r}.",
+            where="NAME",
         )
     if name in LoadSpec.model_fields:
-        _refuse(f"{name!r} is a core key of a spec", "Choose another name.")
+        raise RequestError(
+            f"{name!r} is a core key of a spec", fix="Choose another name.", where="NAME"
+        )
     taken = [info for info in registry.plugins if info.name == name]
     if taken:
-        _refuse(
+        raise RequestError(
             f"{taken[0].distribution} has a plugin {name!r} already",
-            "Choose another name: a plugin cannot replace another.",
+            fix="Choose another name: a plugin cannot replace another.",
+            where="NAME",
         )
-
-
-def _refuse(message: str, fix: str) -> None:
-    raise RequestError(Problem(where="NAME", message=message, fix=fix))
 
 
 def _templates(kind: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llmload.errors import Problem, RequestError
+from llmload.errors import RequestError
 from llmload.loading.wording import size_text
 
 
@@ -76,10 +76,8 @@ def refused(path: Path) -> Iterator[None]:
         there = next(p for p in (path, *path.absolute().parents) if p.is_dir())
         room = f"; {size_text(shutil.disk_usage(there).free)} are free there"
         raise RequestError(
-            Problem(
-                where=str(path),
-                message=f"it cannot be written: {error.strerror}"
-                f"{room if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}",
-                fix="Name a place that can be written to, with room.",
-            )
+            f"it cannot be written: {error.strerror}"
+            f"{room if error.errno in (errno.ENOSPC, errno.EDQUOT) else ''}",
+            fix="Name a place that can be written to, with room.",
+            where=str(path),
         ) from error

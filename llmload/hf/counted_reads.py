@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.patching import replaced
-from llmload.errors import CheckpointError, Problem
+from llmload.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,12 +81,10 @@ class CountedReads(AbstractContextManager["CountedReads"]):
             self._opened.add(path)
         elif real not in self._further:
             raise CheckpointError(
-                Problem(
-                    where=str(file),
-                    message="transformers was about to open this file of weights, which is not"
-                    " among those that were checked",
-                    fix="Keep the model's weights under their plain names, and load again.",
-                )
+                "transformers was about to open this file of weights, which is not"
+                " among those that were checked",
+                fix="Keep the model's weights under their plain names, and load again.",
+                where=str(file),
             )
         return path
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from llmload.errors import CheckpointError, Problem, in_one_line
+from llmload.errors import CheckpointError, in_one_line
 from llmload.hf import bounds, deepspeed
 
 if TYPE_CHECKING:
@@ -46,21 +46,17 @@ class Engine:
             bounds.hold_built(blank, len(stored))
         except Exception as error:
             raise CheckpointError(
-                Problem(
-                    where="model",
-                    message=f"{model_class.__name__} cannot be built from the config:"
-                    f" {in_one_line(error).rstrip('.')}",
-                    fix="Check the config, `auto_class` and `attn_implementation`.",
-                )
+                f"{model_class.__name__} cannot be built from the config:"
+                f" {in_one_line(error).rstrip('.')}",
+                fix="Check the config, `auto_class` and `attn_implementation`.",
+                where="model",
             ) from error
         if not self._transformers.is_post_initialised(blank):
             raise CheckpointError(
-                Problem(
-                    where="auto_class",
-                    message=f"the constructor of {model_class.__name__} does not call"
-                    " `self.post_init()`, without which transformers cannot load into it",
-                    fix="Call it at the end of `__init__`.",
-                )
+                f"the constructor of {model_class.__name__} does not call"
+                " `self.post_init()`, without which transformers cannot load into it",
+                fix="Call it at the end of `__init__`.",
+                where="auto_class",
             )
         return blank
 

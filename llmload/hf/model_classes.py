@@ -7,7 +7,7 @@ import traceback
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.strict_json import short
-from llmload.errors import CheckpointError, Problem, SpecError, in_one_line
+from llmload.errors import CheckpointError, SpecError, in_one_line
 from llmload.hf import bounds, hub, locating
 from llmload.hf.versions import installed_transformers
 from llmload.spec.words import AUTO_CLASSES
@@ -67,9 +67,7 @@ def load_config(
             fix = "Set `trust_remote_code: true` if you trust whoever made it."
         elif own:
             message, fix = own_code_failed(error)
-        raise CheckpointError(
-            Problem(file=str(files.root / locating.CONFIG), message=message, fix=fix)
-        ) from error
+        raise CheckpointError(message, fix=fix, file=str(files.root / locating.CONFIG)) from error
     files.check()
     return config
 
@@ -93,14 +91,12 @@ def resolve_class(
         fix = "Check `architectures` and `auto_map` in the config."
         if getattr(config, "auto_map", None) and spec.trust_remote_code:
             message, fix = own_code_failed(error)
-        raise CheckpointError(Problem(where="model", message=message, fix=fix)) from error
+        raise CheckpointError(message, fix=fix, where="model") from error
     if found is None:
         raise SpecError(
-            Problem(
-                where="auto_class",
-                message=f"model type {config.model_type!r} has no class for {spec.auto_class!r}",
-                fix=f"Use one of {', '.join(_heads(config))}, or `module:Class`.",
-            )
+            f"model type {config.model_type!r} has no class for {spec.auto_class!r}",
+            fix=f"Use one of {', '.join(_heads(config))}, or `module:Class`.",
+            where="auto_class",
         )
     return found
 
@@ -169,19 +165,15 @@ def _imported_class(path: str) -> type[PreTrainedModel]:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise SpecError(
-            Problem(
-                where="auto_class",
-                message=f"{path!r} cannot be imported: {error}",
-                fix="Write it as `module:Class`, and check that the module is on the path.",
-            )
+            f"{path!r} cannot be imported: {error}",
+            fix="Write it as `module:Class`, and check that the module is on the path.",
+            where="auto_class",
         ) from None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise SpecError(
-            Problem(
-                where="auto_class",
-                message=f"{path!r} is not a subclass of transformers.PreTrainedModel",
-                fix="Name a model class, such as `transformers:LlamaForCausalLM`.",
-            )
+            f"{path!r} is not a subclass of transformers.PreTrainedModel",
+            fix="Name a model class, such as `transformers:LlamaForCausalLM`.",
+            where="auto_class",
         )
     return found
 
@@ -202,11 +194,9 @@ def resolve_dtype(
         return declared
     if declared is not None:
         raise CheckpointError(
-            Problem(
-                where="dtype",
-                message=f"the config's dtype is {short(declared)}, in which no model is computed",
-                fix="Say in the spec which it is to be, such as `dtype: bfloat16`.",
-            )
+            f"the config's dtype is {short(declared)}, in which no model is computed",
+            fix="Say in the spec which it is to be, such as `dtype: bfloat16`.",
+            where="dtype",
         )
     stored = [t.dtype for t in checkpoint.tensors.values()] if checkpoint else []
     names = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

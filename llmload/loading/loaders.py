@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint import Checkpoint
-from llmload.errors import CheckpointError, Problem
+from llmload.errors import CheckpointError
 from llmload.hf import installed_transformers
 from llmload.loading import audit
 
@@ -83,11 +83,9 @@ def _pretrained(ctx: LoadContext) -> PreTrainedModel:
         if "size" not in str(error) and "shape" not in str(error):
             raise
         raise CheckpointError(
-            Problem(
-                where="model",
-                message=f"the checkpoint does not fit {ctx.model_class.__name__}: {error}",
-                fix="Check that config.json and weights belong together.",
-            )
+            f"the checkpoint does not fit {ctx.model_class.__name__}: {error}",
+            fix="Check that config.json and weights belong together.",
+            where="model",
         ) from error
     ctx.record("transformers", counts.facts())
     for name in info["missing_keys"]:

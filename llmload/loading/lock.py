@@ -107,12 +107,10 @@ def read(path: str) -> Lock:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
         raise CheckpointError(
-            Problem(
-                where="lock",
-                file=path,
-                message=f"this is not a lock file: {place + ': ' if place else ''}{first['msg']}",
-                fix="Make one with `llmload lock`.",
-            )
+            f"this is not a lock file: {place + ': ' if place else ''}{first['msg']}",
+            fix="Make one with `llmload lock`.",
+            where="lock",
+            file=path,
         ) from None
 
 

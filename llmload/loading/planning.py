@@ -134,12 +134,10 @@ def _headers(spec: LoadSpec, folder: Path, place: Path, fetch: Fetch) -> Checkpo
     if pickles:
         if fetch is Fetch.NOTHING:
             raise CheckpointError(
-                Problem(
-                    where="model",
-                    message=f"the weights of {spec.model!r} are not in the cache, and what is in"
-                    f" the pickle {pickles[0]!r} is known only once it is here",
-                    fix=f"Fetch it with `hf download {spec.model}`; a load does so.",
-                )
+                f"the weights of {spec.model!r} are not in the cache, and what is in"
+                f" the pickle {pickles[0]!r} is known only once it is here",
+                fix=f"Fetch it with `hf download {spec.model}`; a load does so.",
+                where="model",
             )
         locating.resolve(spec, weights=True)
         elsewhere = {}

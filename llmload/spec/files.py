@@ -74,16 +74,20 @@ def _content(path: FilePath) -> bytes:
     try:
         return _read(path.expanduser())
     except FileNotFoundError:
-        raise _refusal(path, "the spec file does not exist", "Check the name.") from None
+        raise SpecError(
+            "the spec file does not exist", fix="Check the name.", file=str(path)
+        ) from None
     except IsADirectoryError:
-        raise _refusal(
-            path,
+        raise SpecError(
             "this is a folder, not a spec file",
-            "Write a spec with `model:` set to the folder, and give the spec's name.",
+            fix="Write a spec with `model:` set to the folder, and give the spec's name.",
+            file=str(path),
         ) from None
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise _refusal(path, f"the spec file cannot be read: {reason}", "Check the name.") from None
+        raise SpecError(
+            f"the spec file cannot be read: {reason}", fix="Check the name.", file=str(path)
+        ) from None
 
 
 def _read(path: FilePath) -> bytes:
@@ -93,23 +97,19 @@ def _read(path: FilePath) -> bytes:
 
 def _decoded(content: bytes, file: str) -> str:
     if len(content) > MAX_BYTES:
-        raise _refusal(
-            file,
+        raise SpecError(
             f"the spec file is larger than {MAX_BYTES // 1024} KiB",
-            "Check that it is a spec; give a spec of that size from Python.",
+            fix="Check that it is a spec; give a spec of that size from Python.",
+            file=file,
         )
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _refusal(
-            file,
+        raise SpecError(
             f"the spec file is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}",
-            "Save it as UTF-8.",
+            fix="Save it as UTF-8.",
+            file=file,
         ) from None
-
-
-def _refusal(file: str | FilePath, message: str, fix: str) -> SpecError:
-    return SpecError(Problem(message=message, fix=fix, file=os.fspath(file)))
 
 
 def _plain_mapping(source: LoadSpec | GroupSpec | Mapping[str, Any]) -> dict[str, Any]:
@@ -125,11 +125,9 @@ def _plain(value: object, path: Path, problems: list[Problem]) -> Any:
     """Return ``value`` as dict, list and scalars; what cannot be is added to ``problems``."""
     if len(path) > yaml_read.MAX_DEPTH:
         raise SpecError(
-            Problem(
-                where=dotted(path[:3]),
-                message=f"the spec is nested deeper than {yaml_read.MAX_DEPTH} levels",
-                fix="Flatten it; a list or mapping must not contain itself.",
-            )
+            f"the spec is nested deeper than {yaml_read.MAX_DEPTH} levels",
+            fix="Flatten it; a list or mapping must not contain itself.",
+            where=dotted(path[:3]),
         )
     if isinstance(value, LoadSpec):
         core = value.model_dump(mode="json", exclude_unset=True, include=set(LoadSpec.model_fields))

@@ -271,7 +271,7 @@ def _beside(key: str) -> Problem:
 
 
 def _fault(where: str, message: str, fix: str) -> SpecError:
-    return SpecError(Problem(where=where, message=message, fix=fix))
+    return SpecError(message, fix=fix, where=where)
 
 
 def _kind(value: object) -> str:

@@ -13,7 +13,7 @@ import time
 from functools import lru_cache
 from typing import Any, Final
 
-from llmload.errors import Problem, RequestError
+from llmload.errors import RequestError
 
 SECONDS: Final = 1.0
 """Processor time that one expression may take beyond what an ordinary one takes."""
@@ -71,11 +71,9 @@ class _Budgeted:
             return result
         self._left = SECONDS  # for the next request
         raise RequestError(
-            Problem(
-                message=f"the regular expression {self._pattern[:_SHOWN]!r} takes too long on"
-                f" {texts[-1][:_SHOWN]!r}",
-                fix="Write it without repetitions inside repetitions, such as `(a+)+`.",
-            )
+            f"the regular expression {self._pattern[:_SHOWN]!r} takes too long on"
+            f" {texts[-1][:_SHOWN]!r}",
+            fix="Write it without repetitions inside repetitions, such as `(a+)+`.",
         )
 
 

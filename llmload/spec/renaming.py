@@ -102,13 +102,11 @@ class Renaming:
         if not hits:
             found = list(self.names.values())
             raise CheckpointError(
-                Problem(
-                    where=f"{self._where}[{pattern!r}]",
-                    message=f"the regular expression matches none of the {len(found)} keys of"
-                    f" {self._of}, which are {some(found)}",
-                    fix="Correct the rule, or remove it. Rules are applied one after the other,"
-                    " each to what the one before it left.",
-                )
+                f"the regular expression matches none of the {len(found)} keys of {self._of}, which"
+                f" are {some(found)}",
+                fix="Correct the rule, or remove it. Rules are applied one after the other,"
+                " each to what the one before it left.",
+                where=f"{self._where}[{pattern!r}]",
             )
         self.counts[pattern] = hits
         self._change(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from llmload.plugin import Problem, RequestError
+from llmload.plugin import RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +139,7 @@ def _ties(tensors: Mapping[str, torch.Tensor]) -> set[tuple[str, ...]]:
 
 def _refusal(message: str) -> RequestError:
     fix = "Use a tokenizer that the embedding has rows for, and remove the section `embeddings`."
-    return RequestError(Problem(where="embeddings", message=message, fix=fix))
+    return RequestError(message, fix=fix, where="embeddings")
 
 
 def input_embedding(model: PreTrainedModel) -> Any:

@@ -65,11 +65,9 @@ def _refuse_unquantised(
 ) -> None:
     if not layers:
         raise RequestError(
-            Problem(
-                where="kbit",
-                message=f"{type(model).__name__} has no linear layer to quantise",
-                fix="Remove `kbit`, or list fewer `skip_modules`.",
-            )
+            f"{type(model).__name__} has no linear layer to quantise",
+            fix="Remove `kbit`, or list fewer `skip_modules`.",
+            where="kbit",
         )
     missing = (
         _foretold_missing(ctx, layers)
@@ -78,12 +76,10 @@ def _refuse_unquantised(
     )
     if missing:
         raise CheckpointError(
-            Problem(
-                where="kbit",
-                message=f"the checkpoint has no values for {some(missing)}, and bitsandbytes cannot"
-                " quantise newly initialised ones",
-                fix="List the modules in `kbit: {skip_modules: [...]}`.",
-            )
+            f"the checkpoint has no values for {some(missing)}, and bitsandbytes cannot"
+            " quantise newly initialised ones",
+            fix="List the modules in `kbit: {skip_modules: [...]}`.",
+            where="kbit",
         )
     in_4_bits = [layer for layer in layers.values() if isinstance(layer, Linear4bit)]
     blocks = (
@@ -93,12 +89,10 @@ def _refuse_unquantised(
     )
     if check.stored_quantisation(ctx) is None and blocks - {section.block_size}:
         raise RequestError(
-            Problem(
-                where="kbit.block_size",
-                message=f"{section.block_size} is asked for, and from_pretrained, which had to load"
-                f" this model, quantises in blocks of {min(blocks)}",
-                fix="Remove the key; the plan says why the streaming loader declined.",
-            )
+            f"{section.block_size} is asked for, and from_pretrained, which had to load"
+            f" this model, quantises in blocks of {min(blocks)}",
+            fix="Remove the key; the plan says why the streaming loader declined.",
+            where="kbit.block_size",
         )
 
 
@@ -136,12 +130,10 @@ def _refuse_casts(ctx: LoadContext, casting: Casting, model: nn.Module) -> None:
     }
     if groups:
         raise RequestError(
-            Problem(
-                where="kbit",
-                message=f"ZeRO-3 keeps every parameter in {dtype_name(ctx.dtype)},"
-                f" and {' and '.join(sorted(groups))} would be cast to another dtype",
-                fix="Leave `prepare` and `cast` out, or use a ZeRO stage below 3.",
-            )
+            f"ZeRO-3 keeps every parameter in {dtype_name(ctx.dtype)},"
+            f" and {' and '.join(sorted(groups))} would be cast to another dtype",
+            fix="Leave `prepare` and `cast` out, or use a ZeRO stage below 3.",
+            where="kbit",
         )
 
 
@@ -157,12 +149,10 @@ def _refuse_mixed_dtypes(casting: Casting, model: nn.Module) -> None:
             for dtype, groups in sorted(found.items(), key=str)
         )
         raise RequestError(
-            Problem(
-                where="kbit",
-                message="FSDP shards parameters of one floating-point dtype, and the model would"
-                f" have {listed}",
-                fix="Leave `quant_storage`, `prepare` and `cast` out.",
-            )
+            "FSDP shards parameters of one floating-point dtype, and the model would"
+            f" have {listed}",
+            fix="Leave `quant_storage`, `prepare` and `cast` out.",
+            where="kbit",
         )
 
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmload.builtin.kbit import check
 from llmload.builtin.kbit.casting import Casting
-from llmload.plugin import Part, Plain, Problem, RequestError, default_dtype, installed_transformers
+from llmload.plugin import Part, Plain, RequestError, default_dtype, installed_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -200,9 +200,7 @@ def _hold_to_names(section: KbitSection, model: nn.Module) -> None:
         if not any(installed_transformers().leaves_unquantised(name, module) for module in linear):
             ends = sorted({module.rpartition(".")[2] for module in linear})
             raise RequestError(
-                Problem(
-                    where=f"kbit.skip_modules.{position}",
-                    message=f"no linear layer is called {name!r}",
-                    fix=f"Names end in {', '.join(ends)}.",
-                )
+                f"no linear layer is called {name!r}",
+                fix=f"Names end in {', '.join(ends)}.",
+                where=f"kbit.skip_modules.{position}",
             )

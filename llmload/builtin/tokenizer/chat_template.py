@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from llmload.plugin import (
     CheckpointError,
-    Problem,
     RequestError,
     UntrustedFolder,
     local_path,
@@ -84,4 +83,4 @@ def _of_tokenizer(folder: Path, ctx: LoadContext) -> str:
 
 
 def _refusal(message: str) -> RequestError:
-    return RequestError(Problem(where=_WHERE, message=message, fix=_WAYS))
+    return RequestError(message, fix=_WAYS, where=_WHERE)

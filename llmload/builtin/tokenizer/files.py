@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from llmload.builtin.tokenizer import vetting
 from llmload.plugin import (
     CheckpointError,
-    Problem,
     RequestError,
     UntrustedFolder,
     cache_dir,
@@ -32,19 +31,14 @@ _PIECES = "tokenizer.model"
 _FILES = (_CONFIG, "tokenizer*", "vocab.*", "*.model", "tekken.json")
 
 
-def refusal(key: str, message: str, fix: str) -> RequestError:
-    """Return the refusal of a key of the section."""
-    return RequestError(Problem(where=f"tokenizer.{key}", message=message, fix=fix))
-
-
 def locate(ctx: LoadContext, section: TokenizerSection) -> Path:
     """Return the folder of the tokenizer: the model's, or the one that is asked for."""
     if section.name_or_path is None:
         if section.revision is not None:
-            raise refusal(
-                "revision",
+            raise RequestError(
                 f"revision {section.revision!r} was asked for without `tokenizer.name_or_path`",
-                "Name the hub id of the tokenizer, or set the model's `revision`.",
+                fix="Name the hub id of the tokenizer, or set the model's `revision`.",
+                where="tokenizer.revision",
             )
         return ctx.folder
     place = {"model": section.name_or_path, "revision": section.revision}
@@ -90,19 +84,19 @@ def load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTraine
             if names(folder) == {_CONFIG}:
                 raise _no_vocabulary(folder, []) from error
             if _wants_sentencepiece(folder):
-                raise refusal(
-                    "name_or_path",
+                raise RequestError(
                     f"the vocabulary in {str(folder / _PIECES)!r} is read by sentencepiece, which"
                     " is not installed",
-                    "Install it with `pip install sentencepiece protobuf`.",
+                    fix="Install it with `pip install sentencepiece protobuf`.",
+                    where="tokenizer.name_or_path",
                 ) from error
             raise _cannot_be_loaded(folder, in_one_line(error)) from error
     files.check()
     if tokenizer is False:  # what transformers 4.51 gives where a slow one's files are missing
-        raise refusal(
-            "use_fast",
+        raise RequestError(
             f"the folder {str(folder)!r} holds no files of a slow tokenizer",
-            "Remove `tokenizer.use_fast`.",
+            fix="Remove `tokenizer.use_fast`.",
+            where="tokenizer.use_fast",
         )
     with faults_refused(folder):
         expected = list(tokenizer.vocab_files_names.values())
@@ -139,17 +133,17 @@ def _wants_sentencepiece(folder: Path) -> bool:
 
 
 def _cannot_be_loaded(folder: Path, reason: str) -> RequestError:
-    return refusal(
-        "name_or_path",
+    return RequestError(
         f"the tokenizer in {str(folder)!r} cannot be loaded: {reason.rstrip('.')}",
-        "Save or download it again, or name another in `tokenizer.name_or_path`.",
+        fix="Save or download it again, or name another in `tokenizer.name_or_path`.",
+        where="tokenizer.name_or_path",
     )
 
 
 def _no_vocabulary(folder: Path, expected: list[str]) -> RequestError:
     none_of = f": none of {', '.join(expected)}" if expected else ""
-    return refusal(
-        "name_or_path",
+    return RequestError(
         f"the folder {str(folder)!r} holds a {_CONFIG}, but no vocabulary{none_of}",
-        "Save or download it again, or name another in `tokenizer.name_or_path`.",
+        fix="Save or download it again, or name another in `tokenizer.name_or_path`.",
+        where="tokenizer.name_or_path",
     )

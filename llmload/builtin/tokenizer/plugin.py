@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from llmload.builtin.tokenizer.section import TokenizerSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import Note, Problem, some
+from llmload.plugin import Note, Problem, RequestError, some
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,11 +41,11 @@ class TokenizerPlugin:
         folder = files.locate(ctx, section)
         if not files.names(folder):
             if self.name in ctx.spec.sections:
-                raise files.refusal(
-                    "name_or_path",
+                raise RequestError(
                     f"the folder {str(folder)!r} holds no tokenizer files",
-                    "Name a folder or hub id that holds some in `tokenizer.name_or_path`, or remove"
-                    " the section `tokenizer`.",
+                    fix="Name a folder or hub id that holds some in `tokenizer.name_or_path`, or"
+                    " remove the section `tokenizer`.",
+                    where="tokenizer.name_or_path",
                 )
             yield Note(text="no tokenizer: the folder holds no tokenizer files")
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from llmload.plugin import CheckpointError, Problem, RequestError, UntrustedFolder
+from llmload.plugin import CheckpointError, RequestError, UntrustedFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,12 +70,10 @@ def hold_ids(tokenizer: PreTrainedTokenizerBase, folder: Path, ctx: LoadContext)
     limit = _words(folder, ctx)
     if highest >= limit:
         raise RequestError(
-            Problem(
-                where="tokenizer",
-                message=f"the tokenizer in {str(folder)!r} has ids up to {highest:,}, and a model"
-                f" of {_rows(ctx):,} rows bears {limit:,} at most",
-                fix="Check that tokenizer and model belong together.",
-            )
+            f"the tokenizer in {str(folder)!r} has ids up to {highest:,}, and a model"
+            f" of {_rows(ctx):,} rows bears {limit:,} at most",
+            fix="Check that tokenizer and model belong together.",
+            where="tokenizer",
         )
 
 

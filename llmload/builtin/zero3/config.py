@@ -136,17 +136,17 @@ def read(section: Zero3Section) -> dict[str, Any]:
     try:
         text = read_file(path, "zero3.config", "the DeepSpeed config").decode("utf-8")
     except UnicodeDecodeError:
-        raise _refusal(
-            "config",
+        raise RequestError(
             f"the DeepSpeed config {str(path)!r} cannot be read: it is not text in UTF-8",
-            "Check the name; it is relative to the working directory.",
+            fix="Check the name; it is relative to the working directory.",
+            where="zero3.config",
         ) from None
     content, _ = parse_yaml(text, str(path))
     if not isinstance(content, dict):
-        raise _refusal(
-            "config",
+        raise RequestError(
             f"the DeepSpeed config {str(path)!r} is no mapping of keys to values",
-            'Write at least {"zero_optimization": {"stage": 3}}.',
+            fix='Write at least {"zero_optimization": {"stage": 3}}.',
+            where="zero3.config",
         )
     return _recognised(content, repr(str(path)))
 
@@ -156,10 +156,10 @@ def _recognised(content: dict[str, Any], what: str) -> dict[str, Any]:
     if content.keys() & _TOP_LEVEL:
         return content
     shown = ", ".join(map(str, [*content][:_SHOWN])) or "nothing"
-    raise _refusal(
-        "config",
+    raise RequestError(
         f"{what} has none of DeepSpeed's keys: it has {shown}",
-        'Give a DeepSpeed config, with at least {"zero_optimization": {"stage": 3}}.',
+        fix='Give a DeepSpeed config, with at least {"zero_optimization": {"stage": 3}}.',
+        where="zero3.config",
     )
 
 
@@ -182,10 +182,10 @@ def stage_of(section: Zero3Section) -> int:
     stage = zero.get("stage", 0) if isinstance(zero, dict) else zero
     if isinstance(stage, bool) or stage not in range(4):
         found = "which `accelerate launch` fills in" if stage == AUTO else f"found {stage!r}"
-        raise _refusal(
-            "config.zero_optimization.stage",
+        raise RequestError(
             f"expected a ZeRO stage from 0 to 3, {found}",
-            'Write {"zero_optimization": {"stage": 3}}.',
+            fix='Write {"zero_optimization": {"stage": 3}}.',
+            where="zero3.config.zero_optimization.stage",
         )
     return int(stage)
 
@@ -303,7 +303,3 @@ def precision_problem(config: DeepSpeedConfig, dtype: str) -> Problem | None:
         message=f"the DeepSpeed config trains in {config.dtype}, the model's dtype is {dtype}",
         fix=f"Set `dtype: {config.dtype}`{enable}.",
     )
-
-
-def _refusal(where: str, message: str, fix: str) -> RequestError:
-    return RequestError(Problem(where=f"zero3.{where}", message=message, fix=fix))

@@ -34,13 +34,11 @@ def hold_to_version(keys: list[str], section: str, version: str) -> None:
     """Refuse factors of a version that says nothing of their scaling."""
     if keys and version not in MERGED_BY:
         raise RequestError(
-            Problem(
-                where=f"{section}.version",
-                message=f"the checkpoint keeps {len(keys)} LoRA factors beside its weights, as"
-                f" {min(keys)!r}, and no file says how {version} scaled them",
-                fix="If an old coati saved it, write `version: 0.2.8` or `version: 0.3.4`, which"
-                " merge them; otherwise merge them before they are saved.",
-            )
+            f"the checkpoint keeps {len(keys)} LoRA factors beside its weights, as"
+            f" {min(keys)!r}, and no file says how {version} scaled them",
+            fix="If an old coati saved it, write `version: 0.2.8` or `version: 0.3.4`, which"
+            " merge them; otherwise merge them before they are saved.",
+            where=f"{section}.version",
         )
 
 

@@ -30,11 +30,9 @@ def check(ctx: LoadContext, section: Any) -> Iterator[Problem | Note]:
         ctx.configure(num_labels=1)
     elif ctx.checkpoint is None:
         raise RequestError(
-            Problem(
-                where="reward_head",
-                message="with `weights: random` there is no head to load",
-                fix="Write `reward_head: {new: true}`.",
-            )
+            "with `weights: random` there is no head to load",
+            fix="Write `reward_head: {new: true}`.",
+            where="reward_head",
         )
     elif ctx.config.num_labels != 1:
         yield Problem(
@@ -86,10 +84,8 @@ def head_names(model: PreTrainedModel) -> list[str]:
 def _refuse_class(ctx: LoadContext) -> None:
     if ctx.spec.auto_class != "sequence_classification" and ":" not in ctx.spec.auto_class:
         raise RequestError(
-            Problem(
-                where="auto_class",
-                message="`reward_head: {layout: sequence_classification}` is transformers' class"
-                f" of that name, and {ctx.spec.auto_class!r} is asked for",
-                fix="Write `auto_class: sequence_classification`.",
-            )
+            "`reward_head: {layout: sequence_classification}` is transformers' class"
+            f" of that name, and {ctx.spec.auto_class!r} is asked for",
+            fix="Write `auto_class: sequence_classification`.",
+            where="auto_class",
         )

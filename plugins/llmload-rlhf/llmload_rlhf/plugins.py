@@ -148,12 +148,10 @@ class HeadPlugin:
     def _refuse_class(self, ctx: LoadContext, wanted: str) -> None:
         if ctx.spec.auto_class != wanted and ":" not in ctx.spec.auto_class:
             raise RequestError(
-                Problem(
-                    where="auto_class",
-                    message=f"`{self.name}: {{layout: {self._section(ctx).layout}}}` is put on a"
-                    f" model of class {wanted!r}, and {ctx.spec.auto_class!r} is asked for",
-                    fix=f"Write `auto_class: {wanted}`.",
-                )
+                f"`{self.name}: {{layout: {self._section(ctx).layout}}}` is put on a"
+                f" model of class {wanted!r}, and {ctx.spec.auto_class!r} is asked for",
+                fix=f"Write `auto_class: {wanted}`.",
+                where="auto_class",
             )
 
     def _hold_to_request(self, ctx: LoadContext, layout: Layout, found: list[str]) -> None:
@@ -170,7 +168,7 @@ class HeadPlugin:
             fix = f"Write `{self.name}: {{new: true}}` to start with a new head, or map the keys."
         else:
             return
-        raise RequestError(Problem(where=self.name, message=message, fix=fix))
+        raise RequestError(message, fix=fix, where=self.name)
 
     def _shape_problems(self, ctx: LoadContext, layout: Layout) -> Iterator[Problem]:
         """Find head tensors that do not fit the transformer, and those that no head has."""
