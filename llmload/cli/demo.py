@@ -36,7 +36,7 @@ STEPS: Final = 200
 """Of the small model. On any machine the same, so that each sees the same text in the end."""
 FINE_TUNING_STEPS: Final = 240
 LEARNING_RATE: Final = 5e-3
-ADAPTER_LEARNING_RATE: Final = 1e-2
+ADAPTER_LEARNING_RATE: Final = 3e-3
 ROOM: Final = 8 * 2**20
 """Bytes of disk that model and spec take at most."""
 MARK: Final = "<s>"
@@ -50,7 +50,7 @@ dtype: float32
 tokenizer: {{add_tokens: ["<pad>"], pad_token: "<pad>"}}
 embeddings: {{pad_to_multiple_of: 64}}
 dropout: {{p: 0.0}}
-lora: {{r: 8, lora_alpha: 16, target_modules: all-linear}}
+lora: {{r: 64, lora_alpha: 128, target_modules: all-linear}}
 """
 
 
