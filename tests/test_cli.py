@@ -86,12 +86,14 @@ def test_help_answers_in_less_than_300_ms() -> None:
 # --- surface ------------------------------------------------------------------------------------
 
 OPTIONS = {
-    "lock": ["--json", "--output", "--plugin", "-o", "-p", "SPEC"],
+    "inspect": ["--all", "--json", "--plugin", "--set", "-p", "SPEC"],
+    "targets": ["--json", "--plugin", "--set", "-p", "SPEC"],
+    "lock": ["--json", "--output", "--plugin", "--set", "-o", "-p", "SPEC"],
     "new-plugin": ["--dir", "--json", "--kind", "name"],
-    "verify": ["--json", "--lock", "--plugin", "-p", "SPEC"],
-    "load": ["--json", "--plugin", "-p", "SPEC"],
-    "plan": ["--json", "--plugin", "-p", "SPEC"],
-    "validate": ["--json", "--plugin", "-p", "SPEC"],
+    "verify": ["--json", "--lock", "--plugin", "--set", "-p", "SPEC"],
+    "load": ["--json", "--plugin", "--set", "-p", "SPEC"],
+    "plan": ["--json", "--plugin", "--set", "-p", "SPEC"],
+    "validate": ["--json", "--plugin", "--set", "-p", "SPEC"],
     "plugins": ["--json", "--plugin", "-p"],
     "doctor": ["--json", "--plugin", "-p", "names"],
     "env": ["--json", "--plugin", "-p"],
@@ -418,3 +420,80 @@ def test_a_fault_of_our_own_is_data_too_beside_its_traceback(
         "error": "ZeroDivisionError",
         "problems": [{"message": "ZeroDivisionError: oh"}],
     }
+
+
+# --- what the argument and --set ask for ---------------------------------------------------------
+
+
+def validated(*arguments: str, text: str = "model: gpt2\nlora: {r: 8}\n") -> Any:
+    """What ``validate --json`` understood of a spec on standard input."""
+    shown = run("validate", "-", "--json", *arguments, text=text)
+    assert shown.exit_code == 0, shown.stderr
+    return json.loads(shown.stdout)["spec"]
+
+
+def test_a_value_that_is_set_stands_in_place_of_the_specs() -> None:
+    spec = validated("--set", "lora.r=4", "--set", "dropout.p=0.1", "--set", "dtype=bfloat16")
+    assert spec == {
+        "model": "gpt2",
+        "dtype": "bfloat16",
+        "dropout": {"p": 0.1},
+        "lora": {"r": 4},
+    }
+
+
+def test_what_is_set_is_yaml_and_may_be_a_section_or_nothing() -> None:
+    assert validated("--set", "lora={r: 2, lora_alpha: 4}")["lora"] == {"r": 2, "lora_alpha": 4}
+    assert validated("--set", "lora=null") == {"model": "gpt2"}
+    assert validated("--set", "lora=") == {"model": "gpt2"}
+
+
+def test_a_member_of_a_group_can_be_set() -> None:
+    group = "models: {policy: {model: a, lora: {r: 8}}, reference: {like: policy}}"
+    shown = run("validate", "-", "--json", "--set", "models.policy.lora.r=4", text=group)
+    assert json.loads(shown.stdout)["spec"]["models"]["policy"]["lora"]["r"] == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lora.r=four", "--set lora.r=four: lora.r: expected a whole number, found 'four'"),
+        ("lora.rr=4", "--set lora.rr=4: lora.rr: unknown key. Did you mean 'r'?"),
+        ("lora=[1", "--set lora=[1:1:3: "),
+        (
+            "lora.r.x=4",
+            "--set lora.r.x=4: there is no key 'x' in 8, which is no mapping. Set the whole value,"
+            " written as YAML: `--set 'lora={r: 8}'`.",
+        ),
+        ("lora", "--set: 'lora' sets nothing. Write the key, `=` and the value: `--set lora.r=8`."),
+        ("=4", "--set: '=4' sets nothing."),
+        ("lora..r=4", "--set: 'lora..r=4' sets nothing."),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_its_own_words(setting: str, message: str) -> None:
+    shown = run("validate", "-", "--set", setting, text="model: gpt2\nlora: {r: 8}\n")
+    assert shown.exit_code == 2
+    assert shown.stderr.startswith(message)
+    assert shown.stdout == ""
+
+
+def test_faults_of_the_file_keep_their_place_beside_those_of_settings() -> None:
+    shown = run("validate", "-", "--set", "lora.r=x", text="model: gpt2\nlora: {alpha: 8}\n")
+    first, second = shown.stderr.splitlines()
+    assert first.startswith("--set lora.r=x: lora.r: ")
+    assert second.startswith("<stdin>:2:8: lora.alpha: ")
+
+
+def test_the_folder_of_a_model_and_a_hub_id_are_specs_of_nothing_else(tmp_path: Path) -> None:
+    for model in (str(tmp_path), "org/some-model"):
+        shown = run("validate", model, "--json")
+        assert json.loads(shown.stdout)["spec"] == {"model": model}
+
+
+def test_a_spec_file_that_is_not_there_is_not_taken_for_a_model() -> None:
+    for name in ("sft", "sft.yaml", "configs/sft.yaml", "a/b/c", "./a", "x" * 5000, "a\0b"):
+        assert run("validate", name).exit_code == 2, name
+
+
+def test_help_has_a_short_name() -> None:
+    assert run("plan", "-h").stdout == run("plan", "--help").stdout

@@ -241,8 +241,8 @@ def test_verify_without_a_lock_and_lock_of_a_group_are_refused(
     done = command("lock", group)
     assert (done.exit_code, done.stderr) == (
         2,
-        f"'{group}' is a group of models, and a lock is of one."
-        " Lock each member by a spec of its own, and name the lock in the member's `lock`.\n",
+        f"'{group}' is a group of models, and this command takes one."
+        " Give each member in a spec of its own; a lock is named in the member's `lock`.\n",
     )
 
 

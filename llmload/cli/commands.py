@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from llmload.host.registry import Registry
     from llmload.loading.prepared import Prepared
-    from llmload.spec.files import Source
     from llmload.spec.groupspec import GroupSpec
     from llmload.spec.loadspec import LoadSpec
 
@@ -47,12 +46,25 @@ app = typer.Typer(
     help="Load a language model as a spec says, with a plan before and a proof after.",
     epilog="Exit codes: 0 done, 1 failed, 2 the request is wrong.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 Spec = Annotated[
-    str, typer.Argument(metavar="SPEC", help="A YAML or JSON file, or `-` for standard input.")
+    str,
+    typer.Argument(
+        metavar="SPEC",
+        help="A YAML or JSON file, `-` for standard input, or a model: its folder or hub id.",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A value, as YAML, in place of what the spec says: `lora.r=8`. Repeatable.",
+    ),
 ]
 Plugins = Annotated[
     list[str] | None,
@@ -137,7 +149,9 @@ def _write_text(text: RenderableType) -> None:
 
 
 @_command
-def load(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
+def load(
+    *, spec: Spec, settings: Settings = None, plugin: Plugins = None, json: Json = False
+) -> Answer:
     """Load the model of a spec, or all of a group, prove that it is right, and report."""
     from llmload.cli import show
     from llmload.cli.progress import is_wanted, progress
@@ -146,7 +160,7 @@ def load(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
     from llmload.spec.groupspec import GroupSpec
 
     registry = _registry(plugin)
-    wanted = _wanted(spec, registry)
+    wanted = _wanted(spec, settings, registry)
     with progress(shown=is_wanted(json=json)):
         if isinstance(wanted, GroupSpec):
             report = loading.load_group(wanted, registry=registry).report
@@ -156,7 +170,9 @@ def load(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
 
 
 @_command
-def plan(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
+def plan(
+    *, spec: Spec, settings: Settings = None, plugin: Plugins = None, json: Json = False
+) -> Answer:
     """Say what `load` would do and what stands in its way, reading no weight."""
     from llmload.cli import show
     from llmload.cli.progress import is_wanted, progress
@@ -165,7 +181,7 @@ def plan(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
     from llmload.spec.groupspec import GroupSpec
 
     registry = _registry(plugin)
-    wanted = _wanted(spec, registry)
+    wanted = _wanted(spec, settings, registry)
     with progress(shown=is_wanted(json=json)):
         if isinstance(wanted, GroupSpec):
             plans = loading.plan_group(wanted, registry=registry)
@@ -176,11 +192,42 @@ def plan(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
 
 
 @_command
-def validate(*, spec: Spec, plugin: Plugins = None, json: Json = False) -> Answer:
+def inspect(
+    *,
+    spec: Spec,
+    every: Annotated[bool, typer.Option("--all", help="A line for each tensor.")] = False,
+    settings: Settings = None,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> Answer:
+    """List what lies in the folder of a model: files and tensors, by their headers."""
+    from llmload.cli import inspecting, show
+
+    registry = _registry(plugin)
+    found = inspecting.inspect(_one_model(spec, settings, registry), registry)
+    return Answer(found, lambda: show.inspection(found, every=every))
+
+
+@_command
+def targets(
+    *, spec: Spec, settings: Settings = None, plugin: Plugins = None, json: Json = False
+) -> Answer:
+    """List the modules of a model, and which of them the spec's `lora` would take."""
+    from llmload.cli import inspecting, show
+
+    registry = _registry(plugin)
+    found = inspecting.targets(_one_model(spec, settings, registry), registry)
+    return Answer(found, lambda: show.targets(found))
+
+
+@_command
+def validate(
+    *, spec: Spec, settings: Settings = None, plugin: Plugins = None, json: Json = False
+) -> Answer:
     """Check a spec by itself, without looking at its models."""
     from llmload.spec import files
 
-    checked = _wanted(spec, _registry(plugin))
+    checked = _wanted(spec, settings, _registry(plugin))
     data = {"valid": True, "spec": files.read(checked).data}
     name = "<stdin>" if spec == "-" else spec
     return Answer(data, lambda: f"{name}: valid")
@@ -193,6 +240,7 @@ def lock(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path(
         "llmload.lock"
     ),
+    settings: Settings = None,
     plugin: Plugins = None,
     json: Json = False,
 ) -> Answer:
@@ -204,7 +252,7 @@ def lock(
     from llmload.loading import lock as locking
 
     registry = _registry(plugin)
-    wanted = _one_model(spec, registry)
+    wanted = _one_model(spec, settings, registry)
     require_place(output)
     made = locking.make(_prepared(wanted, registry))
     with refused(output):
@@ -220,6 +268,7 @@ def verify(
     lock: Annotated[
         str | None, typer.Option("--lock", help="Lock file; by default the spec's `lock`.")
     ] = None,
+    settings: Settings = None,
     plugin: Plugins = None,
     json: Json = False,
 ) -> Answer:
@@ -230,7 +279,7 @@ def verify(
     from llmload.loading import lock as locking
 
     registry = _registry(plugin)
-    wanted = _one_model(spec, registry)
+    wanted = _one_model(spec, settings, registry)
     path = lock or wanted.lock
     if path is None:
         raise RequestError(
@@ -380,24 +429,20 @@ def _registry(words: list[str] | None) -> Registry:
     return create_registry(select=words or ())
 
 
-def _wanted(spec: str, registry: Registry) -> LoadSpec | GroupSpec:
-    """Read and check what the argument names: a group if it has the key ``models``."""
-    from llmload.spec import files, groupspec
+def _wanted(spec: str, settings: list[str] | None, registry: Registry) -> LoadSpec | GroupSpec:
+    from llmload.cli import request
 
-    document = files.read(_source(spec))
-    if groupspec.is_group(document.data):
-        return registry.validate_group(document)
-    return registry.validate(document)
+    return request.wanted(spec, settings or (), registry)
 
 
-def _one_model(spec: str, registry: Registry) -> LoadSpec:
+def _one_model(spec: str, settings: list[str] | None, registry: Registry) -> LoadSpec:
     from llmload.spec.groupspec import GroupSpec
 
-    wanted = _wanted(spec, registry)
+    wanted = _wanted(spec, settings, registry)
     if isinstance(wanted, GroupSpec):
         raise RequestError(
-            f"{spec!r} is a group of models, and a lock is of one",
-            fix="Lock each member by a spec of its own, and name the lock in the member's `lock`.",
+            f"{spec!r} is a group of models, and this command takes one",
+            fix="Give each member in a spec of its own; a lock is named in the member's `lock`.",
         )
     return wanted
 
@@ -409,11 +454,3 @@ def _prepared(wanted: LoadSpec, registry: Registry) -> Prepared:
     prepared = prepare_to_load(wanted.model_copy(update={"lock": None}), registry)
     prepared.plan.raise_for_errors()
     return prepared
-
-
-def _source(spec: str) -> Source:
-    from llmload.spec import files
-
-    if spec != "-":
-        return spec
-    return files.parse(sys.stdin.buffer.read(files.MAX_BYTES + 1), "<stdin>")

@@ -11,12 +11,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llmload.loading.wording import size_text
+from llmload.loading.wording import pattern, size_text
 
 if TYPE_CHECKING:
     from llmload.cli.demo import Demonstration, FineTuning
     from llmload.cli.doctor import Diagnoses
     from llmload.cli.environment import Environment, PluginList
+    from llmload.cli.inspecting import Inspection, StoredTensor, Targets
     from llmload.errors import Problem
     from llmload.group.loading import GroupReport
     from llmload.group.planning import GroupPlan
@@ -96,6 +97,54 @@ def report(report: Report) -> RenderableType:
     for line in report.audit:
         facts.add_row("proved", line)
     return Group(phases, facts, Text(report.trainable_line()))
+
+
+def inspection(found: Inspection, *, every: bool) -> RenderableType:
+    """Render what lies in the folder of a model, names that differ in their numbers once."""
+    facts = _pairs()
+    facts.add_row("model", found.model)
+    facts.add_row("folder", found.folder)
+    for key, value in found.config.items():
+        facts.add_row(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    for name, size in found.files.items():
+        here = ", not here yet" if name in found.to_fetch else ""
+        facts.add_row("file", f"{name}, {size_text(size)}{here}")
+    for dtype, (elements, nbytes) in found.by_dtype().items():
+        facts.add_row("weights", f"{elements:,} of {dtype}, {size_text(nbytes)}")
+    table = _table("dtype", "shape", "size", last="tensors")
+    groups: dict[tuple[str, str, tuple[int, ...]], list[StoredTensor]] = {}
+    for tensor in found.tensors:
+        name = tensor.name if every else pattern(tensor.name)
+        groups.setdefault((name, tensor.dtype, tensor.shape), []).append(tensor)
+    for (name, dtype, shape), members in groups.items():
+        together = size_text(sum(tensor.nbytes for tensor in members))
+        table.add_row(dtype, _shape(shape), together, _counted(name, len(members)))
+    return Group(facts, table)
+
+
+def targets(found: Targets) -> RenderableType:
+    """Render the modules that an adapter could go on."""
+    table = _table("class", "weight", "size", "lora", last="modules")
+    for modules in found.modules:
+        shapes = modules.shapes.get("weight") or next(iter(modules.shapes.values()))
+        count = len(modules.names)
+        taken = f"{modules.adapted} of {count}" if modules.adapted else ""
+        table.add_row(
+            modules.kind,
+            " or ".join(map(_shape, shapes)),
+            size_text(modules.nbytes),
+            taken,
+            _counted(modules.pattern, count),
+        )
+    return Group(_heading(found.model_class), table)
+
+
+def _counted(name: str, count: int) -> str:
+    return f"{name} ({count})" if count > 1 else name
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape)) or "one value"
 
 
 def group_plan(plans: GroupPlan) -> RenderableType:

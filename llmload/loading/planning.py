@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llmload.checkpoint import Checkpoint
 from llmload.checkpoint.untrusted import UntrustedFolder
@@ -47,6 +47,17 @@ class Fetch(Enum):
     ALL = "all"
 
 
+class Found(NamedTuple):
+    """What a spec leads to."""
+
+    folder: Path
+    files: UntrustedFolder
+    content: dict[str, Any]
+    """Of ``config.json``, held to what no config may say."""
+    checkpoint: Checkpoint | None
+    """None where no weights are asked for."""
+
+
 def prepare_to_load(spec: LoadSpec, registry: Registry) -> Prepared:
     """Make the plan of a load by headers, and where nothing stands in its way fetch what it needs.
 
@@ -66,16 +77,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, fetch: Fetch) -> Prepared:
     """
     require_stack()
     host = registry.activate(spec)
-    blindly = fetch is Fetch.UNFORESEEABLE and bool(host.implementing("admit"))
-    of_model = spec.weights == "pretrained" and spec.weights_from is None
-    folder = locating.resolve(spec, weights=of_model and (blindly or fetch is Fetch.ALL))
-    _admit(host, spec, folder)
-    files = UntrustedFolder(folder)
-    content = locating.read_config(files, spec)
-    checkpoint = None
-    if spec.weights == "pretrained":
-        place = locating.weights_place(files, content, spec)
-        checkpoint = _headers(spec, folder, place, fetch)
+    folder, files, content, checkpoint = find(host, spec, fetch)
     config = model_classes.load_config(files, content, spec, checkpoint)
     model_class, config = model_classes.resolve_class(spec, config)
     ctx = LoadContext(
@@ -125,6 +127,23 @@ def prepare(spec: LoadSpec, registry: Registry, *, fetch: Fetch) -> Prepared:
     if not plan.errors:
         plan.problems += lock.problems(prepared)
     return prepared
+
+
+def find(host: Host, spec: LoadSpec, fetch: Fetch) -> Found:
+    """Locate the model, have the plugins admit it, and read its config and headers.
+
+    :raises RequestError: there is no such model, or a file of it is missing, damaged or unsafe.
+    """
+    blindly = fetch is Fetch.UNFORESEEABLE and bool(host.implementing("admit"))
+    of_model = spec.weights == "pretrained" and spec.weights_from is None
+    folder = locating.resolve(spec, weights=of_model and (blindly or fetch is Fetch.ALL))
+    _admit(host, spec, folder)
+    files = UntrustedFolder(folder)
+    content = locating.read_config(files, spec)
+    if spec.weights != "pretrained":
+        return Found(folder, files, content, None)
+    place = locating.weights_place(files, content, spec)
+    return Found(folder, files, content, _headers(spec, folder, place, fetch))
 
 
 def _headers(spec: LoadSpec, folder: Path, place: Path, fetch: Fetch) -> Checkpoint:

@@ -15,7 +15,12 @@ def size_text(count: int) -> str:
     return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
+def pattern(name: str) -> str:
+    """Return the dotted name of a tensor or module with ``*`` for each number in it."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
 def alike(names: Iterable[str]) -> list[str]:
     """Return names that differ in their numbers once, with how many there are."""
-    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    counts = Counter(map(pattern, names))
     return [f"{name} ({count})" if count > 1 else name for name, count in counts.items()]

@@ -162,7 +162,7 @@ def _plain(value: object, path: Path, problems: list[Problem]) -> Any:
     return None
 
 
-def _not_plain(value: object, path: Path) -> Problem:
+def _not_plain(value: Any, path: Path) -> Problem:
     if isinstance(value, float):
         message, fix = f"{value} is not a finite number", "Write a number."
     elif isinstance(value, str):
