@@ -194,57 +194,24 @@ def _schema() -> dict[str, Any]:
 
 def _tables(document: dict[str, Any], name: str, *, plain_only: bool = False) -> Iterator[str]:
     """Describe an object's fields, then those of the objects in them."""
+    from llmload.spec.loadspec import LoadSpec
+    from llmload.spec.schema import keys
+
     definitions = document["$defs"]
     fields = definitions[name].get("properties", {})
     if plain_only:
-        fields = {key: field for key, field in fields.items() if not key_of_plugin(field)}
+        fields = {key: field for key, field in fields.items() if key in LoadSpec.model_fields}
     if not fields:
         yield "No fields: `{}` is all there is to write."
         return
     yield "| field | type | default | meaning |\n|---|---|---|---|"
-    for key, field in fields.items():
-        required = key in definitions[name].get("required", ())
-        default = "required" if required else f"`{_yaml(field.get('default'))}`"
-        row = (f"`{key}`", type_of(field), default, field.get("description", ""))
-        yield "| " + " | ".join(_cell(part) for part in row) + " |"
+    for key in keys({**definitions[name], "properties": fields}):
+        default = key.default if key.default == "required" else f"`{key.default}`"
+        row = (f"`{key.name}`", key.takes, default, key.meaning)
+        yield "| " + " | ".join(map(_cell, row)) + " |"
     for inner in sorted(set(re.findall(r"#/\$defs/(\w+)", json.dumps(list(fields.values()))))):
         yield f"\n`{inner}`: {_prose(definitions[inner].get('description', ''))}\n"
         yield from _tables(document, inner)
-
-
-def key_of_plugin(field: dict[str, Any]) -> bool:
-    """Whether a property of the spec is a plugin's section."""
-    return set(field) == {"$ref"}
-
-
-def type_of(field: dict[str, Any]) -> str:
-    """Say in words what a JSON schema takes."""
-    if "anyOf" in field:
-        return " or ".join(dict.fromkeys(type_of(choice) for choice in field["anyOf"]))
-    if "enum" in field:
-        return ", ".join(f"`{_yaml(value)}`" for value in field["enum"])
-    if "const" in field:
-        return f"`{_yaml(field['const'])}`"
-    if "$ref" in field:
-        return f"`{field['$ref'].rpartition('/')[2]}`"
-    if "pattern" in field and field.get("type", "string") == "string":
-        return f"text like `{field['pattern']}`"
-    kind = field.get("type")
-    if kind == "array":
-        items = field.get("items") or {"anyOf": field.get("prefixItems", [])}
-        return f"list of {type_of(items)}"
-    if kind == "object":
-        values = field.get("additionalProperties")
-        return f"mapping to {type_of(values if isinstance(values, dict) else {})}"
-    words = {"string": "text", "boolean": "`true`, `false`", "null": "`null`", None: "anything"}
-    name = "regular expression" if field.get("format") == "regex" else words.get(kind, str(kind))
-    bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {field[bound]}" for bound, sign in bounds.items() if bound in field]
-    return " ".join([name, ", ".join(limits)]).strip()
-
-
-def _yaml(value: Any) -> str:
-    return json.dumps(value) if not isinstance(value, str) else value
 
 
 def _cell(text: str) -> str:

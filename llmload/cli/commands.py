@@ -344,6 +344,22 @@ def schema(*, plugin: Plugins = None, json: Json = False) -> Answer:
 
 
 @_command
+def explain(
+    *,
+    key: Annotated[
+        str, typer.Argument(metavar="[KEY]", help="Such as `lora` or `lora.r`; by default all.")
+    ] = "",
+    plugin: Plugins = None,
+    json: Json = False,
+) -> Answer:
+    """Say what a key of a spec takes, its default and what it does."""
+    from llmload.cli import explaining, show
+
+    found = explaining.explain(key, _registry(plugin))
+    return Answer(found, lambda: show.explanation(found))
+
+
+@_command
 def new_plugin(
     *,
     name: Annotated[str, typer.Argument(help="Of the plugin: its key in a spec.")],

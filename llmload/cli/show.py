@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from llmload.cli.demo import Demonstration, FineTuning
     from llmload.cli.doctor import Diagnoses
     from llmload.cli.environment import Environment, PluginList
+    from llmload.cli.explaining import Explanation
     from llmload.cli.inspecting import Inspection, StoredTensor, Targets
     from llmload.errors import Problem
     from llmload.group.loading import GroupReport
@@ -202,6 +204,36 @@ def diagnoses(found: Diagnoses) -> RenderableType:
         health = Text(diagnosis.health, _COLOURS.get(diagnosis.health, ""))
         table.add_row(diagnosis.plugin, health, Text("\n".join(lines)))
     return Group(versions, table, *_problems(found.problems))
+
+
+def explanation(found: Explanation) -> RenderableType:
+    """Render what a key means, and the keys in it."""
+    facts = _pairs()
+    for label, text in (
+        ("key", found.key),
+        ("takes", found.takes),
+        ("default", found.default),
+        ("example", "; ".join(map(str, found.examples))),
+        ("plugin", found.plugin),
+        ("needs", ", ".join(found.needs)),
+    ):
+        if text:
+            facts.add_row(label, text)
+    for conflict in found.conflicts:
+        facts.add_row("not with", conflict)
+    parts: list[RenderableType] = [facts, Text(f"\n{_prose(found.meaning)}")]
+    if found.keys:
+        table = _table("key", "default", last="what it takes, and what it does")
+        for key in found.keys:
+            table.add_row(key.name, key.default, Text(f"{key.takes}\n{_prose(key.meaning)}"))
+        parts.append(table)
+    return Group(*parts)
+
+
+def _prose(docstring: str) -> str:
+    """Return a docstring as paragraphs of one line each, code between single backticks."""
+    paragraphs = (" ".join(part.split()) for part in docstring.split("\n\n"))
+    return re.sub(r":\w+:`~?([^`]+)`", r"`\1`", "\n\n".join(paragraphs)).replace("``", "`")
 
 
 def environment(environment: Environment) -> str:

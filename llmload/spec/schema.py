@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from pydantic import BaseModel
@@ -14,6 +15,20 @@ from llmload.spec.loadspec import LoadSpec
 
 _SPEC: Final = {"$ref": "#/$defs/LoadSpec"}
 _ABOUT: Final = ("description", "default", "title")
+_WORDS: Final = {
+    "array": "list",
+    "boolean": "`true`, `false`",
+    "integer": "whole number",
+    "null": "`null`",
+    "object": "mapping",
+    "string": "text",
+}
+_BOUNDS: Final = {
+    "minimum": "≥",
+    "exclusiveMinimum": ">",
+    "maximum": "≤",
+    "exclusiveMaximum": "<",
+}
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -108,3 +123,68 @@ def json_schema(
         "additionalProperties": False,
         "$defs": definitions,
     }
+
+
+class Key(BaseModel):
+    """One key of a spec or section, as people are told of it."""
+
+    name: str
+    """As it is written."""
+    takes: str
+    """Its values in words, literal ones in backticks."""
+    default: str
+    """As YAML; ``required`` where there is none."""
+    meaning: str
+    """What it does."""
+
+
+def keys(schema: Mapping[str, Any]) -> list[Key]:
+    """Describe the properties of an object's JSON schema, in their order."""
+    required = schema.get("required", ())
+    return [
+        Key(
+            name=name,
+            takes=in_words(field),
+            default="required" if name in required else _as_yaml(field.get("default")),
+            meaning=field.get("description", ""),
+        )
+        for name, field in schema.get("properties", {}).items()
+    ]
+
+
+def in_words(field: Mapping[str, Any]) -> str:
+    """Say what a JSON schema takes: ``whole number ≥ 1 or `null` ``."""
+    if "anyOf" in field:
+        return " or ".join(dict.fromkeys(map(in_words, _choices(field))))
+    if "enum" in field:
+        return ", ".join(f"`{_as_yaml(value)}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{_as_yaml(field['const'])}`"
+    if "$ref" in field:
+        return f"`{field['$ref'].rpartition('/')[2]}`"
+    if "pattern" in field and field.get("type", "string") == "string":
+        return f"text like `{field['pattern']}`"
+    kind = field.get("type")
+    if kind == "array":
+        items = field.get("items") or {"anyOf": field.get("prefixItems", [])}
+        return f"list of {in_words(items)}" if items != {"anyOf": []} else "list"
+    if kind == "object":
+        values = field.get("additionalProperties")
+        return f"mapping to {in_words(values if isinstance(values, dict) else {})}"
+    if field.get("format") == "regex":
+        return "regular expression"
+    word = "anything" if kind is None else _WORDS.get(kind, kind)
+    limits = [f"{sign} {field[bound]}" for bound, sign in _BOUNDS.items() if bound in field]
+    return " ".join([word, ", ".join(limits)]).strip()
+
+
+def _choices(field: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    for choice in field["anyOf"]:
+        if "anyOf" in choice:
+            yield from _choices(choice)
+        else:
+            yield choice
+
+
+def _as_yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
