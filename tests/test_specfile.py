@@ -98,21 +98,10 @@ def refusal_of_text(text: str) -> str:
 
 @patient
 @given(specs)
-def test_a_spec_written_as_yaml_and_read_again_is_the_same(spec: LoadSpec) -> None:
-    written = files.dump_yaml(spec)
-    again = validate(files.parse(written), {"part": Part, "other": Part})
+def test_a_spec_as_plain_data_is_the_same_spec(spec: LoadSpec) -> None:
+    again = validate(files.read(dict(files.read(spec).data)), {"part": Part, "other": Part})
     assert again == spec
     assert again.model_fields_set == spec.model_fields_set
-    assert files.dump_yaml(again) == written
-
-
-@patient
-@given(mappings)
-@example({trap: [trap] for trap in TRAPS})
-def test_written_data_reads_back_the_same_here_and_in_yaml_1_1(data: dict[str, Any]) -> None:
-    written = yaml_write.dump(data)
-    assert parsed(written) == data
-    assert yaml.safe_load(written) == data
 
 
 @settings(patient, max_examples=25)
@@ -133,26 +122,7 @@ def test_inline_yaml_is_one_line_that_reads_back_the_same(data: Any) -> None:
     written = yaml_write.dump_inline(data)
     assert "\n" not in written
     assert parsed(f"key: {written}") == {"key": data}
-
-
-def test_only_what_was_set_is_written_in_a_form_for_people() -> None:
-    spec = LoadSpec(
-        model="gpt2",
-        cache_dir=("/scr", ".cache"),
-        part=Part(number=1e-4, text="{% for m in messages %}\n{{ m }}\n{% endfor %}\n"),
-    )
-    assert files.dump_yaml(spec) == (
-        "model: gpt2\n"
-        "cache_dir:\n"
-        "- /scr\n"
-        "- .cache\n"
-        "part:\n"
-        "  text: |\n"
-        "    {% for m in messages %}\n"
-        "    {{ m }}\n"
-        "    {% endfor %}\n"
-        "  number: 0.0001\n"
-    )
+    assert yaml.safe_load(written) == data
 
 
 # --- YAML as people mean it -----------------------------------------------------------------------

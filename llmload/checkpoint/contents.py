@@ -89,8 +89,8 @@ class Checkpoint:
         are opened only where ``allow_pickle`` is set and torch is at least 2.10; nothing else
         imports torch.
 
-        Raises ``CheckpointError`` where anything is missing, damaged, unsafe or contradictory; the
-        error lists every faulty shard with the bytes expected and found.
+        :raises CheckpointError: anything is missing, damaged, unsafe or contradictory; it lists
+            every faulty shard with the bytes expected and found.
         """
         start = Path(path)
         if not start.exists() and start.name not in elsewhere:

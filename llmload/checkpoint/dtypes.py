@@ -48,7 +48,10 @@ def torch_dtype(name: str) -> torch.dtype | None:
 
 
 def safetensors_dtype(dtype: torch.dtype) -> str:
-    """What safetensors calls ``dtype``. Raises ``ValueError`` where the format has no such."""
+    """Return what safetensors calls ``dtype``.
+
+    :raises ValueError: the format has no such.
+    """
     for name, known in _table().items():
         if known == dtype:
             return name

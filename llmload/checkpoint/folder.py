@@ -51,7 +51,9 @@ def member(root: Path, name: str, suffix: str) -> Path:
 
     ``name`` is read as a POSIX and as a Windows path, whatever this system is. A symbolic link may
     leave ``root`` only as the hub's cache lays it out: from ``snapshots/<commit>`` to ``blobs``.
-    Raises ``CheckpointError``; does not open the file, which may be missing.
+    The file is not opened, and may be missing.
+
+    :raises CheckpointError: it does not lie there.
     """
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     if (

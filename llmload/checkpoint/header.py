@@ -81,7 +81,9 @@ def read_header(descriptor: int, path: Path, size: int) -> tuple[list[TensorInfo
     """Read and check the header of ``path``, open at ``descriptor`` and ``size`` bytes long.
 
     Returns the tensors in file order and the file's free metadata. Reads the header and nothing
-    after it. Raises ``CheckpointError`` naming the file, and the byte counts where it is cut off.
+    after it.
+
+    :raises CheckpointError: with the file, and the byte counts where it is cut off.
     """
     try:
         return _parse(_header_bytes(descriptor, size), path, size)

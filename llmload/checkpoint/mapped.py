@@ -70,7 +70,7 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
     def tensor(self, info: TensorInfo) -> torch.Tensor:
         """The tensor over the file's own pages; writable, and not counted as read yet.
 
-        Raises ``CheckpointError`` where the file changed or torch does not know the dtype.
+        :raises CheckpointError: the file changed, or torch does not know the dtype.
         """
         import torch
 
@@ -101,8 +101,9 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
     def read(self, info: TensorInfo, first: int, out: torch.Tensor) -> None:
         """Fill ``out``, contiguous and on the CPU, with a tensor's bytes from ``first`` on.
 
-        No page of the file is mapped, so none counts as this process's. Raises ``CheckpointError``
-        where the file ends before.
+        No page of the file is mapped, so none counts as this process's.
+
+        :raises CheckpointError: the file ends before.
         """
         import torch
 

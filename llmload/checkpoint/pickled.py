@@ -52,7 +52,7 @@ def require_safe_torch(path: Path) -> None:
 def read_pickle(path: Path, file: IO[bytes], size: int) -> list[TensorInfo]:
     """The tensors of the torch archive ``file`` (``size`` bytes), none of whose data is read.
 
-    Raises ``CheckpointError`` where the file is not a plain state dict in torch's zip layout.
+    :raises CheckpointError: the file is not a plain state dict in torch's zip layout.
     """
     import torch
 

@@ -57,7 +57,7 @@ class Placer(AbstractContextManager["Placer"]):
         self._copies.__exit__(*exc)
 
     def finish(self) -> None:
-        """Wait until every weight that was placed has its values; raises what went wrong."""
+        """Wait until every weight that was placed has its values, and raise what went wrong."""
         self._copies.finish()
 
     def place(

@@ -67,7 +67,7 @@ class Proof(AbstractContextManager["Proof"]):
     def compare(self, name: str, placed: torch.Tensor, reading: Reading) -> None:
         """Hash a weight that has its values now; any thread may.
 
-        Raises ``LoadFailedError`` where it was placed as it was read and differs from it.
+        :raises LoadFailedError: it was placed as it was read and differs from it.
         """
         if self._pool is None:
             return

@@ -22,7 +22,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def loads(data: bytes) -> Any:
     """Parse a header or an index: numbers are natural and below 2**64.
 
-    Raises ``ValueError`` with the reason where any reader could object.
+    :raises ValueError: with the reason, where any reader could object.
     """
     try:
         return _parse(data, parse_int=_natural, parse_constant=_refuse_constant)
@@ -33,9 +33,10 @@ def loads(data: bytes) -> Any:
 def loads_config(data: bytes, max_values: int) -> Any:
     """Parse a config, which transformers reads with Python's reader and then copies often.
 
-    ``NaN`` and ``Infinity`` are taken, as transformers writes them. Raises ``ValueError`` with the
-    reason: repeated keys, half a surrogate pair, numbers of more than forty digits, more than
-    ``MAX_DEPTH`` levels or ``max_values`` values.
+    ``NaN`` and ``Infinity`` are taken, as transformers writes them.
+
+    :raises ValueError: with the reason: repeated keys, half a surrogate pair, numbers of more than
+        forty digits, more than ``MAX_DEPTH`` levels or ``max_values`` values.
     """
     content = _parse(data, parse_int=_short_integer, parse_float=_short_float)
     _hold_to_limits(content, max_values)

@@ -142,7 +142,10 @@ class UntrustedFolder:
         return self.config(name, "the file", trusted=trusted, limits=TOKENIZER_CONFIG)
 
     def path(self, name: str) -> Path:
-        """Return the real path of an entry; raises ``CheckpointError`` where it leads out."""
+        """Return the real path of an entry.
+
+        :raises CheckpointError: it leads out of the folder.
+        """
         return inside(self.root, self.root / name)
 
     def read(self, name: str, limit: int = MAX_TEXT_BYTES) -> bytes:

@@ -32,8 +32,6 @@ VOCABULARY: Final = 1000
 BATCH: Final = 8
 LENGTH: Final = 128
 """Tokens per text while the small model is trained."""
-STEPS: Final = 200
-"""Of the small model. On any machine the same, so that each sees the same text in the end."""
 FINE_TUNING_STEPS: Final = 240
 LEARNING_RATE: Final = 5e-3
 ADAPTER_LEARNING_RATE: Final = 3e-3

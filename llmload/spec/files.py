@@ -1,4 +1,4 @@
-"""Reads a spec, or a group of them, from YAML, JSON or Python, and writes it as YAML."""
+"""Reads a spec, or a group of them, from YAML, JSON or Python."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 from pydantic import BaseModel
 
 from llmload.errors import Problem, SpecError
-from llmload.spec import yaml_read, yaml_write
+from llmload.spec import yaml_read
 from llmload.spec.document import Document
 from llmload.spec.groupspec import GroupSpec
 from llmload.spec.loadspec import LoadSpec
@@ -59,14 +59,6 @@ def parse(text: str | bytes, file: str = "<text>") -> Document:
             )
         )
     return Document(data=data, file=file, positions=positions)
-
-
-def dump_yaml(spec: LoadSpec | GroupSpec) -> str:
-    """Return a spec as YAML with the keys that were set; reading it gives an equal spec.
-
-    A group's ``like`` was resolved when it was made: every member has its keys in full.
-    """
-    return yaml_write.dump(_plain_mapping(spec))
 
 
 def _content(path: FilePath) -> bytes:

@@ -88,7 +88,10 @@ class Receiver:
         self._taken = taken
 
     def __call__(self, first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Place ``values``; raises ``AbortError`` around whatever goes wrong."""
+        """Place ``values``.
+
+        :raises AbortError: around whatever goes wrong.
+        """
         try:
             return self._receive(first, values)
         except Exception as error:
