@@ -81,7 +81,7 @@ class Wanting:
 def examined(*plugins: type) -> dict[str, doctor.Diagnosis]:
     registry = llmload.create_registry(plugins, autoload=False, environ={})
     found = doctor.examine(registry, [plugin.name for plugin in plugins])  # type: ignore[attr-defined]
-    return {diagnosis.plugin: diagnosis for diagnosis in found.plugins}
+    return {diagnosis.name: diagnosis for diagnosis in found.plugins}
 
 
 def test_what_a_plugin_finds_decides_on_its_health() -> None:
@@ -168,7 +168,7 @@ def on_this_stack() -> dict[str, Any]:
     result = run("--json")
     assert result.exit_code == 0, result.stderr
     entries = json.loads(result.stdout)["plugins"]
-    return {entry["plugin"]: entry for entry in entries if "llmload" in entry["distribution"]}
+    return {entry["name"]: entry for entry in entries if "llmload" in entry["distribution"]}
 
 
 def test_the_built_in_plugins_do_here_what_the_readme_says(on_this_stack: dict[str, Any]) -> None:

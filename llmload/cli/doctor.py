@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from pydantic import BaseModel, Field
 
+from llmload.cli.environment import PluginEntry, list_plugins
 from llmload.errors import Note, PluginError, Problem
 from llmload.host.discovery import PluginInfo
 from llmload.host.distributions import installed_versions
@@ -20,13 +21,9 @@ Health: TypeAlias = Literal[
 WORKING: tuple[Health, ...] = ("works", "works in part")
 
 
-class Diagnosis(BaseModel):
-    """One plugin, tried out."""
+class Diagnosis(PluginEntry):
+    """One plugin as it is listed, and tried out."""
 
-    plugin: str
-    """Its name."""
-    distribution: str
-    """Distribution and version, or where a plugin object came from."""
     health: Health
     """Whether it can take part in a load; ``broken``: it cannot even be imported or called."""
     works: list[str] = Field(default_factory=list)
@@ -41,7 +38,7 @@ class Diagnoses(BaseModel):
     versions: dict[str, str]
     """Python and the installed libraries that matter to a load."""
     plugins: list[Diagnosis]
-    """By name."""
+    """In the order of ``llmload plugins``."""
     problems: list[Problem] = Field(default_factory=list)
     """What stands in the way of every load."""
 
@@ -51,7 +48,7 @@ class Diagnoses(BaseModel):
             return False
         asked = set(asked)
         if asked:
-            return all(d.health in WORKING for d in self.plugins if d.plugin in asked)
+            return all(d.health in WORKING for d in self.plugins if d.name in asked)
         return all(found.health != "broken" for found in self.plugins)
 
 
@@ -79,14 +76,16 @@ def examine(registry: Registry, names: Iterable[str] = ()) -> Diagnoses:
     return Diagnoses(
         versions=installed_versions(),
         plugins=[
-            _examine(info, tried=not problems) for name, info in infos.items() if name in asked
+            _examine(infos[entry.name], entry, tried=not problems)
+            for entry in list_plugins(registry).plugins
+            if entry.name in asked
         ],
         problems=list(problems),
     )
 
 
-def _examine(info: PluginInfo, *, tried: bool) -> Diagnosis:
-    found = Diagnosis(plugin=info.name, distribution=info.distribution, health="works")
+def _examine(info: PluginInfo, entry: PluginEntry, *, tried: bool) -> Diagnosis:
+    found = Diagnosis(**entry.model_dump(), health="works")
     if info.status != "active":
         found.health = info.status
         if info.reason:

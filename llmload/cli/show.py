@@ -202,7 +202,7 @@ def diagnoses(found: Diagnoses) -> RenderableType:
     for diagnosis in found.plugins:
         lines = [*diagnosis.works, *map(str, diagnosis.problems)]
         health = Text(diagnosis.health, _COLOURS.get(diagnosis.health, ""))
-        table.add_row(diagnosis.plugin, health, Text("\n".join(lines)))
+        table.add_row(diagnosis.name, health, Text("\n".join(lines)))
     return Group(versions, table, *_problems(found.problems))
 
 
