@@ -302,6 +302,8 @@ def _described(node: ast.FunctionDef | ast.ClassDef, level: int, *, name: str = 
     for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             kind, meaning = ast.unparse(statement.annotation), _text_of(following)
+            if part := re.fullmatch(r"_(?:ReadOnly|Stated)\[(.+)\]", kind):
+                kind, meaning = part[1], _of_the_context(statement.target.id)
             if not statement.target.id.startswith("_") and meaning:
                 attributes.append(f"- `{statement.target.id}` (`{kind}`): {_line(meaning)}")
     parts.append("\n".join(attributes))
@@ -312,6 +314,13 @@ def _described(node: ast.FunctionDef | ast.ClassDef, level: int, *, name: str = 
             call = method.name if is_property else f"{method.name}({_arguments(method)})"
             parts.append(f"- `{call}`: {_line(first)}")
     return "\n\n".join(part for part in parts if part)
+
+
+def _of_the_context(attribute: str) -> str:
+    """Return the text of an attribute of LoadContext, which stands with the part that has it."""
+    from llmload import LoadContext
+
+    return getattr(LoadContext, attribute).__doc__ or ""
 
 
 def _arguments(node: ast.FunctionDef) -> str:

@@ -33,6 +33,10 @@ do the same. What holds of a plugin in every load it declares in ``provides``; w
 turns out in a load it states on ``ctx``, such as ``placed_by`` and ``splits``, ``cast_later_by`` or
 ``changed_base``.
 
+**What hooks keep.** One plugin object serves many loads. What one of its hooks finds out for a
+later one goes to ``ctx.handed_on[self.name]``; what else ``ctx`` has is in
+``help(llmload.LoadContext)``.
+
 **What people see.** ``ctx.record(self.name, {...})`` keeps JSON-able facts for plan and report;
 ``ctx.show(self.name, "rank", "8 in 14 layers")`` adds a line to what ``llmload plan`` prints, or,
 said while loading, ``llmload load``.
@@ -411,10 +415,11 @@ def post_load(ctx: LoadContext, model: nn.Module) -> nn.Module:
     """Change the loaded model: resize, freeze, cast, wrap, add a head.
 
     Called for each plugin in order, each seeing the model as the previous one left it; rehearsed on
-    the meta device for the plan. New parameters are listed in ``ctx.newly_initialised``.
+    the meta device for the plan. Parameters that are new, or no longer have their values from the
+    checkpoint, are listed in ``ctx.newly_initialised``.
 
     Under ZeRO-3 a parameter is empty here and its values lie in parts on all ranks. What works for
-    whole and partitioned models alike is in :mod:`llmload.model.partitions`: sizes, a new module's
+    whole and partitioned models alike is in ``llmload.plugin.partitions``: sizes, a new module's
     parameters (``split``), values from a state dict, and all values for a block (``whole``).
 
     :param ctx: the load; ``ctx.tokenizer`` is set if the ``tokenizer`` plugin takes part.
@@ -494,7 +499,8 @@ def audit(ctx: LoadContext, model: nn.Module) -> Iterable[Problem]:
 
     Called for each plugin in order on the finished model, after all contexts are closed. The host's
     own audit (no meta tensor, every parameter accounted for, trainable set as planned, a gradient
-    path) runs before it.
+    path) runs before it. An adapter renames what it wraps: a parameter is found again where
+    ``post_load`` left it, in ``ctx.handed_on[self.name]``.
 
     :param ctx: the load.
     :param model: the finished model; it must be left unchanged.

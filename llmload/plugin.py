@@ -41,8 +41,8 @@ Files of a checkpoint:
 - ``hold_adapter``: a saved adapter's config held to what its weights bear;
   ``matching_within_budget``: PEFT's matching of names held to a budget of time;
   ``replicated_layers``: how many a ``layer_replication`` makes.
-- ``unwrapped``: a key without what wrappers put into it; ``WRAPPERS``: the rules that take it
-  away; ``Renaming``: keys on their way to other names, by regular expressions.
+- ``unwrapped``: a key of a saved adapter without what wrappers put into it; ``WRAPPERS``: the
+  rules that take it away; ``Renaming``: keys on their way to other names, by regular expressions.
 - ``KeyRule``: how what a system did to keys is undone, in a plugin's ``key_rules``.
 - ``main_file``: the file that another library wants to be pointed to.
 - ``filesystem``: on what kind of file system a file lies, and whether other machines write to it.

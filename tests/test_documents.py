@@ -75,6 +75,13 @@ def test_the_reference_has_every_core_key_hook_and_public_name(build_pages: Modu
         assert all(f"\n## `{name}`\n" in names for name in module.__all__)
 
 
+def test_the_reference_describes_each_attribute_of_the_context(build_pages: ModuleType) -> None:
+    page = build_pages.with_parts(text("reference/public.md"))
+    context = re.findall(r"^## `LoadContext`\n.*?(?=^## )", page, re.MULTILINE | re.DOTALL)[0]
+    for name in llmload.LoadContext.__annotations__:
+        assert re.search(rf"^- `{name}` \(`.+`\): [A-Z`]", context, re.MULTILINE), name
+
+
 def test_the_index_of_messages_has_them_by_who_says_them(build_pages: ModuleType) -> None:
     parts = build_pages.with_parts(text("reference/messages.md")).split("\n## ")
     said = {part.partition("\n")[0]: part for part in parts}

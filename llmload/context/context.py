@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
@@ -37,7 +40,13 @@ SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
 class _ReadOnly(Generic[T]):
-    """An attribute of one part of the context, under the same name; the part describes it."""
+    # An attribute of one part of the context, under the same name. No docstring: ``help`` shows an
+    # attribute's text, and that is the part's.
+
+    @property
+    def __doc__(self) -> str | None:  # type: ignore[override]
+        """The text that stands under it in the part, for ``help``."""
+        return _described(_PARTS[self._part], self._name)
 
     def __init__(self, part: str) -> None:
         self._part = part
@@ -59,30 +68,47 @@ class _ReadOnly(Generic[T]):
         # ``ctx.unexpected += keys`` sets what it was, once it has been added to.
         if value is not getattr(getattr(ctx, self._part), self._name):
             raise AttributeError(
-                f"{self._name!r} of a LoadContext is not replaced; see {self._part!r} for who"
-                " writes it"
+                f"{self._name!r} of a LoadContext is not replaced;"
+                " help(llmload.LoadContext) says who writes it"
             )
 
 
 class _Stated(_ReadOnly[T]):
-    """One that a plugin may set."""
+    # One that a plugin may set.
+
+    __doc__ = _ReadOnly.__doc__  # a class without a docstring has None
 
     def __set__(self, ctx: LoadContext, value: T) -> None:
         setattr(getattr(ctx, self._part), self._name, value)
+
+
+_PARTS = {"asked": Asked, "found": Found, "records": Records}
+
+
+def _described(part: type, name: str) -> str | None:
+    """Return what the source of a part says under one of its attributes."""
+    (kind,) = ast.parse(inspect.getsource(part)).body
+    for field, text in pairwise(getattr(kind, "body", ())):
+        match field, text:
+            case (
+                ast.AnnAssign(target=ast.Name(id=found)),
+                ast.Expr(value=ast.Constant(value=str(words))),
+            ) if found == name:
+                return inspect.cleandoc(words)
+    return None
 
 
 class LoadContext:
     """One load: what is asked, what was found, and what the plugins hand on to each other.
 
     It has three parts, each with one owner, whose attributes are all found here by their own names;
-    who writes each and who reads it stands with the part. A name that is none of them is an
-    ``AttributeError``, set or read.
+    who writes each and who reads it stands with each. A name that is none of them is an
+    ``AttributeError``, set or read. What a plugin keeps from one of its hooks for a later one goes
+    to ``ctx.handed_on[self.name]``.
 
-    - :class:`~llmload.context.asked.Asked`: frozen;
-    - :class:`~llmload.context.found.Found`: what ``map_keys`` and ``check`` found out, the same for
-      plan and load;
-    - :class:`~llmload.context.records.Records`: what one run records, another for the rehearsal
-      than for the load.
+    - ``asked``: frozen;
+    - ``found``: what ``map_keys`` and ``check`` found out, the same for plan and load;
+    - ``records``: what one run records, another for the rehearsal than for the load.
     """
 
     __slots__ = ("__weakref__", "_blanks", "_engine", "asked", "found", "records")

@@ -153,12 +153,10 @@ def tiny_checkpoint(
 ) -> Path:
     """Make a tiny model with its tokenizer and save both to ``folder``; returns ``folder``.
 
-
-
-
+    :param model_type: and ``auto_class``, ``dtype``, ``seed``: as :func:`tiny_model` takes them.
     :param shards: into how many files of weights, at least.
     :param pad: whether the tokenizer has a pad token.
-    :param config: overrides any config field; see :func:`tiny_model` for the others.
+    :param config: overrides any config field.
     """
     tokenizer = tiny_tokenizer(pad=pad)
     tokenizer.chat_template = chat_template
