@@ -306,6 +306,22 @@ def test_every_kind_of_plugin_is_listed_and_broken_ones_with_the_reason(
     assert "broken" in table
 
 
+def test_the_table_of_plugins_can_be_read_where_a_distribution_has_a_long_name(
+    llmload_distributions: FakeDistributions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    llmload_distributions.add(
+        "acme-distribution-of-a-long-name",
+        {"greeter": "acme_greeter:Greeter"},
+        "acme_greeter",
+        GREETER,
+    )
+    table = run("plugins").stdout
+    assert "gradient_checkpointing" in table
+    for hook in ("diagnose", "init_context", "wrap_adapter", "check_lora"):
+        assert hook in table
+
+
 def test_plugins_that_cannot_be_ordered_are_listed_with_the_circle() -> None:
     class First:
         name = "first"

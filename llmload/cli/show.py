@@ -181,7 +181,7 @@ def _shared(shared: Iterable[Sharing]) -> Table:
 
 def plugins(listed: PluginList) -> RenderableType:
     """Render the plugins as a table, the active ones in plan order."""
-    table = _table("plugin", "distribution", "spec key", "status", last="hooks, or what is wrong")
+    table = _table("plugin", "distribution", "key", "status", last="hooks, or what is wrong")
     for entry in listed.plugins:
         table.add_row(
             entry.name,
@@ -306,10 +306,10 @@ def _pairs() -> Table:
 
 
 def _table(*names: str, last: str) -> Table:
-    """Return a table whose last column alone may be folded."""
+    """Return a table of which the widest column is folded first, and the first one never."""
     table = Table(box=box.SIMPLE_HEAD)
     for name in names:
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold", no_wrap=name == names[0])
     table.add_column(last, overflow="fold")
     return table
 
