@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import pydoc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,9 +53,8 @@ def test_what_was_asked_is_not_changed(ctx: Any, name: str) -> None:
 def test_what_has_another_writer_is_not_replaced(ctx: Any, name: str) -> None:
     with pytest.raises(AttributeError) as caught:
         setattr(ctx, name, {})
-    part = "found" if name == "claimed" else "records"
     assert str(caught.value) == (
-        f"{name!r} of a LoadContext is not replaced; see {part!r} for who writes it"
+        f"{name!r} of a LoadContext is not replaced; help(llmload.LoadContext) says who writes it"
     )
 
 
@@ -72,6 +73,16 @@ def test_what_a_plugin_states_for_others_is_set_by_its_name(ctx: llmload.LoadCon
 def test_the_class_shows_its_attributes() -> None:
     assert {"config", "tokenizer", "facts", "spec"} <= set(dir(llmload.LoadContext))
     assert llmload.LoadContext.tokenizer is not None
+
+
+def test_help_has_the_text_that_stands_with_each_attribute() -> None:
+    own = {"asked", "found", "records"}
+    for name in set(dir(llmload.LoadContext)) - own - set(dir(object)):
+        if not name.startswith("_"):
+            assert inspect.getdoc(getattr(llmload.LoadContext, name)), name
+    shown = pydoc.render_doc(llmload.LoadContext, renderer=pydoc.plaintext)
+    for words in ("The validated spec.", "of a plugin leaves for its own later hooks"):
+        assert words in shown
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -227,6 +238,30 @@ def test_what_took_the_place_of_something_new_is_new(headless: Path) -> None:
         "inner.lm_head.weight": "missing from the checkpoint",
         "inner.steps": "begins at zero",
     }
+
+
+class Redraws:
+    """Draws the last norm anew, which the checkpoint has."""
+
+    name = "redraws"
+
+    @llmload.hookimpl
+    def post_load(self, ctx: llmload.LoadContext, model: Any) -> nn.Module:
+        ctx.newly_initialised["model.norm.weight"] = "drawn anew"
+        if not ctx.rehearsing:
+            nn.init.uniform_(model.model.norm.weight)
+        return model
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "target_modules": ["q_proj"]}])
+def test_the_plan_foretells_that_a_value_of_the_checkpoint_is_given_up(
+    tmp_path: Path, lora: Any
+) -> None:
+    result = load(tiny_llama(tmp_path), Redraws(), lora=lora)
+    name = "model.norm.weight" if lora is None else "base_model.model.model.norm.weight"
+    assert result.plan.new_parameters[name] == "redraws"
+    assert result.report.newly_initialised[name] == "drawn anew"
+    assert result.plan.new_parameters.keys() == result.report.newly_initialised.keys()
 
 
 def test_an_adapter_changes_the_names_of_what_is_new(headless: Path) -> None:

@@ -26,6 +26,8 @@ class _Stated:
     tensor: weakref.ref[torch.Tensor] | None
     """None for a name that the model never had, which is reported as it was said."""
     why: str
+    plugin: str
+    """Who said it."""
 
 
 class Ledger:
@@ -52,8 +54,8 @@ class Ledger:
         for parameter in model.parameters():
             if self._maker(parameter) is None:
                 self._makers[id(parameter)] = weakref.ref(parameter), plugin
-        self._new = _taken(self._new, self._ctx.newly_initialised, model)
-        self._changed = _taken(self._changed, self._ctx.changed_base, model)
+        self._new = _taken(self._new, self._ctx.newly_initialised, model, plugin)
+        self._changed = _taken(self._changed, self._ctx.changed_base, model, plugin)
 
     def _maker(self, parameter: nn.Parameter) -> str | None:
         known, plugin = self._makers.get(id(parameter), (None, None))
@@ -75,6 +77,13 @@ class Ledger:
             and not self._ctx.is_from_checkpoint(parameter)
         }
 
+    def foretold(self, model: nn.Module, loader: str) -> dict[str, str]:
+        """Return the name in ``model`` of each parameter that a plugin makes, or of which it says
+        that its value is new -> the plugin."""
+        names = {name for name, _ in model.named_parameters()}
+        stated = {stated.name: stated.plugin for stated in self._new if stated.name in names}
+        return stated | self.made(model, loader)
+
     def newly_initialised(self, model: nn.Module, loader: str) -> dict[str, str]:
         """Return all that is new in the finished model -> why, or by whom where nobody said."""
         return self.made(model, loader) | {stated.name: stated.why for stated in self._new}
@@ -84,7 +93,9 @@ class Ledger:
         return {stated.name: stated.why for stated in self._changed}
 
 
-def _taken(before: list[_Stated], new: dict[str, str], model: nn.Module) -> list[_Stated]:
+def _taken(
+    before: list[_Stated], new: dict[str, str], model: nn.Module, plugin: str
+) -> list[_Stated]:
     """Return what was stated before and what is stated now, by the names in ``model``.
 
     ``new`` is emptied.
@@ -95,7 +106,8 @@ def _taken(before: list[_Stated], new: dict[str, str], model: nn.Module) -> list
     stated = list(_followed(before, tensors))
     for name, why in new.items():
         tensor = tensors.get(name)
-        stated.append(_Stated(name, None if tensor is None else weakref.ref(tensor), why))
+        seen = None if tensor is None else weakref.ref(tensor)
+        stated.append(_Stated(name, seen, why, plugin))
     new.clear()
     return stated
 

@@ -117,10 +117,10 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
     plan.trainable = sum(partitions.values(p) for p in unique.values() if p.requires_grad)
     plan.trainable_parameters = [name for name, p in unique.items() if p.requires_grad]
     plan.tied = sorted(tied)
-    # First what the load will initialise because the checkpoint lacks it, then what hooks made,
-    # which goes before: a resized embedding is its plugin's.
-    foretold = {name: plan.loader for name in unique if name in ctx.to_initialise}
-    plan.new_parameters = foretold | ledger.made(model, plan.loader)
+    # First what the load will initialise because the checkpoint lacks it, then what hooks made or
+    # call new, which goes before: a resized embedding is its plugin's.
+    by_loader = {name: plan.loader for name in unique if name in ctx.to_initialise}
+    plan.new_parameters = by_loader | ledger.foretold(model, plan.loader)
     return Rehearsal(
         model=model, base=base, changed_base=ledger.changed_base(), switch=ctx.adapter_switch
     )
