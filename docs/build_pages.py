@@ -165,7 +165,8 @@ def section(key: str) -> str:
     lines.append("")
     for conflict in getattr(plugin, "conflicts", ()):
         sometimes = "" if conflict.when is None else " (some values)"
-        lines.append(f"- Not with `{conflict.key}`{sometimes}: {conflict.reason}. {conflict.fix}")
+        other = f"`{conflict.key}`" if conflict.key else f"a plugin for {conflict.ability}"
+        lines.append(f"- Not with {other}{sometimes}: {conflict.reason}. {conflict.fix}")
     if key in registry.sections:
         document = _schema()
         name = registry.sections[key].__name__

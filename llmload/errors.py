@@ -111,14 +111,18 @@ class Decline:
 class Conflict:
     """A pair of settings that cannot both hold, as data on the plugin that knows.
 
-    ``key`` is another plugin's section or a core key of the spec. The conflict holds when that key
-    is set, and ``when(section, other)`` (if given) is true of the two values.
+    With a ``key``, another plugin's section or a core key of the spec, or with an ``ability``:
+    whatever plugin provides that (``llmload.plugin.ABILITIES``). It holds when the key is set, or
+    such a plugin takes part, and ``when(section, other)`` (if given) is true of the two values;
+    of a plugin with an ability that is its section, None where it has none.
     """
 
-    key: str
+    key: str = ""
     reason: str
     fix: str
     when: Callable[[Any, Any], bool] | None = None
+    ability: str = ""
+    """Since 0.1.0."""
 
 
 class LlmloadError(Exception):

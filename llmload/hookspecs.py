@@ -29,7 +29,8 @@ plugin that has them; names of plugins that take no part are ignored.
 do the same. What holds of a plugin in every load it declares in ``provides``; who asks, asks
 ``ctx.providing("embeddings")``. The words that others ask for are ``adapter``, ``embeddings``,
 ``gradient_checkpointing``, ``mapped_pages``, ``placement`` and ``quantisation``, described in
-:data:`llmload.plugin.ABILITIES`; a word of the plugin's own begins with its name and a dot. What
+:data:`llmload.plugin.ABILITIES`; of plugins with ``adapter``, and with ``quantisation``, a load has
+room for one. A word of the plugin's own begins with its name and a dot. What
 turns out in a load it states on ``ctx``, such as ``placed_by`` and ``splits``, ``cast_later_by`` or
 ``changed_base``.
 
@@ -468,13 +469,7 @@ def wrap_adapter(ctx: LoadContext, model: nn.Module) -> nn.Module | Decline:
         class Ia3:
             name = "ia3"
             requires = ("peft",)
-            conflicts = (
-                llmload.Conflict(
-                    key="lora",
-                    reason="a model gets one adapter system",
-                    fix="Remove `ia3` or `lora` from the spec.",
-                ),
-            )
+            provides = ("adapter",)  # and a load has room for one of these
 
             class Section(llmload.Section):
                 target_modules: list[str]

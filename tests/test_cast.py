@@ -95,7 +95,7 @@ def test_no_rules_or_a_bad_one_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "reason"),
     [
-        ({"kbit": {}}, "what of a quantised model is cast is said there"),
+        ({"kbit": {}}, "which weights are codes, and must not be cast, is known there"),
         (
             {"zero3": {"config": {"zero_optimization": {"stage": 3}}}},
             "DeepSpeed decides in which dtype it keeps the parts of a parameter",

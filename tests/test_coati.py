@@ -371,5 +371,6 @@ def test_quantised_weights_are_refused(llama: Path) -> None:
     plan = llmload.plan({"model": str(llama), "lora": LORA, "coati": {}, "kbit": {}})
     assert (
         "coati: 'coati' cannot be combined with 'kbit': ColossalChat's layers adapt weights that"
-        " are not quantised. Remove `coati` or `kbit`." in [str(p) for p in plan.errors]
+        " are not quantised. Remove `coati`, or load the weights unquantised."
+        in [str(p) for p in plan.errors]
     )

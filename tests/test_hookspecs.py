@@ -202,8 +202,8 @@ def test_example_of_wrap_adapter_refuses_a_second_adapter_system(folder: Path) -
     with pytest.raises(PlanError) as caught:
         load_with_example("wrap_adapter", folder, ia3=modules, lora={})
     assert str(caught.value) == (
-        "ia3: 'ia3' cannot be combined with 'lora': a model gets one adapter system."
-        " Remove `ia3` or `lora` from the spec."
+        "lora: 'lora' cannot be combined with 'ia3': each of them puts an adapter around the model."
+        " Remove `lora` or `ia3`."
     )
 
 

@@ -339,6 +339,16 @@ BROKEN = {
         GOOD.format(name="broken") + "    conflicts = ('lora',)\n",
         "its `conflicts` is ('lora',), and must be a tuple of llmload.Conflict",
     ),
+    "conflict with nothing": (
+        GOOD.format(name="broken")
+        + "    conflicts = (llmload.Conflict(reason='because', fix='Do not.'),)\n",
+        "one of its `conflicts` must have a `key` or an `ability`, and not both",
+    ),
+    "conflict with an unknown ability": (
+        GOOD.format(name="broken")
+        + "    conflicts = (llmload.Conflict(ability='quantization', reason='so', fix='Not.'),)\n",
+        "its `conflicts` 'quantization' is not known. Did you mean 'quantisation'?",
+    ),
     "hooks of no specs": (
         GOOD.format(name="broken") + "    class Hooks:\n        pass\n",
         "its `Hooks` declares no hook: mark each with @llmload.hookspec",

@@ -68,7 +68,7 @@ def explain(path: str, registry: Registry) -> Explanation:
         if len(parts) == 1:
             found.needs = list(getattr(owner.plugin, "requires", ()))
             found.conflicts = [
-                f"{conflict.key}: {conflict.reason}"
+                f"{conflict.key or conflict.ability}: {conflict.reason}"
                 for conflict in getattr(owner.plugin, "conflicts", ())
             ]
     return found

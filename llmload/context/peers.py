@@ -18,6 +18,8 @@ ABILITIES: Final = {
 """What a plugin can say in ``provides`` that others know how to ask for. One of its own begins with
 the plugin's name and a dot. Where a section asks for a load without one of them, it has it in its
 property ``withholds``, a frozenset."""
+EXCLUSIVE: Final = ("adapter", "quantisation")
+"""Abilities of which a load has room for one plugin."""
 
 
 @dataclass(frozen=True)

@@ -222,6 +222,12 @@ def declaration_faults(plugin: object) -> Iterator[str]:
     conflicts = getattr(plugin, "conflicts", ())
     if not _all(conflicts, Conflict):
         yield f"its `conflicts` is {conflicts!r}, and must be a tuple of llmload.Conflict"
+        return
+    for conflict in conflicts:
+        if bool(conflict.key) == bool(conflict.ability):
+            yield "one of its `conflicts` must have a `key` or an `ability`, and not both"
+        elif conflict.ability:
+            yield from _ability_faults((conflict.ability,), "", where="conflicts")
 
 
 def _rule_faults(rules: object) -> Iterator[str]:
@@ -248,11 +254,11 @@ def _are_replacements(rule: Any) -> bool:
     return True
 
 
-def _ability_faults(words: Iterable[str], name: str) -> Iterator[str]:
+def _ability_faults(words: Iterable[str], name: str, *, where: str = "provides") -> Iterator[str]:
     for word in words:
-        if word not in ABILITIES and not word.startswith(f"{name}."):
+        if word not in ABILITIES and not (word.startswith(f"{name}.") if name else "." in word):
             own = f"One of its own begins with '{name}.'"
-            yield f"{_unknown('provides', word, ABILITIES)} {own}"
+            yield f"{_unknown(where, word, ABILITIES)} {own}"
 
 
 def _unknown(attribute: str, word: object, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llmload.checkpoint import Checkpoint
 from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.context.context import LoadContext
+from llmload.context.peers import ABILITIES, EXCLUSIVE
 from llmload.errors import (
     CheckpointError,
     Conflict,
@@ -209,21 +210,39 @@ def missing_requirements(infos: Iterable[PluginInfo]) -> Iterator[Problem]:
 
 def _conflicts(host: Host) -> Iterable[Problem]:
     """Yield the pairs of settings that plugins declare as impossible."""
-    asked = {**_core_keys(host.spec), **host.sections}
     for info in host.infos:
+        mine = host.sections.get(info.name)
         conflicts: Iterable[Conflict] = getattr(info.plugin, "conflicts", ())
         for conflict in conflicts:
-            other = asked.get(conflict.key)
-            mine = host.sections.get(info.name)
-            if other is None or (conflict.when and not conflict.when(mine, other)):
-                continue
+            for name, other in _opponents(host, info.name, conflict):
+                if conflict.when is None or conflict.when(mine, other):
+                    yield Problem(
+                        where=info.name,
+                        plugin=info.name,
+                        message=f"{info.name!r} cannot be combined with {name!r}:"
+                        f" {conflict.reason}",
+                        fix=conflict.fix,
+                    )
+    for ability in EXCLUSIVE:
+        able = [name for name, peer in host.peers.items() if ability in peer.provides]
+        for name in able[1:]:
             yield Problem(
-                where=info.name,
-                plugin=info.name,
-                message=f"{info.name!r} cannot be combined with {conflict.key!r}:"
-                f" {conflict.reason}",
-                fix=conflict.fix,
+                where=name,
+                plugin=name,
+                message=f"{name!r} cannot be combined with {able[0]!r}: each of them"
+                f" {ABILITIES[ability]}",
+                fix=f"Remove `{name}` or `{able[0]}`.",
             )
+
+
+def _opponents(host: Host, mine: str, conflict: Conflict) -> Iterator[tuple[str, Any]]:
+    """Yield what a conflict is with, as far as this load has it: name and value."""
+    asked = {**_core_keys(host.spec), **host.sections}
+    if asked.get(conflict.key) is not None:
+        yield conflict.key, asked[conflict.key]
+    for name, peer in host.peers.items():
+        if conflict.ability in peer.provides and name != mine:
+            yield name, host.sections.get(name)
 
 
 def _core_keys(spec: LoadSpec) -> dict[str, Any]:

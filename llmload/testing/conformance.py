@@ -241,11 +241,12 @@ def _of_spelling(plugin: Any) -> Iterator[Finding]:
             )
     keys = {*llmload.LoadSpec.model_fields, *(other.name for other in _others(plugin))}
     for conflict in getattr(plugin, "conflicts", ()):
-        meant = nearest(conflict.key, keys) if isinstance(conflict, llmload.Conflict) else ""
-        if meant and conflict.key not in keys:
+        key = conflict.key if isinstance(conflict, llmload.Conflict) else ""
+        meant = nearest(key, keys) if key else ""
+        if meant and key not in keys:
             yield Finding(
                 "declarations",
-                f"one of its `conflicts` is with {conflict.key!r}, which is no key. {meant}",
+                f"one of its `conflicts` is with {key!r}, which is no key. {meant}",
                 "Name a core key of the spec, or a plugin.",
             )
 

@@ -25,9 +25,9 @@ class CastPlugin:
     Section = CastSection
     conflicts = (
         Conflict(
-            key="kbit",
-            reason="what of a quantised model is cast is said there",
-            fix="Use `kbit: {cast: {...}}`, which knows which weights are quantised.",
+            ability="quantisation",
+            reason="which weights are codes, and must not be cast, is known there",
+            fix="Remove `cast`; `kbit` has a key `cast` of its own.",
         ),
         Conflict(
             key="zero3",

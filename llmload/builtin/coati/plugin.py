@@ -44,9 +44,9 @@ class CoatiPlugin:
     key_rules: ClassVar[Mapping[str, KeyRule]] = {"coati": keys.undo}
     conflicts = (
         Conflict(
-            key="kbit",
+            ability="quantisation",
             reason="ColossalChat's layers adapt weights that are not quantised",
-            fix="Remove `coati` or `kbit`.",
+            fix="Remove `coati`, or load the weights unquantised.",
         ),
     )
 

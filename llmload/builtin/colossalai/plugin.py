@@ -55,9 +55,9 @@ class ColossalaiPlugin:
             fix="Remove `colossalai`, or load a checkpoint.",
         ),
         Conflict(
-            key="kbit",
+            ability="quantisation",
             reason="ColossalAI shards and trains weights as they are in the checkpoint",
-            fix="Remove `colossalai` or `kbit`.",
+            fix="Remove `colossalai`, or load the weights unquantised.",
         ),
         Conflict(
             key="zero3",
@@ -80,7 +80,7 @@ class ColossalaiPlugin:
             for key in ("key_map", "key_rules", "weights_from")
         ),
         Conflict(
-            key="embeddings",
+            ability="embeddings",
             when=_stays_lazy,
             reason="embeddings are resized with the weights that the Booster has yet to load",
             fix=MATERIALISE,

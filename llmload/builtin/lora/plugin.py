@@ -42,7 +42,7 @@ class LoraPlugin:
     Hooks = Hooks
     conflicts = (
         Conflict(
-            key="kbit",
+            ability="quantisation",
             reason="this `init_lora_weights` decomposes weights that are not quantised",
             fix="Use `init_lora_weights: true` or olora, or prepare adapter and residual model"
             " beforehand from the unquantised model.",

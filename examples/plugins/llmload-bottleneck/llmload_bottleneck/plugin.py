@@ -24,13 +24,6 @@ class BottleneckPlugin:
     Section = BottleneckSection
     stage = "adapter"
     provides = ("adapter",)
-    conflicts = (
-        llmload.Conflict(
-            key="lora",
-            reason="a model gets one adapter system",
-            fix="Remove `bottleneck` or `lora` from the spec.",
-        ),
-    )
 
     @llmload.hookimpl
     def check(self, ctx: llmload.LoadContext) -> Iterator[llmload.Note | llmload.Problem]:

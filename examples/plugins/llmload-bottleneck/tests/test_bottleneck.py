@@ -210,7 +210,7 @@ def test_a_resumed_adapter_says_its_own_shape() -> None:
 def test_lora_beside_it_is_refused(llmload_checkpoint: Checkpoints) -> None:
     spec = {"model": str(llmload_checkpoint()), "bottleneck": SMALL, "lora": {"r": 2}}
     (problem,) = llmload.plan(spec).errors
-    assert "a model gets one adapter system" in problem.message
+    assert "each of them puts an adapter around the model" in problem.message
 
 
 def _lose(state: dict[str, torch.Tensor], config: dict[str, Any]) -> None:

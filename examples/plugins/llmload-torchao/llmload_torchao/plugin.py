@@ -29,26 +29,6 @@ class TorchaoPlugin:
             reason="random weights are not read, so nothing can be quantised on the way",
             fix="Remove `torchao`, or load a checkpoint.",
         ),
-        llmload.Conflict(
-            key="kbit",
-            reason="a weight is quantised once",
-            fix="Remove `torchao` or `kbit`.",
-        ),
-        llmload.Conflict(
-            key="cast",
-            reason="it would cast what stands for codes and scales",
-            fix="Remove `torchao` or `cast`.",
-        ),
-        llmload.Conflict(
-            key="coati",
-            reason="ColossalChat's layers adapt weights that are not quantised",
-            fix="Remove `torchao` or `coati`.",
-        ),
-        llmload.Conflict(
-            key="colossalai",
-            reason="ColossalAI shards and trains weights as they are in the checkpoint",
-            fix="Remove `torchao` or `colossalai`.",
-        ),
     )
 
     @llmload.hookimpl

@@ -161,21 +161,22 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "quantised twice": (
         "llama",
         {"torchao": {}, "kbit": {}},
-        "'torchao' cannot be combined with 'kbit': a weight is quantised once",
+        "'torchao' cannot be combined with 'kbit': each of them answers for quantised weights: it"
+        " makes them, or takes over those of a checkpoint",
         "Remove `torchao` or `kbit`.",
     ),
     **{
         key: (
             "llama",
             {"torchao": {}, **keys},
-            f"'torchao' cannot be combined with {key!r}: {reason}",
-            f"Remove `torchao` or `{key}`.",
+            f"{key!r} cannot be combined with 'torchao': {reason}",
+            f"Remove `{key}`",
         )
         for key, keys, reason in (
             (
                 "cast",
                 {"cast": {"modules": {"norm": "float32"}}},
-                "it would cast what stands for codes and scales",
+                "which weights are codes, and must not be cast, is known there",
             ),
             (
                 "coati",
@@ -191,8 +192,8 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     },
     "an adapter that rewrites the base": (
         "llama",
-        {"torchao": {}, "lora": {"r": 2, "init_lora_weights": "pissa"}},
-        "'pissa' changes the weights that the adapter starts from, and those are in 8 bits",
+        {"torchao": {}, "lora": {"r": 2, "init_lora_weights": "olora"}},
+        "'olora' changes the weights that the adapter starts from, and those are in 8 bits",
         "Remove `init_lora_weights`, or `torchao`.",
     ),
     "nothing to read": (
