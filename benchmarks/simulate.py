@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from llmload.builtin.zero3.shares import dtype_of, share
+from llmload.builtin.zero3.parts import dtype_of, share
 from llmload.checkpoint.header import TensorInfo
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Part, Source, Target

@@ -25,7 +25,7 @@ from llmload.hf.engine import Engine
 from llmload.hf.versions import refuse_unsupported
 from llmload.host.distributions import version_of
 from llmload.loading import fit, hook_calls, key_mapping, lock, ties
-from llmload.loading.garbage import collection_paused
+from llmload.loading.gc_pause import collection_paused
 from llmload.loading.plan import Plan, Step
 from llmload.loading.prepared import Prepared
 from llmload.loading.rehearsal import rehearse

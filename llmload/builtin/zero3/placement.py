@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
 from torch import nn
 
-from llmload.builtin.zero3.shares import dtype_of, share
+from llmload.builtin.zero3.parts import dtype_of, share
 from llmload.plugin import Part, Span
 
 if TYPE_CHECKING:

@@ -202,7 +202,7 @@ def _whole_on_every_rank(nbytes: int) -> Problem:
 
 def _shares(ctx: LoadContext, rank: int, ranks: int | None) -> Iterator[str]:
     """Say how much of the checkpoint each rank reads, and what it keeps."""
-    from llmload.builtin.zero3.shares import forecast
+    from llmload.builtin.zero3.parts import forecast
 
     assert ctx.checkpoint is not None
     reason = _nobody_asks_for_it(ctx)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import Accounting, is_parameter
 from llmload.checkpoint.dtypes import torch_dtype
-from llmload.checkpoint.placing import Placer
+from llmload.checkpoint.placer import Placer
 from llmload.errors import CheckpointError
 from llmload.hf.v4_51.building import is_of_a_library
 from llmload.spec.values import dtype_name

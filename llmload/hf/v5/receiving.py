@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from llmload.checkpoint.placing import Placer
+    from llmload.checkpoint.placer import Placer
 
 Receive = Callable[[str, "dict[str, torch.Tensor]"], "dict[str, torch.Tensor]"]
 """Takes the first target's name and the finished tensors by name; returns what to set there."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import Accounting, is_parameter
 from llmload.checkpoint.placement import Plain
-from llmload.checkpoint.placing import Placer
+from llmload.checkpoint.placer import Placer
 from llmload.hf.v5.conversion import convert, leave_alone, no_progress_bar, place_by_name
 from llmload.hf.v5.conversion_rules import rules_of
 from llmload.hf.v5.lazy_tensors import Outline, Taken, View, as_stored, assembled

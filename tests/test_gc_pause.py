@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import llmload
-from llmload.loading.garbage import collection_paused
+from llmload.loading.gc_pause import collection_paused
 from llmload.testing import tiny_llama
 
 

@@ -14,7 +14,7 @@ from zero3.farm import Job, Outcome, launch
 
 import llmload
 from llmload import testing
-from llmload.builtin.zero3.shares import Forecast, forecast
+from llmload.builtin.zero3.parts import Forecast, forecast
 from llmload.hf import installed_transformers
 from llmload.host.registry import create_registry
 from llmload.loading import planning
