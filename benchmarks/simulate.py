@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from llmload.builtin.zero3.parts import dtype_of, share
+from llmload.builtin.zero3.parts import dtype_of, own_span
 from llmload.checkpoint.header import TensorInfo
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Part, Source, Target
@@ -159,7 +159,9 @@ class _Everyone:
         for together in self._simulated:
             for number, rank in enumerate(together.ranks):
                 self._files.who = (rank, together)
-                span = share(target.module, target.attribute, elements, number, len(together.ranks))
+                span = own_span(
+                    target.module, target.attribute, elements, number, len(together.ranks)
+                )
                 untouched = torch.empty(span.length, dtype=source.dtype)
                 source.fill(untouched, span.start, span.stop)
                 rank.kept += span.size * dtype.itemsize
@@ -175,7 +177,7 @@ def simulate(folder: Path, numbers: Sequence[int]) -> list[Simulated]:
     """Load the folder for every rank of each number of ranks, copying nothing."""
     registry = create_registry()
     spec = registry.validate({"model": str(folder), "dtype": "bfloat16", "zero3": {}})
-    prepared = planning.prepare(spec, registry, weights=False)
+    prepared = planning.prepare(spec, registry, fetch=planning.Fetch.NOTHING)
     prepared.plan.raise_for_errors()
     ctx = prepared.ctx.for_run(rehearsing=False)
     assert ctx.checkpoint

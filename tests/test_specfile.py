@@ -81,7 +81,7 @@ def parsed(text: str, file: str = "s.yaml") -> Any:
     return yaml_read.parse(text, file)[0]
 
 
-def refusal(source: files.Source) -> str:
+def refusal(source: files.SpecLike) -> str:
     with pytest.raises(SpecError) as caught:
         files.read(source)
     return str(caught.value)

@@ -64,7 +64,7 @@ class Group(Mapping[str, LoadResult]):
         return len(self._members)
 
 
-def plan_group(source: files.Source, *, registry: Registry | None = None) -> GroupPlan:
+def plan_group(source: files.SpecLike, *, registry: Registry | None = None) -> GroupPlan:
     """Say what a load of the group would do, and what its members would share.
 
     :param source: path of a YAML or JSON file, a mapping, or a :class:`GroupSpec`.
@@ -79,7 +79,7 @@ def plan_group(source: files.Source, *, registry: Registry | None = None) -> Gro
 
 
 def load_group(
-    source: files.Source, *, registry: Registry | None = None, prove: bool = True
+    source: files.SpecLike, *, registry: Registry | None = None, prove: bool = True
 ) -> Group:
     """Load the models that a group asks for, each by its own plan and in its own contexts.
 
@@ -103,7 +103,7 @@ def load_group(
         return _load(spec, source, registry, prove=prove)
 
 
-def _load(spec: GroupSpec, source: files.Source, registry: Registry, *, prove: bool) -> Group:
+def _load(spec: GroupSpec, source: files.SpecLike, registry: Registry, *, prove: bool) -> Group:
     start = time.perf_counter()
     with registry.telling(source):
         report = GroupReport(members=_reports(spec))

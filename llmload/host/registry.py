@@ -233,7 +233,7 @@ class Registry:
                 found |= getattr(info.plugin, "key_rules", {})
         return found
 
-    def validate(self, source: files.Source) -> LoadSpec:
+    def validate(self, source: files.SpecLike) -> LoadSpec:
         """Read a spec and check it, sections included.
 
         :raises SpecError: with every fault at once.
@@ -251,7 +251,7 @@ class Registry:
         data = self._without_idle_nulls(document.data)
         return validate(replace(document, data=data), self.sections, key_rules=self.key_rules)
 
-    def validate_group(self, source: files.Source) -> GroupSpec:
+    def validate_group(self, source: files.SpecLike) -> GroupSpec:
         """Read a group of models and check it, sections included; ``like`` is resolved.
 
         :raises SpecError: with every fault at once.
@@ -308,7 +308,7 @@ class Registry:
         return Host(spec, [taking_part[name] for name in order], sections, self.key_rules)
 
     @contextmanager
-    def telling(self, source: files.Source, begun: Collection[str] = ()) -> Iterator[None]:
+    def telling(self, source: files.SpecLike, begun: Collection[str] = ()) -> Iterator[None]:
         """Call ``stopped`` of the plugins that a spec names if the block fails.
 
         Of a group, with the first member that names the plugin.
@@ -324,7 +324,7 @@ class Registry:
                 self._tell(files.read(source).data, error, begun)
             raise
 
-    def announce(self, source: files.Source) -> None:
+    def announce(self, source: files.SpecLike) -> None:
         """Call ``started`` of every installed plugin. Whatever one raises is dropped."""
         with suppress(Exception, SystemExit):
             asked = files.read(source).data

@@ -76,7 +76,7 @@ class LoadResult:
             )
 
 
-def plan(source: files.Source, *, registry: Registry | None = None) -> Plan:
+def plan(source: files.SpecLike, *, registry: Registry | None = None) -> Plan:
     """Say what a load of the spec would do, reading no weight.
 
     :param source: path of a YAML or JSON file, a mapping, or a :class:`LoadSpec`.
@@ -91,7 +91,7 @@ def plan(source: files.Source, *, registry: Registry | None = None) -> Plan:
 
 
 def load(
-    source: files.Source, *, registry: Registry | None = None, prove: bool = True
+    source: files.SpecLike, *, registry: Registry | None = None, prove: bool = True
 ) -> LoadResult:
     """Load the model that a spec asks for.
 

@@ -22,11 +22,11 @@ from llmload.spec.yaml_read import Path, dotted
 MAX_BYTES: Final = 256 * 1024
 """Size of the largest spec file that is read."""
 
-Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | LoadSpec | GroupSpec | Document
+SpecLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | LoadSpec | GroupSpec | Document
 """What ``llmload.load`` and ``load_group`` take: a file name, or the spec itself."""
 
 
-def read(source: Source) -> Document:
+def read(source: SpecLike) -> Document:
     """Return a spec as plain data; keys and types are checked by ``spec.validate``.
 
     :raises SpecError: the file cannot be read, is not YAML or JSON, or the data is not plain.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llmload.plugin import Accounting, LoadContext
 
 
-def share(module: nn.Module, attribute: str, elements: int, rank: int, ranks: int) -> Span:
+def own_span(module: nn.Module, attribute: str, elements: int, rank: int, ranks: int) -> Span:
     """Return a rank's part of a weight: of a parameter one of ``ranks``, of a buffer all of it."""
     if attribute in module._buffers:
         return Span.of(elements, 0, 1)
@@ -53,7 +53,7 @@ def forecast(ctx: LoadContext, accounting: Accounting, rank: int, ranks: int) ->
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         elements = getattr(module, attribute).numel()
-        span = share(module, attribute, elements, rank, ranks)
+        span = own_span(module, attribute, elements, rank, ranks)
         # As many bytes as the checkpoint has for an element; what the model will have may be wider.
         read += span.length * nbytes // max(elements, 1)
     tied = installed_transformers().tied_names(model)

@@ -20,7 +20,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
 from torch import nn
 
-from llmload.builtin.zero3.parts import dtype_of, share
+from llmload.builtin.zero3.parts import dtype_of, own_span
 from llmload.plugin import Part, Span
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Partitioned:
         # Gives it what DeepSpeed wants of a parameter, and does not partition it.
         self._init._convert_to_deepspeed_param(parameter)
         init, elements = self._init, parameter.ds_numel
-        span = share(target.module, target.attribute, elements, init.rank, init.dp_world_size)
+        span = own_span(target.module, target.attribute, elements, init.rank, init.dp_world_size)
         partition = self._mapped(parameter, source, span)
         if partition is None:
             partition = self._empty(parameter, span)

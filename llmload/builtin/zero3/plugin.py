@@ -99,7 +99,7 @@ class Zero3Plugin:
             for loader in ctx.providing("placement"):
                 yield Decline(f"DeepSpeed partitions: {reason}", loader=loader)
         elif ctx.checkpoint is not None and not ctx.providing("quantisation"):  # which says it
-            for text in _shares(ctx, rank(), world_size()):
+            for text in _forecasts(ctx, rank(), world_size()):
                 yield Note(text=text)
 
     @hookimpl
@@ -200,7 +200,7 @@ def _whole_on_every_rank(nbytes: int) -> Problem:
     )
 
 
-def _shares(ctx: LoadContext, rank: int, ranks: int | None) -> Iterator[str]:
+def _forecasts(ctx: LoadContext, rank: int, ranks: int | None) -> Iterator[str]:
     """Say how much of the checkpoint each rank reads, and what it keeps."""
     from llmload.builtin.zero3.parts import forecast
 
