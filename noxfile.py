@@ -162,6 +162,20 @@ def zero3_architectures(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def properties(session: nox.Session) -> None:
+    """What must hold of every architecture, on two ranks too: an hour, by hand."""
+    session.install("-c", MODERN, *GROUPS["test"], ".[all]")
+    session.run("pytest", "tests/sweep_properties.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
+def properties_colossalai(session: nox.Session) -> None:
+    """The same on the colossalai stack, by hand."""
+    session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,deepspeed,bitsandbytes]")
+    session.run("pytest", "tests/sweep_properties.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
 def kbit_architectures(session: nox.Session) -> None:
     """QLoRA's losses against transformers and PEFT for every causal model, by hand."""
     session.install("-c", MODERN, *GROUPS["test"], ".[all]")

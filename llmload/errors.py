@@ -194,7 +194,10 @@ def some(names: Iterable[str]) -> str:
 def in_one_line(error: BaseException) -> str:
     """Return what a library's error says, its lines joined; its type where it says nothing.
 
-    The reason often stands below the first line. What is very long is cut.
+    The reason often stands below the first line. What is very long is cut. What a ``KeyError`` says
+    is the key alone, which tells nothing without its type.
     """
     text = " ".join(str(error).split()) or type(error).__name__
+    if type(error) is KeyError:
+        text = f"KeyError: {text}"
     return text if len(text) <= _LONG else f"{text[:_LONG]}..."

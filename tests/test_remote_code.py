@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import llmload
 from llmload.cli import commands
+from llmload.testing import tiny_llama
 
 CONFIGURATION = """
 from transformers import PretrainedConfig
@@ -132,12 +133,47 @@ FAULTS = {
 }
 
 
+LEAVES = {
+    "raise SystemExit(3)": (
+        "SystemExit",
+        "3",
+        "Mend the code, or use the versions of Python, torch and transformers it was written for.",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *LEAVES])
+def test_a_class_of_the_users_that_cannot_be_imported_is_refused_with_the_reason(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, reason, _ = (FAULTS | LEAVES)[fault]
+    folder = tiny_llama(tmp_path)
+    module = tmp_path / "of_the_users.py"
+    module.write_text(f"import os\n{fault}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(f"model: {folder}\nauto_class: of_the_users:Model\n")
+    for command in ("plan", "load"):
+        answer = CliRunner().invoke(commands.app, [command, "--json", str(spec)])
+        assert answer.exit_code == 2
+        (problem,) = json.loads(answer.stdout)["problems"]
+        assert problem["where"] == "auto_class"
+        assert problem["message"].startswith(
+            f"'of_the_users:Model' cannot be imported ({kind}, {module} line 2): {reason}"
+        )
+        assert problem["fix"] == (
+            "Install the package that it needs, or mend the code."
+            if kind == "ModuleNotFoundError"
+            else "Mend the code."
+        )
+
+
 @pytest.mark.parametrize("file", ["configuration_own.py", "modeling_own.py"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, *LEAVES])
 def test_code_that_cannot_be_imported_is_refused_with_the_reason(
     fault: str, file: str, folder: Path, tmp_path: Path
 ) -> None:
-    kind, reason, fix = FAULTS[fault]
+    kind, reason, fix = (FAULTS | LEAVES)[fault]
     code = (folder / file).read_text()
     # transformers looks for packages by itself, but not inside a `try`.
     hidden = f"try:\n    {fault}\nexcept KeyError:\n    pass\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from llmload.checkpoint import Checkpoint
     from llmload.checkpoint.untrusted import UntrustedFolder
     from llmload.spec.loadspec import LoadSpec
+
+_AS_A_PATH = "Write it as `module:Class`, and check that the module is on the path."
+_INSTALL = "Install the package that it needs, or mend the code."
 
 
 def load_config(
@@ -52,7 +56,7 @@ def load_config(
             cache_dir=hub.cache_dir(spec),
             **options,
         )
-    except Exception as error:  # transformers raises many kinds for a bad config
+    except (Exception, SystemExit) as error:  # transformers raises many kinds, own code any
         own = "auto_map" in content and content.get("model_type") not in CONFIG_MAPPING
         message, fix = (
             f"transformers cannot read the config of model type {short(content.get('model_type'))}:"
@@ -86,7 +90,7 @@ def resolve_class(
     try:
         named = AUTO_CLASSES[spec.auto_class].transformers
         found = _concrete_class(named, config, spec)
-    except Exception as error:  # the folder's own code may raise anything
+    except (Exception, SystemExit) as error:  # the folder's own code may raise anything
         message = f"no class can be chosen by this config: {in_one_line(error)}"
         fix = "Check `architectures` and `auto_map` in the config."
         if getattr(config, "auto_map", None) and spec.trust_remote_code:
@@ -101,24 +105,30 @@ def resolve_class(
     return found
 
 
-def own_code_failed(error: Exception) -> tuple[str, str]:
+def own_code_failed(error: BaseException) -> tuple[str, str]:
     """Return message and fix where code that came with a model cannot be imported."""
     raised = traceback.extract_tb(error.__traceback__)
-    place = ""
-    if isinstance(error, SyntaxError):
-        place = f", {error.filename} line {error.lineno}"
-    elif raised and "transformers_modules" in raised[-1].filename:
-        place = f", {raised[-1].filename} line {raised[-1].lineno}"
+    of_model = raised and "transformers_modules" in raised[-1].filename
     fix = "Mend the code, or use the versions of Python, torch and transformers it was written for."
     if isinstance(error, ImportError):
-        fix = "Install the package that it needs, or mend the code."
+        fix = _INSTALL
     elif isinstance(error, OSError):
         fix = "Fetch it with `hf download`, from the repository that `auto_map` names."
     return (
         "the code that comes with the model cannot be imported"
-        f" ({type(error).__name__}{place}): {in_one_line(error).rstrip('.')}",
+        f" ({_raised(error, raised[-1] if of_model else None)}",
         fix,
     )
+
+
+def _raised(error: BaseException, frame: traceback.FrameSummary | None) -> str:
+    """Return what code raised while it was imported: type, place and, after a bracket, reason."""
+    place = ""
+    if isinstance(error, SyntaxError):
+        place = f", {error.filename} line {error.lineno}"
+    elif frame is not None and not frame.filename.startswith("<"):
+        place = f", {frame.filename} line {frame.lineno}"
+    return f"{type(error).__name__}{place}): {in_one_line(error).rstrip('.')}"
 
 
 def _concrete_class(
@@ -163,11 +173,18 @@ def _imported_class(path: str) -> type[PreTrainedModel]:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        message, fix = f": {in_one_line(error)}", _AS_A_PATH
+        absent = isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(
+            f"{error.name}."
+        )
+        lacking = isinstance(error, AttributeError) and module in sys.modules
+        if not (absent or lacking):
+            frames = traceback.extract_tb(error.__traceback__)
+            message = f" ({_raised(error, frames[-1])}"
+            fix = _INSTALL if isinstance(error, ImportError) else "Mend the code."
         raise SpecError(
-            f"{path!r} cannot be imported: {error}",
-            fix="Write it as `module:Class`, and check that the module is on the path.",
-            where="auto_class",
+            f"{path!r} cannot be imported{message}", fix=fix, where="auto_class"
         ) from None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise SpecError(

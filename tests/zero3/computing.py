@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import architectures
 import computed_tensors
 import deepspeed
+import properties
 import torch
 
 import llmload
@@ -31,3 +33,20 @@ def load(folder: str, name: str, loader: str) -> dict[str, Any]:
         "different": computed_tensors.differences(folder, name, found),
         "drawn": drawn,
     }
+
+
+def every(cases: list[dict[str, str]]) -> list[list[str]]:
+    """List for each type what this rank finds unaccounted for once its model is whole."""
+    return [_unaccounted(**case) for case in cases]
+
+
+def _unaccounted(kind: str, model_type: str, folder: str) -> list[str]:
+    right = dict(reachable.tensors(architectures.build(kind, model_type).eval()))
+    spec = {"model": folder, "auto_class": kind, "dtype": "float32", "zero3": {}}
+    try:
+        model = llmload.load(spec).model
+    except llmload.LlmloadError as error:
+        return [f"it is refused: {error}"]
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        found = {path: tensor.detach().clone() for path, tensor in reachable.tensors(model)}
+    return list(properties.differences(right, found, ()))

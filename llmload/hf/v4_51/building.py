@@ -168,19 +168,26 @@ def adapters_left_alone() -> AbstractContextManager[None]:
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:
-    """Each class has a list, and the config one switch."""
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    return set((model._tied_weights_keys or ()) if tied else ())
+    """All names of a tied weight but the first."""
+    return set(ties(model))
 
 
 def ties(model: PreTrainedModel) -> dict[str, str]:
-    """All are tied to the embedding of the tokens."""
-    names = tied_names(model)
-    if not names:
-        return {}  # a model need not say what its embedding is
-    embedding = model.get_input_embeddings()
-    paths = [path for path, module in model.named_modules() if module is embedding]
-    return dict.fromkeys(names, f"{paths[0]}.weight") if paths else {}
+    """What ``tie_weights`` ties: the lists of some classes name modules, or the embedding too."""
+    from llmload.model import reachable
+
+    untied = dict(model.named_parameters(remove_duplicate=False))
+    groups: dict[int, list[str]] = {}
+    with reachable.kept(model):
+        model.tie_weights()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            groups.setdefault(id(parameter), []).append(name)
+    return {
+        name: first
+        for first, *others in groups.values()
+        for name in others
+        if untied.get(name) is not untied.get(first)  # else the constructor has tied them
+    }
 
 
 def keeps_apart() -> bool:
