@@ -93,4 +93,6 @@ def tell(error: BaseException, deadline: float) -> None:
 
 def reason(error: BaseException) -> str:
     """Return what the other ranks are told of an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return "it was interrupted, as by Ctrl-C"
     return f"{type(error).__name__}: {error}"

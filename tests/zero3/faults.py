@@ -27,6 +27,8 @@ def fault(kind: str) -> None:
         raise RuntimeError("the disk is on fire")
     if kind == "exit":
         os._exit(3)
+    if kind == "interrupt":
+        signal.raise_signal(signal.SIGINT)
     if kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -21,6 +21,12 @@ MATRIX = [
     *((phase, kind, culprit, 2) for phase in PHASES for kind in KINDS for culprit in (0, 1)),
     *(("before zero3", kind, 1, 2) for kind in KINDS),
     ("before zero3", "exception", 0, 2),
+    *(
+        (phase, "interrupt", culprit, 2)
+        for phase in ("plan", "place", "audit")
+        for culprit in (0, 1)
+    ),
+    ("before zero3", "interrupt", 0, 2),
     ("plan", "exception", 2, 4),
     ("place", "exit", 3, 4),
     ("post_load", "stop", 1, 4),
@@ -34,6 +40,8 @@ def sentences(phase: str, kind: str, culprit: int) -> list[str]:
     """What the other ranks say; rank 0 keeps the store here, as no launcher does."""
     if kind == "exception":
         return [f"rank {culprit} failed: LoadFailedError: plugin", "the disk is on fire"]
+    if kind == "interrupt":
+        return [f"LoadFailedError: rank {culprit} failed: it was interrupted, as by Ctrl-C"]
     if culprit == 0:
         return ["the process that keeps the ranks' common store (rank 0, unless the launcher does)"]
     return [f"rank {culprit} failed: it gave no sign of life for 4.2 s: it ended or hangs"]
@@ -74,7 +82,7 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Job]:
         next(shards.glob("*-00001-of-*.safetensors")).unlink()
         other = {"other": {"model": str(shards)}, "culprit": culprit}
         jobs[name] = Job("zero3.faults:different", common | other)
-    for kind in ("exit", "stop"):
+    for kind in ("exit", "stop", "interrupt"):
         jobs[f"unmet {kind}"] = Job("zero3.faults:unmet", common | {"kind": kind})
     jobs["elsewhere"] = Job("zero3.faults:elsewhere", common)
     jobs["busy"] = Job("zero3.faults:busy", common)
@@ -160,6 +168,14 @@ def test_rank_that_is_lost_before_the_ranks_have_met_is_named(
     assert (
         "LoadFailedError: rank 1 gave no sign of life for 4.2 s while it planned: it ended or hangs"
     ) in zero.output
+
+
+def test_rank_that_is_interrupted_before_the_ranks_have_met_is_named(
+    outcomes: dict[Any, list[Outcome]],
+) -> None:
+    zero, _ = outcomes["unmet interrupt"]
+    assert zero.code == 1, zero.output
+    assert "LoadFailedError: rank 1 failed: it was interrupted, as by Ctrl-C" in zero.output
 
 
 def test_rank_whose_spec_is_another_is_named_before_the_ranks_have_met(
