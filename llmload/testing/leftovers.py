@@ -5,20 +5,30 @@ from __future__ import annotations
 import gc
 import locale
 import logging
+import multiprocessing
 import os
+import random
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
+import numpy
 import torch
 import transformers
 from torch import nn
 
-_FACTORIES = ("empty", "zeros", "ones", "full", "rand", "randn", "tensor", "arange", "linspace")
+_SWITCHES = (
+    ("transformers.integrations.deepspeed", "_hf_deepspeed_config_weak_ref"),
+    ("deepspeed.runtime.zero.partition_parameters", "zero_init_context"),
+    ("deepspeed.runtime.zero.partition_parameters", "top_level_context"),
+    ("colossalai.lazy.lazy_init", "LazyInitContext._replaced"),
+)
+"""Module and name of what libraries set for the length of a load, where they are imported."""
 
 
 def snapshot() -> dict[str, Any]:
@@ -34,7 +44,7 @@ def snapshot() -> dict[str, Any]:
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "torch threads": torch.get_num_threads(),
         "random": torch.get_rng_state().tolist(),
-        "factories": [getattr(torch, name) for name in _FACTORIES],
+        "other random": [random.getstate(), str(numpy.random.get_state())],
         "torch.nn.functional": _functions(nn.functional),
         "nn.init": _functions(nn.init),
         "nn.Module": _functions(nn.Module),
@@ -42,13 +52,19 @@ def snapshot() -> dict[str, Any]:
         "nn.Embedding": _functions(nn.Embedding),
         "PreTrainedModel": _functions(transformers.PreTrainedModel),
         "PretrainedConfig": _functions(transformers.PretrainedConfig),
+        "torch": _functions(torch),
+        "torch.Tensor": _functions(torch.Tensor),
+        "libraries": _of_libraries(),
         "module hooks": [list(hooks) for hooks in _global_hooks()],
         "environment": {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
         "warnings": list(warnings.filters),
         "logging": [logging.root.level, list(logging.root.handlers), logging.root.manager.disable],
         "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
         "excepthook": sys.excepthook,
-        "sys.path": list(sys.path),
+        "sys.path": [*sys.path, *sys.meta_path, *sys.path_hooks],
+        "stdout": [sys.stdout, sys.stderr],
+        "process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
+        "children": multiprocessing.active_children(),
         "locale": locale.setlocale(locale.LC_ALL),
         "threads": set(threading.enumerate()),
         "files": sorted(_open_files()),
@@ -98,6 +114,17 @@ def nothing_left_behind(allow: Collection[str] = ("random",)) -> Iterator[None]:
 def _functions(holder: Any) -> dict[str, Any]:
     # transformers adds smart_apply to nn.Module when it first initialises a model, for good.
     return {k: v for k, v in vars(holder).items() if callable(v) and k != "smart_apply"}
+
+
+def _of_libraries() -> dict[str, Any]:
+    found = {}
+    for module, name in _SWITCHES:
+        try:
+            value = attrgetter(name)(sys.modules.get(module))
+        except AttributeError:
+            value = None
+        found[f"{module}.{name}"] = value or None  # off, as where it was never imported
+    return found
 
 
 def _global_hooks() -> list[Any]:
