@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from llmload.errors import Decline, LlmloadError, LoadFailedError, Note, PluginError, Problem
+from llmload.loading import room
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +30,8 @@ def call(host: Host, plugin: str, hook: str, **kwargs: Any) -> Any:
     # SystemExit too: a hook that exits must not end the process, least of all as if all were well.
     except (Exception, SystemExit) as error:
         raise LoadFailedError(
-            f"plugin {host.describe(plugin)} failed in {hook}: {type(error).__name__}: {error}"
+            f"plugin {host.describe(plugin)} failed in {hook}: {type(error).__name__}: {error}",
+            fix=room.advice(error),
         ) from error
 
 

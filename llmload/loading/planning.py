@@ -24,7 +24,7 @@ from llmload.hf import deepspeed, installed_transformers, locating, model_classe
 from llmload.hf.engine import Engine
 from llmload.hf.versions import refuse_unsupported
 from llmload.host.distributions import version_of
-from llmload.loading import fit, hook_calls, key_mapping, lock, ties
+from llmload.loading import fit, hook_calls, key_mapping, lock, room, ties
 from llmload.loading.gc_pause import collection_paused
 from llmload.loading.plan import Plan, Step
 from llmload.loading.prepared import Prepared
@@ -124,6 +124,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, fetch: Fetch) -> Prepared:
         rehearsal = rehearse(host, ctx, plan)
         if rehearsal is not None:
             plan.problems += fit.untrained(ctx, rehearsal.model)
+            plan.problems += room.problems(ctx, plan)
     prepared = Prepared(plan=plan, host=host, ctx=ctx, rehearsal=rehearsal)
     if not plan.errors:
         plan.problems += lock.problems(prepared)

@@ -18,6 +18,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from llmload.loading import room
+
 _LOGGER = logging.getLogger("llmload")
 
 
@@ -41,6 +43,7 @@ def taken(what: str) -> Iterator[None]:
     itself.
 
     :param what: names the load for the thread that waits for it.
+    :raises LoadFailedError: memory ran out within the block.
     """
     turn = _of_this_process()
     if not turn.lock.acquire(blocking=False):
@@ -49,6 +52,10 @@ def taken(what: str) -> Iterator[None]:
     before, turn.holder = turn.holder, f"{what}, in thread {threading.current_thread().name!r}"
     try:
         yield
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not room.ran_out(error):
+            raise
+        raise room.refusal(what, error) from error
     finally:
         turn.holder = before
         turn.lock.release()

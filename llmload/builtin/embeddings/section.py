@@ -20,7 +20,7 @@ class EmbeddingsSection(Section):
 
     spellings = SPELLINGS
 
-    pad_to_multiple_of: Annotated[int, Field(ge=1)] | None = None
+    pad_to_multiple_of: Annotated[int, Field(ge=1, le=2**20)] | None = None
     """Round the number of rows up to a multiple of this; 8, 64 or 128 suit tensor cores."""
     init_new: InitNew = "mean"
     """New rows: ``mean`` of the rows of the tokens that the model knows; ``normal``, drawn for each
