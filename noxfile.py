@@ -3,6 +3,7 @@
 ``nox`` runs what CI runs; sessions with ``default=False`` are run by hand with ``nox -s NAME``.
 """
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -44,6 +45,13 @@ OF_NO_STACK = (
     "tests/test_plugins_page.py",
 )
 SDIST_TESTS = ("tests/test_docs.py", "tests/test_packaging.py")
+LONG = {
+    "LLMLOAD_FUZZ_ROUNDS": 1_000_000,
+    "LLMLOAD_TEST_INTERRUPTS": 200,
+    "LLMLOAD_TEST_SWAPS": 200,
+    "LLMLOAD_TEST_FAULTS": 2,
+}
+"""Mutants and headers, interrupted loads, raced loads of each kind, rounds of failing ranks."""
 # torch 2.5 starts processes that compile, in every rank, though nothing here is compiled.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
@@ -194,6 +202,31 @@ def two_hosts(session: nox.Session) -> None:
     """ZeRO-3 on two hosts, each a network namespace of this machine: needs root and iproute2."""
     session.install("-c", MODERN, *GROUPS["test"], ".[all]")
     session.run("pytest", "tests/zero3/two_hosts.py", *session.posargs)
+
+
+@nox.session(default=False)
+def long_trust(session: nox.Session) -> None:
+    """The long set of SECURITY.md's promises, which writes its figures there: hours, by hand.
+
+    ``nox -s long_trust -- 0.1`` runs a tenth of it.
+    """
+    scale = float(session.posargs[0]) if session.posargs else 1.0
+    session.install("-c", MODERN, *GROUPS["test"], ".[all]")
+    promised = re.findall(r"`(tests/[\w/]+\.py::\w+)`", Path("SECURITY.md").read_text())
+    counts = {name: str(max(1, round(count * scale))) for name, count in LONG.items()}
+    outcomes = OUTCOMES / "trust.xml"
+    tests = dict.fromkeys(promised)
+    session.run(
+        "pytest",
+        "-n",
+        "2",
+        "--timeout=0",
+        f"--junit-xml={outcomes}",
+        *tests,
+        env=ONE_THREAD | counts,
+    )
+    session.run("python", "tests/hostile/figures.py", str(outcomes))
+    session.run("python", "tests/hostile/published.py")
 
 
 @nox.session(default=False)

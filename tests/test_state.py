@@ -42,6 +42,7 @@ BUILT_IN = [info for info in create_registry(environ={}).plugins if info.builtin
 NO_BOOSTER = booster.why_not() is not None
 NOT_IN_A_LOAD = ("diagnose", "started", "stopped")
 """Hooks whose errors are dropped, or that no load calls."""
+pytestmark = pytest.mark.slow
 HOOKS = [
     (info.name, hook)
     for info in BUILT_IN

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
-import peft
 import pytest
 from corpus import IMMUNE, WEIGHTS, Row, canary, rows
+from published import harm, spec_of
 from stacks import IS_MODERN
-from watching import Seen, watching
+from watching import watching
 
 import llmload
 from llmload.errors import RequestError
-from llmload.testing import tiny_checkpoint, tiny_model
 
 ROWS = list(rows())
 VALIDATED = {
@@ -42,29 +40,6 @@ IGNORED_BY_4_51 = {
 """Keys of later versions, which transformers 4.51.3 does not read: they do no harm there."""
 NOT_ALLOCATED_IN_4_51 = {"vocabulary", "heads", "drawn"}
 """4.51.3 builds buffers for real, so that the memory they would take is refused first."""
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tiny_checkpoint(tmp_path_factory.mktemp("sound") / "model")
-    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=4, target_modules=["q_proj"]))
-    adapted.save_pretrained(folder / "adapter")
-    return folder
-
-
-def spec_of(row: Row, folder: Path) -> dict[str, Any]:
-    def filled(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: filled(item) for key, item in value.items()}
-        return value.replace("{folder}", str(folder)) if isinstance(value, str) else value
-
-    return {"model": str(folder), **filled(row.spec)}
-
-
-def harm(seen: Seen) -> list[str]:
-    """What was done beyond reading files of the folder."""
-    outside = [name for name in seen.names() if name.startswith("/")]
-    return [*outside, *seen.reached_out, *({"evil"} & seen.imported)]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])

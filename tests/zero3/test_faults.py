@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ else. Ranks that hang are killed after 60."""
 
 KINDS = ("exception", "exit", "stop")
 PHASES = ("plan", "init_context", "place", "post_load", "wrap_adapter", "audit")
+ROUNDS = int(os.environ.get("LLMLOAD_TEST_FAULTS", "1"))
+"""How often the matrix is run: more in ``nox -s long_trust``."""
 MATRIX = [
     *((phase, kind, culprit, 2) for phase in PHASES for kind in KINDS for culprit in (0, 1)),
     *(("before zero3", kind, 1, 2) for kind in KINDS),
@@ -51,14 +54,18 @@ def sentences(phase: str, kind: str, culprit: int) -> list[str]:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Outcome]]:
     # Most of them wait for a deadline, so many can wait at the same time.
     return launch_once(
-        tmp_path_factory, "faults", lambda: _jobs(tmp_path_factory), timeout=280, at_once=4
+        tmp_path_factory,
+        "faults",
+        lambda: _jobs(tmp_path_factory),
+        timeout=280 * ROUNDS,
+        at_once=4,
     )
 
 
 def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Job]:
     folder = str(testing.tiny_llama(tmp_path_factory.mktemp("model")))
     jobs: dict[Any, Job] = {
-        (phase, kind, culprit, ranks): Job(
+        (phase, kind, culprit, ranks, number): Job(
             "zero3.faults:load",
             {
                 "folder": folder,
@@ -70,6 +77,7 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Job]:
             ranks=ranks,
         )
         for phase, kind, culprit, ranks in MATRIX
+        for number in range(ROUNDS)
     }
     common = {"folder": folder, "culprit": 1, "deadline": DEADLINE}
     jobs["stuck"] = Job("zero3.faults:stuck", common)
@@ -95,11 +103,17 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Job]:
     return jobs
 
 
+@pytest.mark.parametrize("number", range(ROUNDS))
 @pytest.mark.parametrize(("phase", "kind", "culprit", "ranks"), MATRIX)
 def test_every_rank_stops_in_time_and_names_the_culprit(
-    outcomes: dict[Any, list[Outcome]], phase: str, kind: str, culprit: int, ranks: int
+    outcomes: dict[Any, list[Outcome]],
+    phase: str,
+    kind: str,
+    culprit: int,
+    ranks: int,
+    number: int,
 ) -> None:
-    found = outcomes[phase, kind, culprit, ranks]
+    found = outcomes[phase, kind, culprit, ranks, number]
     assert len(found) == ranks
     assert all(rank.code != 0 for rank in found)
     for number, survivor in enumerate(found):
