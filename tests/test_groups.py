@@ -566,7 +566,7 @@ class Listening:
     @hookimpl
     def post_load(self, ctx: Any, model: Any) -> Any:
         if not ctx.rehearsing and ctx.section(self.Section).fails:
-            raise MemoryError("no room")
+            raise ValueError("no room")
         return model
 
 
@@ -580,7 +580,7 @@ class FailsElsewhere:
 
     @hookimpl
     def init_context(self, ctx: Any) -> None:
-        raise MemoryError("no room")
+        raise ValueError("no room")
 
 
 def heard(folder: Path, **models: dict[str, Any]) -> list[str]:
@@ -618,7 +618,7 @@ def test_a_context_hears_of_the_failure_of_a_member_without_its_plugin(folder: P
 def test_a_plugin_whose_members_come_later_is_told_that_they_will_not(folder: Path) -> None:
     assert heard(folder, other={"fails": {}}, one=ONE, two=TWO) == [
         "stopped float32: models.other: plugin 'fails' (given as an object) failed in init_context:"
-        " MemoryError: no room",
+        " ValueError: no room",
         "failed",
     ]
 
