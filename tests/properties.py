@@ -157,7 +157,8 @@ def _grow(state: dict[str, torch.Tensor]) -> None:
 
 
 def _integers(state: dict[str, torch.Tensor]) -> None:
-    name = max(state, key=lambda name: state[name].numel())
+    weights = [name for name in state if name.endswith("weight")]  # a buffer may be stored so
+    name = max(weights, key=lambda name: state[name].numel())
     state[name] = state[name].to(torch.int32)
 
 
