@@ -149,6 +149,7 @@ class Source:
         """
         if self.origin is None or not self.may_stay:
             return None
+        # One piece: what is not converted lies in one tensor of the file.
         (piece,) = self._pieces(start, stop)
         owned = self._own(piece)
         if owned is not None:

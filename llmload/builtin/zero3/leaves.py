@@ -37,6 +37,7 @@ def mark_leaf_modules(model: nn.Module, named: Collection[str]) -> list[str]:
             for name in EXPERTS
         )
     ]
+    # DeepSpeed keeps the mark on the module itself, so that it holds in `initialize` too.
     for module in found:
         set_z3_leaf_module(module, True)
     return sorted({type(module).__name__ for module in found})

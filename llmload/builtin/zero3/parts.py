@@ -63,6 +63,7 @@ def forecast(ctx: LoadContext, accounting: Accounting, rank: int, ranks: int) ->
         for name, buffer in model.named_buffers()
     )
     for name, parameter in model.named_parameters():
+        # A tied name is the parameter of another, and takes no memory of its own.
         if name not in tied:
             size = Span.of(parameter.numel(), rank, ranks).size
             kept += size * dtype_of(parameter, ctx.dtype).itemsize

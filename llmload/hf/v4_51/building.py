@@ -132,6 +132,7 @@ def to_fill(blank: PreTrainedModel) -> PreTrainedModel:
 
     It builds with ``init_empty_weights``, which takes apart what the constructor ties.
     """
+    # Parameters that modules share are one object, and only the first keeps it.
     seen = set()
     for module in blank.modules():
         for name, parameter in module._parameters.items():
