@@ -353,6 +353,6 @@ def test_initialisations_that_need_plain_weights_conflict_with_kbit(
     start: bool | str, conflicts: bool
 ) -> None:
     (conflict,) = LoraPlugin.conflicts
-    assert conflict.key == "kbit"
+    assert conflict.ability == "quantisation"
     assert conflict.when is not None
     assert conflict.when(LoraSection(init_lora_weights=start), object()) is conflicts
