@@ -23,7 +23,12 @@ from llmload.errors import AuditError, Line
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+    )
     from typing_extensions import Self
 
     from llmload.checkpoint import Checkpoint, TensorInfo
@@ -130,6 +135,7 @@ class LoadContext:
     claimed: _ReadOnly[dict[str, TensorInfo]] = _ReadOnly("found")
     declined: _ReadOnly[dict[str, str]] = _ReadOnly("found")
     tokenizer: _Stated[PreTrainedTokenizerBase | None] = _Stated("found")
+    processor: _Stated[ProcessorMixin | None] = _Stated("found")
     new_tokens: _Stated[dict[str, int]] = _Stated("found")
     placed_by: _Stated[str | None] = _Stated("found")
     splits: _Stated[bool] = _Stated("found")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
     from llmload.checkpoint import Checkpoint, TensorInfo
 
@@ -31,6 +31,9 @@ class Found:
     by the host; read by plugins that need a certain loader, and by groups."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """Written by the plugin that loads the tokenizer; read by everybody, and given to the user."""
+    processor: ProcessorMixin | None = None
+    """What makes inputs of texts, images and the like; its tokenizer is ``tokenizer``. Written
+    beside it, for models of more than text; read by everybody, and given to the user."""
     new_tokens: dict[str, int] = field(default_factory=dict)
     """Token -> id of those that the checkpoint's own tokenizer lacks: their embedding rows are
     untrained, even where the checkpoint has rows to spare. Written beside ``tokenizer``; read by

@@ -195,7 +195,12 @@ def _view(
     what = f"the frozen adapter {name!r}" if member.frozen_copy else "no adapter"
     report.audit = [f"it is the model of {member.adapter_of!r} with {what} active"]
     return LoadResult(
-        model=view, tokenizer=other.tokenizer, plan=plan, report=report, kept_alive=(other,)
+        model=view,
+        tokenizer=other.tokenizer,
+        processor=other.processor,
+        plan=plan,
+        report=report,
+        kept_alive=(other,),
     )
 
 

@@ -105,6 +105,18 @@ def resolve_class(
     return found
 
 
+def set_labels(spec: LoadSpec, config: PretrainedConfig) -> None:
+    """Give a classifier's config the labels that the spec asks for, under transformers' keys."""
+    if spec.labels is None:
+        return
+    if isinstance(spec.labels, int):
+        if config.num_labels != spec.labels:  # names that are there already stay
+            config.num_labels = spec.labels
+        return
+    config.id2label = dict(enumerate(spec.labels))
+    config.label2id = {name: number for number, name in config.id2label.items()}
+
+
 def own_code_failed(error: BaseException) -> tuple[str, str]:
     """Return message and fix where code that came with a model cannot be imported."""
     raised = traceback.extract_tb(error.__traceback__)

@@ -25,7 +25,7 @@ from llmload.spec import files
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
     from llmload.checkpoint import CheckpointFile
     from llmload.checkpoint.placement import Placement
@@ -42,6 +42,8 @@ class LoadResult:
     """An ordinary ``PreTrainedModel`` or ``PeftModel``, in eval mode."""
     tokenizer: PreTrainedTokenizerBase | None
     """The tokenizer, or None for a folder without one."""
+    processor: ProcessorMixin | None = None
+    """For a model of more than text, what makes its inputs; ``tokenizer`` is its tokenizer."""
     plan: Plan
     """What was going to happen."""
     report: Report
@@ -196,6 +198,7 @@ def execute(
     return LoadResult(
         model=model,
         tokenizer=ctx.tokenizer,
+        processor=ctx.processor,
         plan=plan,
         report=report,
         kept_alive=tuple(ctx.kept_alive),

@@ -81,6 +81,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, fetch: Fetch) -> Prepared:
     folder, files, content, checkpoint = find(host, spec, fetch)
     config = model_classes.load_config(files, content, spec, checkpoint)
     model_class, config = model_classes.resolve_class(spec, config)
+    model_classes.set_labels(spec, config)
     ctx = LoadContext(
         spec=spec,
         sections=host.sections,
@@ -116,6 +117,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, fetch: Fetch) -> Prepared:
         except RequestError as error:
             plan.problems += error.problems
     if not plan.errors:
+        ctx.to_initialise.update(_new_head(ctx))
         _check(host, ctx, plan)
         try:
             plan.problems += fit.problems(ctx)
@@ -163,6 +165,19 @@ def _headers(spec: LoadSpec, folder: Path, place: Path, fetch: Fetch) -> Checkpo
         locating.resolve(spec, weights=True)
         elsewhere = {}
     return Checkpoint.open(place, allow_pickle=spec.allow_pickle, elsewhere=elsewhere)
+
+
+def _new_head(ctx: LoadContext) -> dict[str, str]:
+    """Return the parameters of a classifier's head that the checkpoint lacks, where the spec says
+    how many labels there are to be."""
+    if ctx.spec.labels is None or ctx.checkpoint is None:
+        return {}
+    prefix = f"{ctx.model_class.base_model_prefix}."
+    return {
+        name: "a new head for the labels of the spec"
+        for name, _ in ctx.blank.named_parameters()
+        if not name.startswith(prefix) and name not in ctx.checkpoint.tensors
+    }
 
 
 def _admit(host: Host, spec: LoadSpec, folder: Path) -> None:

@@ -119,6 +119,14 @@ def _task(value: object) -> object:
     return _CLASSES.get(str(value).upper(), Removal.UNKNOWN)
 
 
+def _labels(value: object) -> object:
+    return (
+        value
+        if type(value) is int and value > 0
+        else Sentence("Remove it, or write how many in `labels`.")
+    )
+
+
 def _dtype(value: object) -> object:
     """dtypes in the spellings of torch and of trainers."""
     allowed = ("auto", *get_args(Dtype))
@@ -187,6 +195,7 @@ _CORE: Final = {
     "revision_of_model": Spelling("axolotl", "revision"),
     "model_type": Spelling("axolotl", "auto_class", _class),
     "type_of_model": Spelling("axolotl", "auto_class", _class),
+    "num_labels": Spelling("transformers and ms-swift", "labels", _labels),
     "task_type": Spelling("PEFT and ms-swift", "auto_class", _task),
     "torch_dtype": Spelling("transformers, TRL and ms-swift", "dtype", _dtype),
     "infer_dtype": Spelling("LLaMA-Factory", "dtype", _dtype),

@@ -54,6 +54,9 @@ if TYPE_CHECKING:
     from llmload.spec.document import Document
 
 
+_MOST_LABELS = 100_000
+
+
 def _make_scalars_strict(schema: Any) -> None:
     """Make pydantic strict about scalars alone: its own strict mode refuses a list for a tuple."""
     if isinstance(schema, dict):
@@ -166,6 +169,16 @@ class LoadSpec(Section):
         WithJsonSchema({"anyOf": [{"enum": list(AUTO_CLASSES)}, {"pattern": CLASS_PATH}]}),
     ] = "causal_lm"
     """What the model is for, or its class as ``module:Class``."""
+    labels: (
+        Annotated[int, Field(gt=0, le=_MOST_LABELS)]
+        | Annotated[
+            tuple[Annotated[str, Field(min_length=1)], ...],
+            Field(min_length=1, max_length=_MOST_LABELS),
+        ]
+        | None
+    ) = None
+    """Labels of a classifier: how many, or their names in order; null for those in the config. A
+    head that the checkpoint lacks is then new."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Floating-point dtype of the parameters; ``auto`` keeps the checkpoint's."""
     weights: Literal["pretrained", "random"] = "pretrained"
@@ -216,6 +229,23 @@ class LoadSpec(Section):
     trainable: bool = True
     """``false``: hand the model out frozen, as a reference or reward model is used: in eval mode,
     no parameter requires gradients, an adapter's no more than the base's."""
+
+    @model_validator(mode="after")
+    def _labels_are_of_a_classifier(self) -> LoadSpec:
+        if self.labels is None:
+            return self
+        if not self.auto_class.endswith("_classification") and ":" not in self.auto_class:
+            raise InvalidValueError(
+                f"`labels` belong to a classifier, and `auto_class` is {self.auto_class!r}",
+                fix="Write `auto_class: sequence_classification`, or remove `labels`.",
+            )
+        names = () if isinstance(self.labels, int) else self.labels
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise InvalidValueError(
+                f"`labels` has {twice[0]!r} twice", fix="Give each label a name of its own."
+            )
+        return self
 
     @model_validator(mode="after")
     def _random_weights_have_no_keys(self) -> LoadSpec:

@@ -123,7 +123,11 @@ def _problem(message: str, fix: str) -> Problem:
 def _how_it_would_fit(
     saved: SavedAdapter, model: PeftModel, stored: torch.Size, held: torch.Size
 ) -> str:
-    """Say how the embeddings get the adapter's size, where it is they that do not fit."""
+    """Say how head or embeddings get the adapter's size, where it is they that do not fit."""
+    labels = getattr(model.get_base_model().config, "num_labels", None)
+    classifies = saved.fields.get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
+    if classifies and held[0] == labels and stored[1:] == held[1:]:
+        return f"Write `labels: {stored[0]}`, as many as the adapter was trained with."
     rows = partitions.shape(model.get_base_model().get_input_embeddings().weight)[0]
     if rows not in held or len(stored) != len(held) or stored[0] == held[0]:
         return (

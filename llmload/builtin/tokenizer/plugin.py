@@ -34,7 +34,7 @@ class TokenizerPlugin:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note | Problem]:
         """Load the tokenizer, change it as asked, and set ``ctx.tokenizer``."""
-        from llmload.builtin.tokenizer import chat_template, files
+        from llmload.builtin.tokenizer import chat_template, files, processors
         from llmload.builtin.tokenizer.changes import change
 
         section = ctx.section(TokenizerSection)
@@ -63,6 +63,11 @@ class TokenizerPlugin:
         template = chat_template.find(section.chat_template, ctx)
         with files.faults_refused(folder):
             yield from change(tokenizer, section, template)
+        ctx.processor, problem = processors.load(ctx, section, folder)
+        if problem is not None:
+            yield problem
+        if ctx.processor is not None and template is not None:
+            ctx.processor.chat_template = template
         trained = before
         if folder != ctx.folder and files.names(ctx.folder):
             trained = files.load(ctx.folder, ctx, section).get_vocab()
@@ -75,6 +80,8 @@ class TokenizerPlugin:
         }
         yield from _rows(ctx)
         yield Note(text=_summary(ctx))
+        if ctx.processor is not None:
+            yield Note(text=f"{type(ctx.processor).__name__} around it")
 
     @hookimpl
     def post_load(self, ctx: LoadContext, model: nn.Module) -> nn.Module:
