@@ -9,14 +9,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters import load, refusal, save, three_losses
+from adapters import load, needs_peft, refusal, save, three_losses
 from safetensors.torch import load_file, save_file
 from stacks import needs_bitsandbytes
 from transformers import AutoModelForCausalLM
 
 import llmload
 from llmload.errors import AuditError, SpecError
-from llmload.testing import tiny_llama
+from llmload.testing import IDS, tiny_llama
 
 pytest.importorskip("bitsandbytes")
 pytestmark = needs_bitsandbytes
@@ -109,4 +109,38 @@ def test_there_must_be_an_adapter_to_merge(llama: Path) -> None:
         load(llama, {"merge": True})
     assert str(caught.value) == (
         "lora: `merge` is for a saved adapter, and none is named. Set `adapter` to its folder."
+    )
+
+
+@needs_peft("0.21.0")
+def test_what_waits_for_values_is_merged_too(llama: Path, tmp_path: Path) -> None:
+    section = {"r": 2, "target_modules": ["q_proj"], "kasa_config": {}}
+    made = load(llama, section, dtype="float32").model
+    three_losses(made)
+    save(made, tmp_path)
+    merged = load(llama, {"adapter": str(tmp_path), "merge": True}, dtype="float32").model
+    with torch.no_grad():
+        expected = made.eval()(input_ids=IDS).logits
+        torch.testing.assert_close(merged(input_ids=IDS).logits, expected)
+
+
+@needs_peft("0.18.0")
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (
+            {"lora_bias": True},
+            "Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias",
+        ),
+        ({"alora_invocation_tokens": [3, 4]}, "aLoRA does not support merging"),
+    ],
+)
+def test_what_peft_cannot_merge_is_refused_in_the_plan(
+    llama: Path, tmp_path: Path, fields: dict[str, Any], reason: str
+) -> None:
+    section = {"r": 2, "target_modules": ["q_proj"], **fields}
+    save(load(llama, section).model, tmp_path)
+    assert refusal(llama, {"adapter": str(tmp_path), "merge": True}) == (
+        f"lora.merge: PEFT refuses this adapter: {reason}. Resume it as the section's `adapter`,"
+        " without `merge`."
     )

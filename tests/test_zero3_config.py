@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from adapters import needs_peft, refusal
 from stacks import IS_MODERN, needs_bitsandbytes
 
 import llmload
@@ -439,4 +441,15 @@ def test_a_file_of_something_else_is_no_deepspeed_config(tmp_path: Path, inline:
         f"zero3.config: {'the mapping' if inline else repr(str(file))} has none of DeepSpeed's"
         " keys: it has compute_environment, mixed_precision. Give a DeepSpeed config, with at"
         ' least {"zero_optimization": {"stage": 3}}.'
+    )
+
+
+@needs_peft("0.15.0")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_rows_to_train_need_a_gpu_to_be_shared_among_ranks(tmp_path: Path) -> None:
+    section = {"r": 2, "target_modules": ["q_proj"], "trainable_token_indices": [1, 5]}
+    asked = with_zero() | {"train_micro_batch_size_per_gpu": 1}
+    assert refusal(testing.tiny_llama(tmp_path), section, zero3={"config": asked}) == (
+        "lora.trainable_token_indices: under ZeRO-3 PEFT shares rows to train among the ranks by a"
+        " GPU, and there is none. Load without `zero3`, or where there are GPUs."
     )

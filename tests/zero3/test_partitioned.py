@@ -109,6 +109,39 @@ def tied_adapters(tmp: Path, folder: str) -> dict[str, dict[str, Any]]:
     return merging
 
 
+MERGED: dict[str, dict[str, dict[str, Any]]] = {
+    "mixtral": {
+        "experts": {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
+    },
+    "qwen2": {  # whose layers have biases
+        "biases": {"target_modules": ["q_proj", "v_proj"], "lora_bias": True},
+        "DoRA": {"target_modules": ["q_proj", "v_proj"], "use_dora": True},
+        "KaSA": {"target_modules": ["q_proj", "v_proj"], "kasa_config": {}},
+    },
+}
+"""By architecture, adapters by name."""
+
+
+def merging(tmp: Path, folder: str, sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Save adapters of a model; returns sections that merge each, or it first, before another."""
+    found: dict[str, Any] = {}
+    for name, section in sections.items():
+        made = llmload.load({"model": folder, "lora": {"r": 2, **section}}).model
+        with torch.no_grad():
+            for parameter in made.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.rand(parameter.shape) - 0.5)
+        made.save_pretrained(tmp / name, save_embedding_layers=False)
+        saved, dtype = str(tmp / name), {"adapter_dtype": "bfloat16"}
+        found[name] = {"adapter": saved, "merge": True} | dtype
+        another = {"r": 2, "target_modules": ["q_proj"]} | dtype
+        found[f"{name} first"] = {"merge_first": [saved]} | another
+    return found
+
+
 def flat(outcomes: list[Outcome]) -> list[Any]:
     for rank in outcomes:
         assert rank.code == 0, rank.output
@@ -146,6 +179,11 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         beyond.append({"kind": kind, "folder": str(folder), "dtype": "bfloat16"})
     shared = str(testing.tiny_llama(tmp, name="shared", tied=True, dtype=torch.bfloat16))
     other = str(testing.tiny_llama(tmp, name="other", seed=5, pad=True))
+    whole = {}
+    for model_type in MERGED if stacks.IS_MODERN else ():
+        folder = tmp / model_type / "model"
+        architectures.build("causal_lm", model_type).to(torch.bfloat16).save_pretrained(folder)
+        whole[model_type] = str(folder)
     return {
         "variants": Job("zero3.comparing:many", {"cases": list(variants.values())}, timeout=200),
         "head": Job("zero3.finishing:value_head", adapter),
@@ -161,6 +199,14 @@ def _jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
             "zero3.finishing:untied_and_merged",
             {"folder": shared, "adapters": tied_adapters(tmp, shared)},
         ),
+        **{
+            model_type: Job(
+                "zero3.finishing:untied_and_merged",
+                {"folder": folder, "adapters": merging(Path(folder).parent, folder, sections)},
+            )
+            for model_type, folder in whole.items()
+            for sections in [MERGED[model_type]]
+        },
         "untied": Job("zero3.finishing:embeddings", {"folder": untied} | resize),
         "auto": Job("zero3.finishing:lora", adapter | {"adapter_dtype": "auto"}),
         "base": Job("zero3.finishing:lora", adapter | {"adapter_dtype": "base"}),
@@ -302,4 +348,16 @@ def test_untied_heads_and_merged_adapters_are_those_of_the_whole_model_in_parts(
             "untied head": [[], False],
             "copied head": [[], False],
             "repeated layers": [[], True],
+        }
+
+
+@stacks.needs_transformers_5  # and the PEFT that has these adapters
+@pytest.mark.parametrize("model_type", MERGED)
+def test_adapters_of_experts_and_biases_are_merged_in_parts_alone_and_before_another(
+    outcomes: dict[str, list[Outcome]], model_type: str
+) -> None:
+    for answer in flat(outcomes[model_type]):
+        names = [n for name in MERGED[model_type] for n in (name, f"{name} first")]
+        assert {name: different for name, (different, _) in answer.items()} == {
+            name: [] for name in ("untied", *names)
         }

@@ -106,7 +106,8 @@ class Zero3Plugin:
     def check_lora(
         self, ctx: LoadContext, section: Any, fields: Mapping[str, Any]
     ) -> Iterator[Problem]:
-        """Refuse copies of modules in another dtype than the adapter's: one buffer holds both."""
+        """Refuse copies of modules in another dtype than the adapter's: one buffer holds both; and
+        rows to train where PEFT cannot share them among the ranks."""
         from llmload.builtin.zero3.loading_session import mixed_dtypes
 
         copies = fields.get("modules_to_save")
@@ -114,6 +115,8 @@ class Zero3Plugin:
         mixed = section.adapter_dtype == "auto" and dtype_name(ctx.dtype) != "float32"
         if resolved is not None and resolved.stage == 3 and copies and mixed:
             yield mixed_dtypes(("float32", dtype_name(ctx.dtype)))
+        if resolved is not None and resolved.stage == 3 and fields.get("trainable_token_indices"):
+            yield from _rows_without_gpu()
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> AbstractContextManager[Session]:
@@ -168,6 +171,18 @@ class Zero3Plugin:
         if self._presence is not None:
             self._presence.stop()
             self._presence = None
+
+
+def _rows_without_gpu() -> Iterator[Problem]:
+    import torch
+
+    if not torch.cuda.is_available():
+        yield Problem(
+            where="lora.trainable_token_indices",
+            message="under ZeRO-3 PEFT shares rows to train among the ranks by a GPU, and there is"
+            " none",
+            fix="Load without `zero3`, or where there are GPUs.",
+        )
 
 
 def _stage(asked: Any) -> tuple[int, float]:
