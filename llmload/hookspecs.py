@@ -88,6 +88,7 @@ way of one load::
 
     begun     started       every installed plugin        of a load, not of a plan alone
     plan      admit         each plugin, in order         before a file is opened
+              open_checkpoint   each plugin, in order     where the tensors lie, if one knows
               map_keys      each plugin, in order         new names, claimed tensors
               check         each plugin, in order         Problems, Notes and Declines
               post_load     rehearsed on the meta device  (ctx.rehearsing is true)
@@ -123,6 +124,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from llmload.checkpoint import Checkpoint
     from llmload.context.context import LoadContext
     from llmload.errors import Decline, Note, Problem
     from llmload.spec.loadspec import LoadSpec
@@ -249,6 +251,57 @@ def admit(spec: LoadSpec, folder: Path) -> Iterable[Problem]:
                         message=f"{str(folder)!r} does not lie in {str(root)!r}",
                         fix="Have the model copied there by whoever checks models.",
                     )
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def open_checkpoint(spec: LoadSpec, folder: Path, place: Path) -> Checkpoint | None:
+    """Say where each tensor lies, of a layout that only this plugin knows, or of another place.
+
+    Called once for each active plugin, in plan order, after ``admit`` and before anything else is
+    made of the weights, with ``weights: pretrained`` only; ``plan`` calls it too. What is returned
+    stands for the files that llmload knows, which are then not looked for: names, dtypes and shapes
+    are held to the model, loaders read and place each tensor, rank by rank, and the audit compares
+    values, as if it were safetensors. Headers and lists are read here, and no weight.
+
+    Each tensor's bytes lie in one piece, row by row and little endian. Files on a disk are mapped
+    (:meth:`CheckpointFile.on_disk <llmload.checkpoint.contents.CheckpointFile.on_disk>`). Of others
+    the plugin fetches bytes, and only those are asked for that this process keeps, besides a few
+    bytes of each tensor for the audit and, with several ranks, to compare what they load
+    (:meth:`CheckpointFile.fetched <llmload.checkpoint.contents.CheckpointFile.fetched>`).
+
+    :param spec: the validated spec; ``spec.sections[name]`` is this plugin's part of it, if it has
+        one.
+    :param folder: the folder, or the snapshot of the hub repository, with config and tokenizer.
+    :param place: where the spec says that the weights are: ``weights_from``, else the folder.
+    :returns: the checkpoint, or ``None`` where this plugin does not know it. Two that answer are an
+        error.
+    :raises RequestError: the files are not what they should be.
+
+    Example: one file without a header, and a list of what lies in it::
+
+        import json
+
+        import llmload
+        from llmload.plugin import Checkpoint, CheckpointFile, TensorInfo
+
+        class Blob:
+            name = "blob"
+
+            class Section(llmload.Section):
+                file: str = "weights.blob"
+
+            @llmload.hookimpl
+            def open_checkpoint(self, spec, folder, place):
+                path = place / spec.sections[self.name].file
+                listed = json.loads(path.with_suffix(".json").read_text())
+                file = CheckpointFile.on_disk(path, place)
+                tensors = [
+                    TensorInfo(name, file.path, dtype, tuple(shape), start, stop)
+                    for name, (dtype, shape, start, stop) in listed.items()
+                ]
+                return Checkpoint.described(place, [file], tensors)
     """
     raise NotImplementedError
 
@@ -560,4 +613,13 @@ def stopped(asked: Mapping[str, Any], error: BaseException) -> None:
 
 
 SPINE = ("init_context", "load", "post_load", "wrap_adapter")
-HELPERS = ("started", "diagnose", "admit", "map_keys", "check", "audit", "stopped")
+HELPERS = (
+    "started",
+    "diagnose",
+    "admit",
+    "open_checkpoint",
+    "map_keys",
+    "check",
+    "audit",
+    "stopped",
+)

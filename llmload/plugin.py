@@ -32,8 +32,11 @@ Values of a section:
 
 Files of a checkpoint:
 
-- ``Checkpoint``, ``TensorInfo``: names, dtypes, shapes and places of tensors, known before a weight
-  is read; ``torch_dtype`` is the dtype that a header names, ``dtype_name`` what torch calls one.
+- ``Checkpoint``, ``CheckpointFile``, ``TensorInfo``: names, dtypes, shapes and places of tensors,
+  known before a weight is read. The hook ``open_checkpoint`` makes its own with
+  ``Checkpoint.described``, of files that ``CheckpointFile.on_disk`` looks at or
+  ``CheckpointFile.fetched`` gets from elsewhere. ``torch_dtype`` is the dtype that a header names,
+  ``dtype_name`` what torch calls one.
 - ``MappedCheckpoint``: the same files mapped, and tensors over their pages.
 - ``Proof``: what a loader read, and the digest of what it placed.
 - ``UntrustedFolder``: configs and other small files of a folder, each read by strict rules;
@@ -104,6 +107,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint import filesystem as filesystem
     from llmload.checkpoint.accounting import Accounting as Accounting
     from llmload.checkpoint.contents import Checkpoint as Checkpoint
+    from llmload.checkpoint.contents import CheckpointFile as CheckpointFile
     from llmload.checkpoint.dtypes import torch_dtype as torch_dtype
     from llmload.checkpoint.folder import main_file as main_file
     from llmload.checkpoint.header import TensorInfo as TensorInfo
@@ -202,6 +206,7 @@ __all__ = [
     "AuditError",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointFile",
     "Conflict",
     "Decline",
     "Dtype",
@@ -307,7 +312,7 @@ _HOME = {
     "ABILITIES": "context.peers",
     "AdapterSwitch": "context.switch",
     "Accounting": "checkpoint.accounting",
-    "Checkpoint": "checkpoint.contents",
+    **dict.fromkeys(("Checkpoint", "CheckpointFile"), "checkpoint.contents"),
     "MappedCheckpoint": "checkpoint.mapped",
     "Proof": "checkpoint.proof",
     "TensorInfo": "checkpoint.header",

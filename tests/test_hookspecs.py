@@ -34,7 +34,8 @@ def example_of(hook: str) -> type:
     assert block, f"{hook} has no example"
     namespace: dict[str, Any] = {}
     exec(compile(textwrap.dedent(block[1]), f"<example of {hook}>", "exec"), namespace)
-    (plugin,) = (value for value in namespace.values() if inspect.isclass(value))
+    classes = [value for value in namespace.values() if inspect.isclass(value)]
+    (plugin,) = (kind for kind in classes if not kind.__module__.startswith("llmload"))
     return plugin
 
 

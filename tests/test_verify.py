@@ -205,3 +205,15 @@ def test_quantised_weights_are_looked_at_by_what_scales_them(
     broken = save_checkpoint(model, tmp_path / "broken")
     with pytest.raises(AuditError, match="hold NaN or infinity"):
         llmload.load(spec | {"model": str(broken)})
+
+
+@signed
+def test_weights_outside_of_the_signed_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+    elsewhere = tiny_llama(tmp_path, name="elsewhere")
+    spec = sign(folder, tmp_path) | {"weights_from": str(elsewhere)}
+    (error,) = llmload.plan(spec).errors
+    assert str(error) == (
+        f"verify.signature: the signature covers the folder {str(folder)!r}, and"
+        " 'model.safetensors' of the weights lie elsewhere. Sign the folder with its weights, or"
+        " leave out what takes them from elsewhere."
+    )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from llmload.checkpoint.folder import (
     inside,
@@ -20,13 +21,25 @@ from llmload.checkpoint.folder import (
     regular_file,
     unlisted_shards,
 )
-from llmload.checkpoint.header import TensorInfo, is_no_model, read_header, read_header_afar
+from llmload.checkpoint.header import (
+    TensorInfo,
+    hold_to_rules,
+    is_no_model,
+    read_header,
+    read_header_afar,
+)
 from llmload.checkpoint.pickled import read_pickle, refuse_pickle, require_safe_torch
 from llmload.errors import CheckpointError, Problem, some
 
 _AT_ONCE = 8
 """Headers that are fetched at a time."""
 _INCOMPLETE = "Download or save the whole folder again."
+_DESCRIBED = "The plugin that describes the checkpoint is at fault, or its files are."
+
+
+Fetch: TypeAlias = Callable[[Iterable[tuple[int, memoryview]]], None]
+"""Fills each memory with a file's bytes from the place before it on, all of it or raises. Several
+at a time, so that they can be asked for at once; any thread may call it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +47,8 @@ class CheckpointFile:
     """One file of weights as it was when its header was checked."""
 
     path: Path
-    """Links resolved."""
+    """Links resolved. Of a file that is fetched a name that no other one has; nothing need lie
+    there."""
     name: str
     """As the index calls it, or the file's own name."""
     size: int
@@ -45,6 +59,56 @@ class CheckpointFile:
     """Free text from the header, usually ``{"format": "pt"}``."""
     is_here: bool = True
     """Whether there is such a file; False where only its header was fetched."""
+    fetch: Fetch | None = None
+    """How its bytes come here; None for a file on a disk, which is mapped."""
+    version: str = ""
+    """What tells the content of one that is fetched from any other, such as a store's checksum."""
+
+    @classmethod
+    def on_disk(cls, path: Path, root: Path) -> CheckpointFile:
+        """Look at a file of a layout of one's own, without reading it.
+
+        :param root: the folder of the checkpoint, which no link may lead out of.
+        :raises CheckpointError: it is missing, no plain file, or lies elsewhere.
+        """
+        real = inside(root, path)
+        with regular_file(real) as (_, state):
+            size, found = state.st_size, identity(state)
+        return cls(real, os.path.relpath(path, root), size, found, MappingProxyType({}))
+
+    @classmethod
+    def fetched(
+        cls, place: str, size: int, fetch: Fetch, *, name: str = "", version: str = ""
+    ) -> CheckpointFile:
+        """Describe a file that lies on no disk of this machine.
+
+        :param place: its address, for messages; no other file of the checkpoint has the same.
+        :param size: bytes.
+        :param fetch: gets bytes of it, and raises where it is not that file any more.
+        :param name: for the report; by default the last part of the address.
+        :param version: equal where the content is, such as a checksum that the store knows.
+        """
+        name = name or place.rpartition("/")[2]
+        nothing = MappingProxyType[str, str]({})
+        unknown = (0, 0, 0)
+        return cls(Path(place), name, size, unknown, nothing, fetch=fetch, version=version)
+
+    def safetensors(self) -> tuple[TensorInfo, ...]:
+        """Read what tensors lie in it, by its header, where it is a file of safetensors.
+
+        :raises CheckpointError: it is none, or damaged.
+        """
+        if self.fetch is not None:
+            return tuple(read_header(self._fetched, self.path, self.size)[0])
+        with regular_file(self.path) as (descriptor, _):
+            read = partial(_pread, descriptor)
+            return tuple(read_header(read, self.path, self.size)[0])
+
+    def _fetched(self, start: int, length: int) -> bytes:
+        assert self.fetch is not None
+        data = bytearray(max(0, min(length, self.size - start)))
+        self.fetch([(start, memoryview(data))])
+        return bytes(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +123,17 @@ class FileElsewhere:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A model's weights on disk: validated, immutable, nothing of their data read."""
+    """A model's weights: validated, immutable, nothing of their data read."""
 
     root: Path
-    """The folder that holds the files."""
-    format: Literal["safetensors", "pickle"]
+    """The folder that holds the files, or that of the model where they are fetched."""
+    format: Literal["safetensors", "pickle", "other"]
+    """``other``: as a plugin described it."""
     files: tuple[CheckpointFile, ...]
     tensors: Mapping[str, TensorInfo]
     """By name, file by file, each file in the order of its bytes."""
     as_stored: bool = True
-    """Whether the names are those in the files, and all of them."""
+    """Whether transformers finds the same in the files: these names, and all of them."""
 
     @classmethod
     def open(
@@ -153,20 +218,42 @@ class Checkpoint:
             tensors.update((tensor.name, tensor) for tensor in found)
         if problems:
             raise CheckpointError(problems)
-        nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        if is_no_model(len(tensors), nbytes):
-            raise refuse(
-                root,
-                f"the checkpoint lists {len(tensors):,} tensors of {nbytes:,} bytes in all, which"
-                " is no model",
-                _INCOMPLETE,
-            )
+        _hold_to_be_a_model(root, tensors)
         return cls(
             root,
             "pickle" if is_pickle else "safetensors",
             tuple(files),
             MappingProxyType(tensors),
         )
+
+    @classmethod
+    def described(
+        cls, root: Path, files: Iterable[CheckpointFile], tensors: Iterable[TensorInfo]
+    ) -> Checkpoint:
+        """Say what lies where in files of a layout that only the caller knows.
+
+        Each tensor's bytes lie in one piece, row by row and little endian.
+
+        :param root: the folder that holds the files, or that of the model where they are fetched.
+        :param tensors: each of one of the files; ``dtype`` as safetensors spells it.
+        :raises CheckpointError: a tensor cannot be what is said of it, or two have one name.
+        """
+        files = tuple(files)
+        sizes = {file.path: file.size for file in files}
+        found: dict[str, TensorInfo] = {}
+        if len(sizes) < len(files):
+            raise refuse(root, "two files of the checkpoint have one path", _DESCRIBED)
+        for info in tensors:
+            if info.file not in sizes:
+                raise refuse(
+                    info.file, f"tensor {info.name!r} is in no file of the checkpoint", _DESCRIBED
+                )
+            hold_to_rules(info, sizes[info.file])
+            if info.name in found:
+                raise refuse(info.file, f"two tensors are called {info.name!r}", _DESCRIBED)
+            found[info.name] = info
+        _hold_to_be_a_model(root, found)
+        return cls(root, "other", files, MappingProxyType(found), as_stored=False)
 
     def renamed(self, names: Mapping[str, str]) -> Checkpoint:
         """Return the same files with other names; a tensor that ``names`` lacks is left out.
@@ -179,6 +266,11 @@ class Checkpoint:
             if name in names
         }
         return replace(self, tensors=MappingProxyType(tensors), as_stored=False)
+
+    @property
+    def fetched(self) -> tuple[CheckpointFile, ...]:
+        """The files that lie on no disk of this machine."""
+        return tuple(file for file in self.files if file.fetch is not None)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -235,7 +327,8 @@ def _describe(path: Path, name: str, is_pickle: bool) -> tuple[CheckpointFile, l
             with os.fdopen(os.dup(descriptor), "rb") as file:
                 tensors = read_pickle(path, file, state.st_size)
         else:
-            tensors, metadata = read_header(descriptor, path, state.st_size)
+            read = partial(_pread, descriptor)
+            tensors, metadata = read_header(read, path, state.st_size)
     file_info = CheckpointFile(
         path, name, state.st_size, identity(state), MappingProxyType(metadata)
     )
@@ -265,6 +358,21 @@ def _describe_afar(
         path, name, file.size, unknown, MappingProxyType(metadata), is_here=False
     )
     return found, tensors
+
+
+def _pread(descriptor: int, start: int, length: int) -> bytes:
+    return os.pread(descriptor, length, start)
+
+
+def _hold_to_be_a_model(root: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    if is_no_model(len(tensors), nbytes):
+        raise refuse(
+            root,
+            f"the checkpoint lists {len(tensors):,} tensors of {nbytes:,} bytes in all, which"
+            " is no model",
+            _INCOMPLETE,
+        )
 
 
 def identity(state: os.stat_result) -> tuple[int, int, int]:

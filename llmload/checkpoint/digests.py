@@ -11,12 +11,12 @@ import hashlib
 import os
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from llmload.checkpoint.contents import Checkpoint
+from llmload.checkpoint.contents import Checkpoint, CheckpointFile
 from llmload.checkpoint.folder import regular_file
+from llmload.checkpoint.header import TensorInfo
+from llmload.checkpoint.open_files import OpenFiles
 
 SAMPLE = 256
 """Bytes read of each tensor; training moves nearly all values, in bfloat16 at least some."""
@@ -27,16 +27,43 @@ def of_samples(checkpoint: Checkpoint) -> str:
     """Return a digest of ``SAMPLE`` bytes of each tensor, at a place that its name decides.
 
     Reads nothing else, so it costs a page for each tensor. Equal files give equal digests wherever
-    they lie.
+    they lie. Of a file that is fetched its version stands for what is in it, if it has one.
     """
     digest = hashlib.sha256()
-    with _opened(file.path for file in checkpoint.files) as descriptors:
-        for info in sorted(checkpoint.tensors.values(), key=lambda info: info.name):
-            room = max(info.nbytes - SAMPLE, 0) + 1
-            start = info.start + zlib.crc32(info.name.encode()) % room
-            length = min(SAMPLE, info.stop - start)
-            digest.update(info.name.encode())
-            digest.update(os.pread(descriptors[info.file], length, start))
+    versions = {file.path: file.version.encode() for file in checkpoint.files}
+    infos = sorted(checkpoint.tensors.values(), key=lambda info: info.name)
+    looked_into = [info for info in infos if not versions[info.file]]
+    with OpenFiles(checkpoint.files) as files:
+        samples = files.pieces(map(_sample, looked_into))
+    found = {info.name: sample for info, sample in zip(looked_into, samples, strict=True)}
+    for info in infos:
+        digest.update(info.name.encode())
+        digest.update(found.get(info.name, versions[info.file]))
+    return digest.hexdigest()
+
+
+def _sample(info: TensorInfo) -> tuple[Path, int, int]:
+    """Return where in the files a sample of a tensor lies."""
+    room = max(info.nbytes - SAMPLE, 0) + 1
+    start = info.start + zlib.crc32(info.name.encode()) % room
+    return info.file, start, min(SAMPLE, info.stop - start)
+
+
+def of_weights(file: CheckpointFile, stop: threading.Event | None = None) -> str:
+    """Return the SHA-256 of all bytes of a checkpoint's file, which may have to be fetched.
+
+    :param stop: as for :func:`of_file`.
+    :raises CheckpointError: it is gone, or no plain file.
+    """
+    if file.fetch is None:
+        return of_file(file.path, stop)
+    digest = hashlib.sha256()
+    for start in range(0, file.size, _CHUNK):
+        if stop and stop.is_set():
+            break
+        piece = bytearray(min(_CHUNK, file.size - start))
+        file.fetch([(start, memoryview(piece))])
+        digest.update(piece)
     return digest.hexdigest()
 
 
@@ -52,15 +79,3 @@ def of_file(path: Path, stop: threading.Event | None = None) -> str:
         while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
-
-
-@contextmanager
-def _opened(paths: Iterable[Path]) -> Iterator[dict[Path, int]]:
-    descriptors: dict[Path, int] = {}
-    try:
-        for path in paths:
-            descriptors[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        yield descriptors
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)

@@ -10,8 +10,6 @@ repeated names, a header that starts with blanks, unknown fields, names with con
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +75,12 @@ class TensorInfo:
         return math.prod(self.shape)
 
 
-def read_header(descriptor: int, path: Path, size: int) -> tuple[list[TensorInfo], dict[str, str]]:
-    """Read and check the header of ``path``, open at ``descriptor`` and ``size`` bytes long.
+Read = Callable[[int, int], bytes]
+"""Returns so many bytes of a file, the second argument, from the first on; fewer at its end."""
+
+
+def read_header(read: Read, path: Path, size: int) -> tuple[list[TensorInfo], dict[str, str]]:
+    """Read and check the header of ``path``, which ``read`` reads and is ``size`` bytes long.
 
     Returns the tensors in file order and the file's free metadata. Reads the header and nothing
     after it.
@@ -86,27 +88,42 @@ def read_header(descriptor: int, path: Path, size: int) -> tuple[list[TensorInfo
     :raises CheckpointError: with the file, and the byte counts where it is cut off.
     """
     try:
-        return _parse(_header_bytes(descriptor, size), path, size)
+        return _parse(_header_bytes(read, size), path, size)
     except _DamagedError as error:
         raise CheckpointError(str(error), fix=error.fix, where=str(path)) from None
 
 
-def read_header_afar(
-    read: Callable[[int, int], bytes], path: Path, size: int
-) -> tuple[list[TensorInfo], dict[str, str]]:
+def read_header_afar(read: Read, path: Path, size: int) -> tuple[list[TensorInfo], dict[str, str]]:
     """Read and check the header of a file that is somewhere else, as :func:`read_header` does.
 
     ``read(start, length)`` returns bytes of it. No more is asked for than a header may have.
     """
-    data = read(0, min(size, _AHEAD))
-    needed = _LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little")
-    needed = min(size, needed, _LENGTH_BYTES + MAX_HEADER_BYTES)
-    if needed > len(data):
-        data += read(len(data), needed - len(data))
-    with tempfile.TemporaryFile() as begin:
-        begin.write(data)
-        begin.flush()
-        return read_header(begin.fileno(), path, size)
+    begin = read(0, min(size, _AHEAD))
+
+    def read_on(start: int, length: int) -> bytes:
+        there, stop = begin[start : start + length], start + length
+        return there if stop <= len(begin) else there + read(len(begin), stop - len(begin))
+
+    return read_header(read_on, path, size)
+
+
+def hold_to_rules(info: TensorInfo, size: int) -> None:
+    """Hold what a plugin says of a tensor to what a header may say of one.
+
+    :param size: bytes of its file.
+    :raises CheckpointError: name, dtype, shape or place cannot be.
+    """
+    try:
+        check_name(info.name)
+        _check_kind(info.name, info.dtype, list(info.shape))
+        if not 0 <= info.start <= info.stop <= size:
+            raise _DamagedError(
+                f"tensor {info.name!r} lies at bytes {info.start} to {info.stop} of {size}"
+            )
+        _check_bytes(info.name, info.dtype, list(info.shape), info.nbytes)
+    except _DamagedError as error:
+        fix = "The plugin that describes the checkpoint is at fault, or its files are."
+        raise CheckpointError(str(error), fix=fix, where=str(info.file)) from None
 
 
 class _DamagedError(ValueError):
@@ -115,8 +132,8 @@ class _DamagedError(ValueError):
         self.fix = fix
 
 
-def _header_bytes(descriptor: int, size: int) -> bytes:
-    start = os.pread(descriptor, 64, 0)
+def _header_bytes(read: Read, size: int) -> bytes:
+    start = read(0, min(64, size))
     if start.startswith(b"version https://git-lfs"):
         raise _DamagedError("a Git LFS pointer lies where the weights should be", _NOT_DOWNLOADED)
     if size < _LENGTH_BYTES + 2:
@@ -136,7 +153,7 @@ def _header_bytes(descriptor: int, size: int) -> bytes:
         raise _DamagedError(
             f"the header claims {length} bytes, but the file is cut off after {size} bytes"
         )
-    header = os.pread(descriptor, length, _LENGTH_BYTES)
+    header = read(_LENGTH_BYTES, length)
     if len(header) != length:
         raise _DamagedError(f"the file shrank while its header of {length} bytes was read")
     if not header.startswith(b"{"):
@@ -179,20 +196,28 @@ def _entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise _DamagedError(f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    _check_kind(name, dtype, shape)
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _DamagedError(f"tensor {name!r} has the impossible data_offsets {short(offsets)}")
+    start, stop = offsets
+    _check_bytes(name, dtype, shape, stop - start)
+    return TensorInfo(name, path, dtype, tuple(shape), data_start + start, data_start + stop)
+
+
+def _check_kind(name: str, dtype: Any, shape: Any) -> None:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise _DamagedError(f"tensor {name!r} has the unknown dtype {short(dtype)}")
     if not _naturals(shape) or len(shape) > _MAX_DIMENSIONS or not _countable(shape):
         raise _DamagedError(f"tensor {name!r} has the impossible shape {short(shape)}")
-    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _DamagedError(f"tensor {name!r} has the impossible data_offsets {short(offsets)}")
-    start, stop = offsets
+
+
+def _check_bytes(name: str, dtype: str, shape: list[int], nbytes: int) -> None:
     bits = math.prod(shape) * DTYPE_BITS[dtype]
-    if bits != (stop - start) * 8:
+    if bits != nbytes * 8:
         raise _DamagedError(
             f"tensor {name!r} of dtype {dtype} and shape {shape} needs {bits / 8:g} bytes, "
-            f"but its data_offsets span {stop - start}"
+            f"but its data_offsets span {nbytes}"
         )
-    return TensorInfo(name, path, dtype, tuple(shape), data_start + start, data_start + stop)
 
 
 def _countable(shape: list[int]) -> bool:

@@ -2,7 +2,8 @@
 
 A mapping is private and copy-on-write, as transformers' own: writing to a tensor changes neither
 the file nor any other load of it, and pages that were only read are shared by all processes. Where
-a file system cannot map, each tensor is read once into memory of our own instead.
+a file system cannot map, each tensor is read once into memory of our own instead; so is what lies
+on no disk of this machine, and of that no more than is asked for.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmload.checkpoint import libc
-from llmload.checkpoint.contents import Checkpoint, CheckpointFile
+from llmload.checkpoint.contents import Checkpoint, CheckpointFile, Fetch
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.folder import refuse
 from llmload.checkpoint.open_files import OpenFiles, changed
@@ -60,7 +61,7 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
         self.reads = dict.fromkeys(self.bytes_read, 0)
         """Pieces in which they were handed out, by file."""
         self._files = {file.path: file for file in checkpoint.files}
-        self._open: dict[Path, _MappedFile] = {}
+        self._open: dict[Path, _MappedFile | _FetchedFile] = {}
         self._descriptors = OpenFiles(checkpoint.files)
 
     def __exit__(self, *exc: object) -> None:
@@ -81,7 +82,12 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
             )
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=dtype)
-        buffer = self._file(info.file).bytes(info.start, info.stop)
+        file = self._file(info.file)
+        if isinstance(file, _FetchedFile):
+            tensor = torch.empty(info.shape, dtype=dtype)
+            file.read(info.start, _memory(tensor))
+            return tensor
+        buffer = file.bytes(info.start, info.stop)
         if info.start % dtype.itemsize:  # the format does not ask for alignment, torch does
             copy = bytearray(buffer[info.start : info.stop])
             return torch.frombuffer(copy, dtype=dtype).view(info.shape)
@@ -89,12 +95,43 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
             info.shape
         )
 
-    def address(self, info: TensorInfo) -> int:
-        """Where in memory the tensor's first byte is mapped: proof that a tensor lies there."""
-        return self._file(info.file).address + info.start
+    def unread(self, info: TensorInfo) -> torch.Tensor:
+        """The same tensor for whoever tells :meth:`ask` of each part before it looks at it: nothing
+        else of a file that is fetched is fetched, and memory that has no values takes no room.
+        """
+        import torch
 
-    def count(self, info: TensorInfo, nbytes: int, first: int = 0) -> None:
-        """Note that ``nbytes`` of a tensor, from byte ``first`` on, are read in one piece."""
+        dtype = torch_dtype(info.dtype)
+        if dtype is None or not isinstance(self._file(info.file), _FetchedFile):
+            return self.tensor(info)
+        return torch.empty(info.shape, dtype=dtype)
+
+    def is_mapped(self, info: TensorInfo) -> bool:
+        """Whether :meth:`read` is the way to copy a tensor: of a file that is fetched, what was
+        asked for is in memory already."""
+        return not isinstance(self._file(info.file), _FetchedFile)
+
+    def address(self, info: TensorInfo) -> int:
+        """Where in memory the tensor's first byte is mapped: proof that a tensor lies there.
+
+        Of a file that is fetched no address that there is.
+        """
+        file = self._file(info.file)
+        return -1 if isinstance(file, _FetchedFile) else file.address + info.start
+
+    def ask(self, info: TensorInfo, part: torch.Tensor) -> None:
+        """Count a part of an :meth:`unread` tensor as read; what is fetched gets its values now."""
+        import torch
+
+        first = int(part.storage_offset()) * part.itemsize
+        file = self._file(info.file)
+        if isinstance(file, _FetchedFile) and part.numel():
+            with torch.no_grad():
+                file.read(info.start + first, _memory(part))
+        self.count(info, part.nbytes)
+
+    def count(self, info: TensorInfo, nbytes: int) -> None:
+        """Note that ``nbytes`` of a tensor are read in one piece."""
         self.bytes_read[info.file] += nbytes
         self.reads[info.file] += nbytes > 0
 
@@ -105,18 +142,16 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
 
         :raises CheckpointError: the file ends before.
         """
-        import torch
-
         if out.numel():
-            memory = out.view(-1).view(torch.uint8).numpy().data
-            self._file(info.file).read(info.start + first, memory)
+            self._file(info.file).read(info.start + first, _memory(out))
 
     def part(self, info: TensorInfo, first: int, nbytes: int) -> torch.Tensor | None:
         """Bytes of a tensor over pages that are mapped for them alone, flat, as uint8.
 
         The pages leave the process with the last tensor over them, whatever becomes of the rest of
         the file. Nothing is read before its values are used; the kernel is told to fetch them.
-        None where the process may have no more mappings (Linux, ``vm.max_map_count``).
+        None where the process may have no more mappings (Linux, ``vm.max_map_count``), and of a
+        file that is fetched.
         """
         return self._file(info.file).part(info.start + first, nbytes)
 
@@ -135,10 +170,42 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
         for file in self._open.values():
             file.checked()
 
-    def _file(self, path: Path) -> _MappedFile:
+    def _file(self, path: Path) -> _MappedFile | _FetchedFile:
         if path not in self._open:
-            self._open[path] = _MappedFile(self._files[path], self._descriptors)
+            file = self._files[path]
+            self._open[path] = (
+                _MappedFile(file, self._descriptors)
+                if file.fetch is None
+                else _FetchedFile(file.fetch)
+            )
         return self._open[path]
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the CPU, to be written to."""
+    import torch
+
+    found: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
+    return found
+
+
+class _FetchedFile:
+    """One that lies on no disk of this machine: each tensor of it has memory of its own."""
+
+    def __init__(self, fetch: Fetch) -> None:
+        self._fetch = fetch
+
+    def checked(self) -> None:
+        """Whoever fetches sees to it that the file is the one that was described."""
+
+    def read(self, start: int, into: memoryview) -> None:
+        self._fetch([(start, into)])
+
+    def part(self, start: int, nbytes: int) -> None:
+        return None
+
+    def drop(self, start: int, stop: int) -> None:
+        """Memory goes with the last tensor over it."""
 
 
 class _MappedFile:

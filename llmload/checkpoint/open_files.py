@@ -46,6 +46,29 @@ class OpenFiles(AbstractContextManager["OpenFiles"]):
             raise changed(path)
         return self._open[path]
 
+    def pieces(self, places: Iterable[tuple[Path, int, int]]) -> list[bytearray]:
+        """Return bytes of the files: of a path, from a place on, so many; those of one file that is
+        fetched are asked for at once.
+
+        :raises CheckpointError: as :meth:`descriptor`, or a file ends before.
+        """
+        found: list[bytearray] = []
+        to_fetch: dict[Path, list[tuple[int, memoryview]]] = {}
+        for path, start, length in places:
+            if self._files[path].fetch is None:
+                piece = bytearray(os.pread(self.descriptor(path), length, start))
+                if len(piece) != length:
+                    raise changed(path)
+            else:
+                piece = bytearray(length)
+                to_fetch.setdefault(path, []).append((start, memoryview(piece)))
+            found.append(piece)
+        for path, spans in to_fetch.items():
+            fetch = self._files[path].fetch
+            assert fetch is not None
+            fetch(spans)
+        return found
+
 
 def changed(path: Path) -> Exception:
     """The error about a file that is no longer what its header said, to be raised by the caller."""

@@ -95,7 +95,7 @@ class Placer(AbstractContextManager["Placer"]):
         def asked(part: torch.Tensor) -> None:
             found = origin(part)
             if found is not None:  # a computed value was counted when its tensors were read
-                self._files.count(found, part.nbytes, _first_byte(part))
+                self._files.ask(found, part)
             reading.add(part)
 
         def release() -> None:
@@ -136,8 +136,10 @@ class Placer(AbstractContextManager["Placer"]):
         def copy() -> None:
             for out, part in copies:
                 found = origin(part)
-                # Computed and in memory, or a part with gaps, which torch has to walk through.
-                if found is None or not _are_laid_out_alike(out, part):
+                # Computed or fetched, so that it is in memory, or a part with gaps, which torch has
+                # to walk through.
+                from_file = found is not None and self._files.is_mapped(found)
+                if found is None or not from_file or not _are_laid_out_alike(out, part):
                     populate(out)
                     out.copy_(part)
                 # The bytes as they are: read past the mapping, so that no page of the file counts

@@ -105,7 +105,7 @@ class Weights:
 def _files(ctx: LoadContext) -> Hashable:
     if ctx.checkpoint is None:
         return None
-    return tuple((str(file.path), file.identity) for file in ctx.checkpoint.files)
+    return tuple((str(file.path), file.identity, file.version) for file in ctx.checkpoint.files)
 
 
 def _why_alone(prepared: Prepared) -> str:
@@ -141,6 +141,7 @@ def _entries(ctx: LoadContext, loader: str, rehearsal: Rehearsal) -> dict[str, E
         aliases.setdefault(id(parameter), []).append(name)
     kept = rehearsal.kept()
     on_pages = loader in ctx.providing("mapped_pages")
+    fetched = {file.path for file in ctx.checkpoint.fetched}
     prefix = f"{ctx.model_class.base_model_prefix}."
     naming = conversion(ctx)
     entries = {}
@@ -164,7 +165,10 @@ def _entries(ctx: LoadContext, loader: str, rehearsal: Rehearsal) -> dict[str, E
             origin=frozenset((str(stored[name].file), stored[name].start) for name in found)
             or naming,
             mapped=on_pages
-            and any(torch_dtype(stored[name].dtype) == dtypes[name] for name in found),
+            and any(
+                torch_dtype(stored[name].dtype) == dtypes[name] and stored[name].file not in fetched
+                for name in found
+            ),
             dtype=dtype_name(dtype),
             kept=names[0] in kept,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,8 @@ from llmload.model import partitions
 from llmload.spec.renaming import wrapped_by
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from torch import nn
 
@@ -158,16 +159,17 @@ def compare_with_checkpoint(ctx: LoadContext, model: nn.Module, lost: Collection
         infos |= ctx.accounted.as_stored
     # Codes of a quantised checkpoint may be floats of 8 bits, and mean nothing without their scale.
     dequantised = quantised.declared(ctx.config) is not None
-    with _Files(ctx.checkpoint.files) as files:
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            info = infos.get(name)
-            if info is None or name in lost or name in computed:
-                continue
-            if not _comparable(info, tensor):
-                continue
-            if dequantised and torch_dtype(info.dtype) != tensor.dtype and info.dtype[:2] == "F8":
-                continue
-            compared.take(name, info, tensor, files)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        info = infos.get(name)
+        if info is None or name in lost or name in computed:
+            continue
+        if not _comparable(info, tensor):
+            continue
+        if dequantised and torch_dtype(info.dtype) != tensor.dtype and info.dtype[:2] == "F8":
+            continue
+        compared.take(name, info, tensor)
+    with OpenFiles(ctx.checkpoint.files) as files:
+        compared.read(files)
     wrong = compared.differing()
     if wrong:
         raise AuditError(
@@ -199,17 +201,6 @@ def _comparable(info: TensorInfo, tensor: torch.Tensor) -> bool:
     )
 
 
-class _Files(OpenFiles):
-    """The checkpoint's files, for a few bytes here and there."""
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def read(self, info: TensorInfo, offset: int, length: int) -> bytes:
-        """Return bytes of a tensor."""
-        return os.pread(self.descriptor(info.file), length, info.start + offset)
-
-
 class Compared:
     """First and last elements of many tensors, as stored and as loaded: cast and compared at once,
     because an operation of torch for each would take longer than to read them.
@@ -221,9 +212,11 @@ class Compared:
         self._stored = stored
         self._tensors: dict[str, torch.Tensor] = {}
         self._sizes: dict[str, int] = {}
-        self._found: dict[Any, list[tuple[str, bytes, int]]] = {}
+        self._found: dict[Any, list[tuple[str, int, int]]] = {}
+        self._places: list[tuple[Path, int, int]] = []
+        self._pieces: list[bytearray] = []
 
-    def take(self, name: str, info: TensorInfo, tensor: torch.Tensor, files: _Files) -> None:
+    def take(self, name: str, info: TensorInfo, tensor: torch.Tensor) -> None:
         """Note both ends of a tensor, or of the part of it that this process holds."""
         held = partitions.held(tensor)
         self._tensors[name] = tensor
@@ -236,8 +229,13 @@ class Compared:
         count = min(_SAMPLE, flat.numel())
         found = self._found.setdefault((stored, tensor.dtype), [])
         for start in {0, flat.numel() - count}:
-            raw = files.read(info, (first + start) * stored.itemsize, count * stored.itemsize)
-            found.append((name, raw, start))
+            place = info.start + (first + start) * stored.itemsize
+            self._places.append((info.file, place, count * stored.itemsize))
+            found.append((name, len(self._places) - 1, start))
+
+    def read(self, files: OpenFiles) -> None:
+        """Read what was noted, all of it at once."""
+        self._pieces = files.pieces(self._places)
 
     def differing(self) -> list[str]:
         """Return the names of those that are not as stored, bit by bit after the cast."""
@@ -245,13 +243,13 @@ class Compared:
 
         wrong: dict[str, None] = {}
         for (stored, dtype), found in self._found.items():
-            raw = bytearray().join(raw for _, raw, _ in found)
+            raw = bytearray().join(self._pieces[number] for _, number, _ in found)
             # As bytes, so that NaN equals NaN and -0.0 differs from 0.0.
             expected = torch.frombuffer(raw, dtype=stored).to(dtype).view(torch.uint8)
             data = expected.numpy().tobytes()
             at = 0
-            for name, piece, start in found:
-                count = len(piece) // stored.itemsize
+            for name, number, start in found:
+                count = len(self._pieces[number]) // stored.itemsize
                 if not self._holds(
                     name, dtype, start, count, data[at : at + count * dtype.itemsize]
                 ):

@@ -14,17 +14,19 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llmload.checkpoint.digests import of_file
+from llmload.checkpoint.digests import of_file, of_weights
 from llmload.checkpoint.untrusted import MAX_TEXT_BYTES, UntrustedFolder, read_file
 from llmload.errors import CheckpointError, Problem
 from llmload.spec.files import read as read_spec
 
 if TYPE_CHECKING:
+    from llmload.checkpoint import CheckpointFile
     from llmload.loading.prepared import Prepared
 
 _PER_MACHINE: Final = ("cache_dir", "local_files_only", "lock", "model", "revision", "weights_from")
@@ -40,6 +42,7 @@ _BESIDE_WEIGHTS: Final = (
 )
 _CODE: Final = ("*.py",)
 _MAKE: Final = "If the change is meant, make the lock anew with `llmload lock`."
+_SUFFIXES: Final = (".bin", ".pt", ".safetensors")
 _SHOWN = 8
 _THREADS = 2
 
@@ -80,17 +83,16 @@ def make(prepared: Prepared) -> Lock:
 
     :raises CheckpointError: a file is gone, or no plain file.
     """
-    paths = _opened(prepared)
+    files = _opened(prepared)
     with ThreadPoolExecutor(_THREADS) as pool:
-        digests = dict(zip(paths, pool.map(of_file, paths.values()), strict=True))
+        digests = dict(zip(files, pool.map(_Opened.sha256, files.values()), strict=True))
     return Lock(
         model=str(prepared.ctx.spec.model),
         revision=_revision(prepared),
         spec=_asked(prepared),
         plugins=dict(prepared.plan.plugins),
         files={
-            name: LockedFile(size=path.stat().st_size, sha256=digests[name])
-            for name, path in paths.items()
+            name: LockedFile(size=file.size, sha256=digests[name]) for name, file in files.items()
         },
     )
 
@@ -154,25 +156,24 @@ def differences(locked: Lock, prepared: Prepared) -> Iterator[str]:
         prepared.plan.plugins.keys()
     ):
         yield f"plugins come in the order {', '.join(prepared.plan.plugins)}"
-    paths = _opened(prepared)
-    for name in sorted(locked.files.keys() | paths.keys()):
-        if name not in paths:
+    files = _opened(prepared)
+    for name in sorted(locked.files.keys() | files.keys()):
+        if name not in files:
             yield f"the file {name!r} is missing"
         elif name not in locked.files:
             yield f"the file {name!r} is not in the lock"
         else:
-            before_ = locked.files[name]
-            size = prepared.plan.to_fetch.get(name) or paths[name].stat().st_size
-            if size != before_.size:
-                yield f"the file {name!r} has {size:,} bytes, locked are {before_.size:,}"
-            elif not _is_of_weights(prepared, paths[name]):
-                yield from _other_content(name, paths[name], before_)
+            file, before_ = files[name], locked.files[name]
+            if file.size != before_.size:
+                yield f"the file {name!r} has {file.size:,} bytes, locked are {before_.size:,}"
+            elif not file.is_of_weights:
+                yield from _other_content(name, file, before_)
 
 
 def wrong_weights(locked: Lock, prepared: Prepared) -> Iterator[str]:
     """Hash the files of weights, and yield those that are not as locked."""
-    for name, path in _weights(prepared, locked).items():
-        yield from _other_content(name, path, locked.files[name])
+    for name, file in _weights(prepared, locked).items():
+        yield from _other_content(name, file, locked.files[name])
 
 
 @contextmanager
@@ -204,17 +205,17 @@ def held_to(prepared: Prepared) -> Iterator[None]:
         raise CheckpointError([_problem(text) for text in wrong])
 
 
-def _unless(stop: threading.Event, name: str, path: Path, before: LockedFile) -> Any:
+def _unless(stop: threading.Event, name: str, file: _Opened, before: LockedFile) -> Any:
     def compared() -> list[str]:
-        return list(_other_content(name, path, before, stop))
+        return list(_other_content(name, file, before, stop))
 
     return compared
 
 
 def _other_content(
-    name: str, path: Path, before: LockedFile, stop: threading.Event | None = None
+    name: str, file: _Opened, before: LockedFile, stop: threading.Event | None = None
 ) -> Iterator[str]:
-    found = of_file(path, stop)
+    found = file.sha256(stop)
     if found != before.sha256:
         yield f"the file {name!r} has the SHA-256 {found}, locked is {before.sha256}"
 
@@ -235,30 +236,48 @@ def _revision(prepared: Prepared) -> str | None:
     return next((one.name for one in parents if one.parent.name == "snapshots"), None)
 
 
-def _weights(prepared: Prepared, locked: Lock) -> Mapping[str, Path]:
+@dataclass(frozen=True)
+class _Opened:
+    """A file that a load opens."""
+
+    path: Path
+    """Links resolved."""
+    of_checkpoint: CheckpointFile | None = None
+    """It holds weights of the model."""
+
+    @property
+    def size(self) -> int:
+        return self.of_checkpoint.size if self.of_checkpoint else self.path.stat().st_size
+
+    @property
+    def is_of_weights(self) -> bool:
+        return self.of_checkpoint is not None or self.path.suffix in _SUFFIXES
+
+    def sha256(self, stop: threading.Event | None = None) -> str:
+        if self.of_checkpoint is not None:
+            return of_weights(self.of_checkpoint, stop)
+        return of_file(self.path, stop)
+
+
+def _weights(prepared: Prepared, locked: Lock) -> Mapping[str, _Opened]:
     return {
-        name: path
-        for name, path in _opened(prepared).items()
-        if name in locked.files and _is_of_weights(prepared, path)
+        name: file
+        for name, file in _opened(prepared).items()
+        if name in locked.files and file.is_of_weights
     }
 
 
-def _is_of_weights(prepared: Prepared, path: Path) -> bool:
-    return path.suffix in (".safetensors", ".bin", ".pt")
-
-
-def _opened(prepared: Prepared) -> dict[str, Path]:
-    """Return every file that a load opens by its name in the lock, links resolved."""
+def _opened(prepared: Prepared) -> dict[str, _Opened]:
+    """Return every file that a load opens by its name in the lock."""
     ctx = prepared.ctx
-    found = (
-        {} if ctx.checkpoint is None else {file.name: file.path for file in ctx.checkpoint.files}
-    )
+    files = () if ctx.checkpoint is None else ctx.checkpoint.files
+    found = {file.name: _Opened(file.path, file) for file in files}
     patterns = _BESIDE_WEIGHTS + (_CODE if ctx.spec.trust_remote_code else ())
-    for role, files in (("", ctx.files), *ctx.files.others.items()):
+    for role, beside in (("", ctx.files), *ctx.files.others.items()):
         own = (*patterns, "*.safetensors") if role else patterns
-        for path in _matching(files, own):
-            name = path.relative_to(files.root).as_posix()
-            found.setdefault(f"{role}/{name}" if role else name, files.path(name))
+        for path in _matching(beside, own):
+            name = path.relative_to(beside.root).as_posix()
+            found.setdefault(f"{role}/{name}" if role else name, _Opened(beside.path(name)))
     return dict(sorted(found.items()))
 
 

@@ -208,7 +208,8 @@ def execute(
 
 
 def _files(ctx: LoadContext) -> tuple[CheckpointFile, ...]:
-    return () if ctx.checkpoint is None else ctx.checkpoint.files
+    files = () if ctx.checkpoint is None else ctx.checkpoint.files
+    return tuple(file for file in files if file.fetch is None)
 
 
 def _base_model(prepared: Prepared, ctx: Any, report: Report) -> nn.Module:

@@ -147,7 +147,8 @@ def find(host: Host, spec: LoadSpec, fetch: Fetch) -> Found:
     if spec.weights != "pretrained":
         return Found(folder, files, content, None)
     place = locating.weights_place(files, content, spec)
-    return Found(folder, files, content, _headers(spec, folder, place, fetch))
+    checkpoint = _described(host, spec, folder, place) or _headers(spec, folder, place, fetch)
+    return Found(folder, files, content, checkpoint)
 
 
 def _headers(spec: LoadSpec, folder: Path, place: Path, fetch: Fetch) -> Checkpoint:
@@ -190,6 +191,37 @@ def _admit(host: Host, spec: LoadSpec, folder: Path) -> None:
     errors = [problem for problem in problems if problem.severity == "error"]
     if errors:
         raise PlanError(errors)
+
+
+def _described(host: Host, spec: LoadSpec, folder: Path, place: Path) -> Checkpoint | None:
+    """Ask every plugin whether it knows where the tensors lie.
+
+    :raises CheckpointError: two do.
+    :raises PluginError: one returns something else than a checkpoint.
+    """
+    found: dict[str, Checkpoint] = {}
+    for plugin in host.implementing("open_checkpoint"):
+        answer = hook_calls.call(
+            host, plugin, "open_checkpoint", spec=spec, folder=folder, place=place
+        )
+        if answer is None:
+            continue
+        if not isinstance(answer, Checkpoint):
+            raise PluginError(
+                f"plugin {host.describe(plugin)} returned a {type(answer).__name__} from"
+                " open_checkpoint, which must return a Checkpoint or None"
+            )
+        found[plugin] = answer
+    if len(found) > 1:
+        raise CheckpointError(
+            Problem(
+                where="model",
+                message=f"the plugins {' and '.join(map(repr, found))} each say where the weights"
+                " lie",
+                fix="Keep the section of one of them.",
+            )
+        )
+    return next(iter(found.values()), None)
 
 
 def require_stack() -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from llmload.checkpoint.open_files import OpenFiles
 from llmload.errors import Problem
 from llmload.hf import installed_transformers
 
 if TYPE_CHECKING:
-    from llmload.checkpoint import TensorInfo
+    from llmload.checkpoint import Checkpoint, TensorInfo
     from llmload.context.context import LoadContext
 
 _PIECE = 2**16
@@ -29,6 +29,8 @@ def undone(ctx: LoadContext) -> Iterator[Problem]:
     """
     if ctx.checkpoint is None or installed_transformers().unsuited() is not None:
         return
+    if ctx.checkpoint.to_fetch:  # only headers are here; a load asks again once all is
+        return
     tied = installed_transformers().ties(ctx.blank)
     if not tied:
         return
@@ -36,7 +38,7 @@ def undone(ctx: LoadContext) -> Iterator[Problem]:
     apart = {
         name: source
         for name, source in tied.items()
-        if name in infos and source in infos and _differ(infos[name], infos[source])
+        if name in infos and source in infos and _differ(ctx.checkpoint, infos[name], infos[source])
     }
     if not apart:
         return
@@ -64,7 +66,7 @@ def undone(ctx: LoadContext) -> Iterator[Problem]:
     )
 
 
-def _differ(one: TensorInfo, other: TensorInfo) -> bool:
+def _differ(checkpoint: Checkpoint, one: TensorInfo, other: TensorInfo) -> bool:
     """Say whether two tensors of the checkpoint have different bytes, as far as they are read."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return one.shape == other.shape
@@ -72,13 +74,10 @@ def _differ(one: TensorInfo, other: TensorInfo) -> bool:
     spans = [(0, _PIECE), (size // 2, _PIECE), (max(size - _PIECE, 0), _PIECE)]
     if size <= _WHOLE:
         spans.append((0, size))
-    with open(one.file, "rb") as first, open(other.file, "rb") as second:
+    with OpenFiles(checkpoint.files) as files:
         for offset, length in spans:
             length = min(length, size - offset)
-            pieces = [
-                os.pread(file.fileno(), length, info.start + offset)
-                for file, info in ((first, one), (second, other))
-            ]
+            pieces = files.pieces((info.file, info.start + offset, length) for info in (one, other))
             if pieces[0] != pieces[1]:
                 return True
     return False

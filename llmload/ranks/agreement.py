@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from llmload.checkpoint.digests import of_file, of_samples
+from llmload.checkpoint.digests import of_samples, of_weights
 from llmload.host.distributions import installed_versions
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ def _contents(ctx: LoadContext, *, digests: bool) -> dict[str, str]:
         return {}
     if not digests:
         return {"a sample of the weights": _short(of_samples(ctx.checkpoint))}
-    return {f"the content of {file.name}": of_file(file.path) for file in ctx.checkpoint.files}
+    return {
+        f"the content of {file.name}": file.version or of_weights(file)
+        for file in ctx.checkpoint.files
+    }
 
 
 def _plain(value: Any) -> Any:

@@ -62,6 +62,13 @@ def check(ctx: LoadContext, section: ColossalaiSection) -> Iterator[Problem]:
             " whatever code is in them",
             fix=MATERIALISE,
         )
+    if ctx.checkpoint.format == "other":
+        yield Problem(
+            where="colossalai.materialize",
+            message="the Booster opens the files of weights by itself, and knows none that a plugin"
+            " describes",
+            fix=MATERIALISE,
+        )
     kept = ctx.blank._keep_in_fp32_modules
     if kept and ctx.dtype == torch.float16:
         yield Problem(

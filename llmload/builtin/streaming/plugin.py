@@ -160,6 +160,8 @@ def _changing_pages(ctx: LoadContext) -> Iterator[Problem]:
     stay = any(torch_dtype(info.dtype) == ctx.dtype for info in ctx.checkpoint.tensors.values())
     if not (stay and ctx.section(StreamingSection).mapped) or ctx.placed_by is not None:
         return
+    if len(ctx.checkpoint.fetched) == len(ctx.checkpoint.files):
+        return
     kind = filesystem.kind(ctx.checkpoint.root)
     if filesystem.is_shared(kind):
         where = f"files on {kind}, to which other machines may write"

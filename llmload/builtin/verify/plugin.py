@@ -53,11 +53,12 @@ class VerifyPlugin:
             )
 
     @hookimpl
-    def check(self, ctx: LoadContext) -> Iterator[Note]:
-        """Say what is held to what."""
+    def check(self, ctx: LoadContext) -> Iterator[Note | Problem]:
+        """Say what is held to what, and refuse weights that no signature of the folder covers."""
         section = ctx.section(VerifySection)
         if section.signature is not None:
             yield Note(text=f"signed: {section.signature.bundle!r} covers every file")
+            yield from _uncovered(ctx)
         if section.finite:
             yield Note(text="every weight must be finite")
 
@@ -76,6 +77,26 @@ class VerifyPlugin:
                 message=f"{some(wrong)} hold NaN or infinity",
                 fix="Check the checkpoint; where it is finite, load in a wider dtype.",
             )
+
+
+def _uncovered(ctx: LoadContext) -> Iterator[Problem]:
+    """Yield a problem where weights lie elsewhere than in the folder that was signed."""
+    root, files = ctx.folder.resolve(), () if ctx.checkpoint is None else ctx.checkpoint.files
+    outside = [
+        file.name
+        for file in files
+        if file.fetch is not None
+        or not (file.path.is_relative_to(root) or (ctx.folder / file.name).resolve() == file.path)
+    ]
+    if outside:
+        from llmload.plugin import some
+
+        yield Problem(
+            where="verify.signature",
+            message=f"the signature covers the folder {str(ctx.folder)!r}, and {some(outside)} of"
+            " the weights lie elsewhere",
+            fix="Sign the folder with its weights, or leave out what takes them from elsewhere.",
+        )
 
 
 def _signer(config: Any, signature: Signature) -> Any:

@@ -195,7 +195,7 @@ def fill(
         parameter.data = parameter.data.to(torch.float32)
     with Placer(model, files, placement, proof, _devices(model, device_map)) as placer:
         for name, info in stored.items():
-            value = files.tensor(info)
+            value = files.unread(info)
             _, cast = _infer_parameter_dtype(model, name, value, kept, None)
             placed = placer.place(name, cast or value.dtype, value, info)
             # A tied name that the file lacks gets the same object; one that it has is placed in its

@@ -62,14 +62,21 @@ class Outline:
 
 
 class View(Outline):
-    """A tensor that is mapped when transformers asks for it."""
+    """A tensor that is mapped when transformers asks for it.
 
-    def __init__(self, info: TensorInfo, taken: Taken, files: MappedCheckpoint) -> None:
+    :param computed: whether transformers computes with its values, before anything is placed.
+    """
+
+    def __init__(
+        self, info: TensorInfo, taken: Taken, files: MappedCheckpoint, *, computed: bool
+    ) -> None:
         super().__init__(info, taken)
         self._files = files
+        self._computed = computed
 
     def _tensor(self) -> torch.Tensor:
-        return self._files.tensor(self._info)
+        take = self._files.tensor if self._computed else self._files.unread
+        return take(self._info)
 
 
 def as_stored(taken: Taken, values: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo] | None:

@@ -167,7 +167,11 @@ def fill(
     if isinstance(placement, Plain):  # another may need far less
         caching_allocator_warmup(model, devices, None)
     taken: Taken = []
-    views = {info.name: View(info, taken, files) for info in files.checkpoint.tensors.values()}
+    computed = {info.name for info in accounting.computed}
+    views = {
+        info.name: View(info, taken, files, computed=info.name in computed)
+        for info in files.checkpoint.tensors.values()
+    }
     with Placer(model, files, placement, proof, devices) as placer:
         dtypes = Dtypes(model._get_dtype_plan(dtype), placer.state)
         receiver = Receiver(placer, dtypes, taken)

@@ -1,0 +1,1 @@
+"""The plugin ``npy_folder`` for :mod:`llmload`. Importing this package imports no torch."""
