@@ -18,8 +18,6 @@ from llmload.testing import RULES, assert_plugin, findings
 BUILT_IN = [info.name for info in llmload.create_registry(environ={}).plugins if info.builtin]
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "coati": {"spec": {"coati": {}, "lora": {"r": 4}}},
-    # KaSA, which is tried among odd values, needs layers wider than the rank.
-    "lora": {"spec": {"lora": {"r": 4}}},
     # DeepSpeed replaces the function for good, torch.distributed the hook; the group stays for the
     # training, with its sockets.
     "zero3": {"leaves": ("torch.nn.functional", "excepthook", "files", "process group")},

@@ -334,6 +334,35 @@ def test_an_exclusion_of_what_is_not_there_is_reported_and_no_error(llama: Path)
     ]
 
 
+RANKS_BEYOND = {
+    "KaSA": (
+        {"r": 8, "kasa_config": {}},
+        "lora.r: KaSA drops as many singular values of a weight as the rank, here 8, and"
+        " model.layers.*.self_attn.k_proj, model.layers.*.self_attn.v_proj cannot bear more than 7."
+        " Write `r: 7` or less, or leave those layers out.",
+    ),
+    "MiCA": (
+        {"r": 2, "rank_pattern": {"k_proj": 9}, "init_lora_weights": "mica"},
+        "lora.r: 'mica' starts from as many singular values of a weight as the rank, here 9, and"
+        " model.layers.*.self_attn.k_proj cannot bear more than 8. Write `r: 8` or less, or leave"
+        " those layers out.",
+    ),
+}
+
+
+@needs_peft("0.21.0")
+@pytest.mark.parametrize("name", RANKS_BEYOND)
+def test_a_rank_that_a_layer_cannot_bear_is_refused_by_the_plan(llama: Path, name: str) -> None:
+    keys, message = RANKS_BEYOND[name]
+    assert refusal(llama, ALL | keys) == message
+
+
+@needs_peft("0.21.0")
+@pytest.mark.parametrize("keys", [{"kasa_config": {}, "r": 7}, {"init_lora_weights": "mica"}])
+def test_the_greatest_rank_that_a_layer_bears_is_loaded(llama: Path, keys: Any) -> None:
+    assert load(llama, ALL | {"r": 8} | keys).model is not None
+
+
 @pytest.mark.parametrize(
     "section",
     [

@@ -95,6 +95,7 @@ def _install(ctx: LoadContext, request: Request, model: PreTrainedModel) -> Peft
         ties.tie_again(wrapped, section.adapter_name)
     layers = lora_layers(wrapped, section.adapter_name)
     targets.hold_to_layers(request, model, layers)
+    targets.refuse_ranks_beyond(request, layers, section.adapter_name)
     if trial is not None:
         _refuse_other_targets(request, set(layers), trial)
 

@@ -119,6 +119,37 @@ def hold_to_layers(request: Request, model: nn.Module, layers: Mapping[str, Lora
         raise RequestError(problems)
 
 
+def refuse_ranks_beyond(request: Request, layers: Mapping[str, LoraLayer], adapter: str) -> None:
+    """Refuse ranks for which a layer has too few singular values; PEFT looks once it has values.
+
+    :param layers: those that carry the adapter, by their names in the base model.
+    :raises RequestError: names the layers.
+    """
+    kasa = request.fields.get("kasa_config") is not None
+    if not kasa and request.initialisation != "mica":
+        return
+    beyond: dict[str, tuple[int, int]] = {}
+    for name, layer in layers.items():
+        most = min(layer.in_features, layer.out_features) - kasa
+        # A plugin's layer starts as the plugin says.
+        if layer.r[adapter] > most and type(layer).__module__.startswith("peft."):
+            beyond[name] = layer.r[adapter], most
+    if beyond:
+        rank, most = min(beyond.values(), key=lambda found: found[1])
+        narrow = by_kind(name for name, (_, bears) in beyond.items() if bears == most)
+        what = "KaSA drops" if kasa else "'mica' starts from"
+        raise RequestError(
+            Problem(
+                where="lora.r",
+                message=f"{what} as many singular values of a weight as the rank, here {rank}, and"
+                f" {', '.join(narrow[:_SHOWN])} cannot bear more than {most}",
+                fix=f"Write `r: {most}` or less, or leave those layers out."
+                if most
+                else "Leave those layers out of `target_modules`.",
+            )
+        )
+
+
 def refuse_rows_beyond(request: Request, model: PreTrainedModel) -> None:
     """Refuse token ids to train for which an embedding or head has no row.
 
