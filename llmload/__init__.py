@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from llmload import leaving
+
 if TYPE_CHECKING:
     from llmload.context.context import LoadContext as LoadContext
     from llmload.errors import AuditError as AuditError
@@ -86,9 +88,10 @@ if not TYPE_CHECKING:  # a name that is not there is for mypy to find
 
     def __getattr__(name: str) -> Any:
         if name not in _HOME:
-            raise AttributeError(f"module 'llmload' has no attribute {name!r}")
+            raise leaving.lacking(__name__, name)
         value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-        globals()[name] = value
+        if not leaving.warn(f"{__name__}.{name}"):  # else it warns everybody who asks
+            globals()[name] = value
         return value
 
 

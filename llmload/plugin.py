@@ -103,6 +103,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from llmload import leaving
+
 if TYPE_CHECKING:
     from llmload.checkpoint import filesystem as filesystem
     from llmload.checkpoint.accounting import Accounting as Accounting
@@ -367,10 +369,11 @@ if not TYPE_CHECKING:  # a name that is not there is for mypy to find
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            raise leaving.lacking(__name__, name)
         home = importlib.import_module(f"llmload.{_HOME[name]}")
         value = home if name in _MODULES else getattr(home, _THERE.get(name, name))
-        globals()[name] = value
+        if not leaving.warn(f"{__name__}.{name}"):  # else it warns everybody who asks
+            globals()[name] = value
         return value
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from pydantic import BaseModel
 
+from llmload import leaving
 from llmload.context.asked import Asked
 from llmload.context.blanks import Blanks
 from llmload.context.found import Found
@@ -221,6 +222,12 @@ class LoadContext:
             handed_on=ChainMap({}, self.found.handed_on),
         )
         return run
+
+    @property
+    def hook(self) -> Any:
+        """What :attr:`hooks` was before: pluggy's own callers. It warns, and goes."""
+        leaving.warn("LoadContext.hook")
+        return self.hooks.hook
 
     @property
     def until_end(self) -> ExitStack:

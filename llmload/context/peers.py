@@ -35,6 +35,9 @@ class Peer:
 class Hooks(Protocol):
     """The hooks that plugins of this load declare themselves, in their class ``Hooks``."""
 
+    hook: Any
+    """pluggy's own callers, for ``ctx.hook``, which goes."""
+
     def declared(self, hook: str) -> bool:
         """Say whether a plugin that takes part declares this hook."""
         ...

@@ -19,6 +19,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from llmload import leaving
+
 if TYPE_CHECKING:
     from llmload.testing.checkpoints import IDS as IDS
     from llmload.testing.checkpoints import SENTENCES as SENTENCES
@@ -78,9 +80,10 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'llmload.testing' has no attribute {name!r}")
+        raise leaving.lacking(__name__, name)
     value = getattr(importlib.import_module(f"llmload.testing.{_HOME[name]}"), name)
-    globals()[name] = value
+    if not leaving.warn(f"{__name__}.{name}"):  # else it warns everybody who asks
+        globals()[name] = value
     return value
 
 

@@ -8,6 +8,7 @@ something behind does no harm to the tests that ask.
 from __future__ import annotations
 
 import inspect
+import json
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,7 @@ RULES: Final[Mapping[str, str]] = {
     "silence": "It writes nothing to standard output, which belongs to data.",
     "nothing-left-behind": "No global state is other than before, whether a load ends well or not.",
     "failures": "Where another hook fails or Ctrl-C comes, that is told, and the next load works.",
+    "lasting": "It uses nothing that a coming release lacks.",
     "bad-sections": "A section it cannot work with is refused, in words, before a weight is read.",
     "two-ranks": "Two ranks make the same plan and the same model.",
 }
@@ -317,18 +319,25 @@ def _of_import(kind: type) -> Iterator[Finding]:
     if "<locals>" in kind.__qualname__ or kind.__module__ == "__main__":
         return
     code = (
-        "import sys, importlib\n"
+        "import sys, importlib, json, warnings\n"
         f"sys.path[:] = {sys.path!r}\n"
         "import llmload.host.registry\n"
-        f"importlib.import_module({kind.__module__!r})\n"
-        f"print(*sorted(set({HEAVY!r}) & set(sys.modules)))\n"
+        "from llmload.leaving import LeavingWarning\n"
+        "with warnings.catch_warnings(record=True) as told:\n"
+        "    warnings.simplefilter('always', LeavingWarning)\n"
+        f"    importlib.import_module({kind.__module__!r})\n"
+        "goes = [str(one.message) for one in told if one.category is LeavingWarning]\n"
+        f"heavy = sorted(set({HEAVY!r}) & set(sys.modules))\n"
+        "print(json.dumps([heavy, goes]))\n"
     )
     module = sys.modules.get(kind.__module__)
     imported = set(HEAVY) & {n for n, v in vars(module).items() if inspect.ismodule(v)}
     if _is_test(kind) and not imported:
         return  # a module of tests imports what tests need; no entry point leads there
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    heavy = done.stdout.split() if done.returncode == 0 else []
+    heavy, goes = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else ([], [])
+    for text in dict.fromkeys(goes):
+        yield Finding("lasting", *trials.of_leaving(text))
     if done.returncode != 0:
         yield Finding(
             "light-import",

@@ -21,6 +21,7 @@ from typing import Any
 
 import llmload
 from llmload.errors import LlmloadError, RequestError
+from llmload.leaving import LeavingWarning
 from llmload.plugin import in_one_line
 from llmload.testing import examples, ranks
 
@@ -82,13 +83,30 @@ def once(case: Case) -> tuple[list[Found], list[str] | None]:
     Also returns the modules that are imported by now, or None where the plugin does not load.
     """
     listener = _Listener(type(case.made).__module__)
-    with redirect_stdout(listener):
+    with redirect_stdout(listener), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", LeavingWarning)
         found = list(_once(case))
+    goes = [str(one.message) for one in told if _is_of(one, type(case.made).__module__)]
+    found += [("lasting", *of_leaving(text)) for text in dict.fromkeys(goes)]
     for line in listener.heard[:1]:
         fix = "Use logging, or a Note of the plan."
         found.append(("silence", f"it writes {line!r} to standard output", fix))
     fails = any(rule == "example" or "does not load" in message for rule, message, _ in found)
     return found, None if fails else sorted(sys.modules)
+
+
+def _is_of(warning: warnings.WarningMessage, module: str) -> bool:
+    """Say whether it is of something that goes, used by a plugin's own code."""
+    package = sys.modules.get(module.partition(".")[0])
+    place = Path(getattr(package, "__file__", None) or "")
+    own = place.parent if hasattr(package, "__path__") else place
+    return warning.category is LeavingWarning and Path(warning.filename).is_relative_to(own)
+
+
+def of_leaving(text: str) -> tuple[str, str]:
+    """Return message and fix for what a warning says: what goes, and what to do instead."""
+    goes, _, instead = text.partition(". ")
+    return f"it uses what goes: {goes}", instead
 
 
 class _Listener(io.StringIO):
@@ -387,9 +405,10 @@ def afterwards(case: Case, modules: list[str]) -> tuple[list[Found], None]:
         with suppress(BaseException), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module(name)
-    with suppress(LlmloadError):
-        alone = llmload.create_registry(block={case.made.name}, environ={})
-        llmload.load(case.without(), registry=alone)
+    alone = llmload.create_registry(block={case.made.name}, environ={})
+    for spec in ({"model": case.spec["model"]}, case.without()):
+        with suppress(LlmloadError):  # where nobody but the plugin can load it
+            llmload.load(spec, registry=alone)
     gc.collect()
     gc.freeze()  # a snapshot looks for garbage, which takes long among all that was imported
     found: list[Found] = []

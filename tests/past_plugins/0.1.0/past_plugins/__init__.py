@@ -1,0 +1,1 @@
+"""Sample plugins, never changed again: they stand for those that others wrote."""
