@@ -95,7 +95,7 @@ OPTIONS = {
     "load": ["--json", "--plugin", "--set", "-p", "SPEC"],
     "plan": ["--json", "--plugin", "--set", "-p", "SPEC"],
     "validate": ["--json", "--plugin", "--set", "-p", "SPEC"],
-    "plugins": ["--json", "--plugin", "-p"],
+    "plugins": ["--hooks", "--json", "--plugin", "-p"],
     "doctor": ["--json", "--plugin", "-p", "names"],
     "env": ["--json", "--plugin", "-p"],
     "schema": ["--json", "--plugin", "-p"],
@@ -335,6 +335,96 @@ def test_plugins_that_cannot_be_ordered_are_listed_with_the_circle() -> None:
     assert {entry.name for entry in found.plugins} > {"first", "second"}
     (problem,) = found.problems
     assert problem.message.startswith("the plugins cannot be ordered: ")
+
+
+def implementing(name: str) -> list[dict[str, Any]]:
+    result = run("plugins", "--json", "--hooks", name)
+    assert result.exit_code == 0, result.stderr
+    found: list[dict[str, Any]] = json.loads(result.stdout)["hooks"]
+    return found
+
+
+def test_who_implements_a_hook_is_told_in_order_with_the_way_to_the_code(
+    llmload_distributions: FakeDistributions,
+) -> None:
+    source = """
+import functools, llmload
+
+def logged(function):
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        return function(*args, **kwargs)
+    return run
+
+class Early:
+    name = "early"
+    stage = "load"
+
+    @llmload.hookimpl
+    @logged
+    def post_load(self, ctx, model):
+        return model
+
+class Around:
+    name = "around"
+    stage = "last"
+
+    @llmload.hookimpl(wrapper=True, specname="post_load")
+    def look(self):
+        return (yield)
+"""
+    points = {"early": "acme_module:Early", "around": "acme_module:Around"}
+    llmload_distributions.add("acme", points, "acme_module", source)
+    found = implementing("post_load")
+    names = [entry["plugin"] for entry in found]
+    assert names.index("early") < names.index("dropout") < names.index("around")
+    mine = {entry["plugin"]: entry for entry in found if entry["distribution"] == "acme 1.0"}
+    module = llmload_distributions.root / "acme_module.py"
+    first = next(n for n, line in enumerate(source.splitlines(), 1) if "@llmload.hookimpl" in line)
+    assert mine["early"]["code"] == f"{module}:{first}"
+    assert (mine["early"]["wrapper"], mine["around"]["wrapper"]) == (False, True)
+    line = next(
+        x for x in run("plugins", "--hooks", "post_load").stdout.splitlines() if "around" in x
+    )
+    assert line.startswith(f"post_load  around (acme 1.0), wrapper  {module}:")
+
+
+def test_hooks_that_plugins_declare_are_told_and_what_a_plugin_implements() -> None:
+    assert "coati" in [entry["plugin"] for entry in implementing("lora_layer")]
+    assert [entry["hook"] for entry in implementing("lora")] == ["check", "audit", "wrap_adapter"]
+    for entry in implementing("coati"):
+        file, _, line = entry["code"].rpartition(":")
+        assert "@hookimpl" in Path(file).read_text().splitlines()[int(line) - 1]
+
+
+def test_a_hook_that_nobody_implements_is_told_too(
+    llmload_distributions: FakeDistributions,
+) -> None:
+    source = """
+import llmload
+
+class Auction:
+    name = "auction"
+
+    class Hooks:
+        @staticmethod
+        @llmload.hookspec
+        def bid(item): ...
+"""
+    llmload_distributions.add("acme", {"auction": "acme_module:Auction"}, "acme_module", source)
+    result = run("plugins", "--hooks", "bid")
+    assert (result.exit_code, result.stdout) == (0, "nobody\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [("post_laod", "Did you mean 'post_load'?"), ("drouput", "'dropout'?"), ("x", "Hooks are: ")],
+)
+def test_a_name_of_neither_hook_nor_plugin_is_refused(name: str, fix: str) -> None:
+    result = run("plugins", "--hooks", name)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"--hooks: {name!r} is neither a hook nor a plugin that works here." in result.stderr
+    assert fix in result.stderr
 
 
 # --- env ----------------------------------------------------------------------------------------

@@ -295,11 +295,27 @@ def verify(
 
 
 @_command
-def plugins(*, plugin: Plugins = None, json: Json = False) -> Answer:
+def plugins(
+    *,
+    hooks: Annotated[
+        str | None,
+        typer.Option(
+            "--hooks",
+            metavar="NAME",
+            help="Say instead who implements a hook, or what a plugin implements, and where.",
+        ),
+    ] = None,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> Answer:
     """List the plugins: built in, installed, left out, broken."""
     from llmload.cli import environment, show
 
-    listed = environment.list_plugins(_registry(plugin))
+    registry = _registry(plugin)
+    if hooks is not None:
+        found = environment.list_hooks(registry, hooks)
+        return Answer(found, lambda: show.hooks(found))
+    listed = environment.list_plugins(registry)
     return Answer(listed, lambda: show.plugins(listed))
 
 

@@ -11,11 +11,13 @@ from typing import Final
 from pydantic import BaseModel, Field
 
 from llmload.checkpoint.copying import cores
-from llmload.errors import PluginError, Problem
+from llmload.errors import PluginError, Problem, RequestError
 from llmload.host import ordering
-from llmload.host.discovery import PluginInfo, Status
+from llmload.host.contract import manager_of
+from llmload.host.discovery import PluginInfo, Status, implementations
 from llmload.host.distributions import installed_versions, version_of
 from llmload.host.registry import Registry
+from llmload.spec.suggest import nearest
 
 _OTHERS: Final = (
     "huggingface_hub",
@@ -75,6 +77,28 @@ class PluginList(BaseModel):
     """Why the active plugins cannot be ordered, if they cannot; they then stand by name."""
 
 
+class HookEntry(BaseModel):
+    """One plugin's implementation of one hook."""
+
+    hook: str
+    """The hook's name."""
+    plugin: str
+    """Who implements it."""
+    distribution: str
+    """Distribution and version, or where a plugin object came from."""
+    wrapper: bool = False
+    """Whether it goes around the others' answers instead of giving one."""
+    code: str
+    """File and line where it begins."""
+
+
+class HookList(BaseModel):
+    """Who implements a hook, or what a plugin implements."""
+
+    hooks: list[HookEntry]
+    """Of a hook in the order in which plugins are called; of a plugin in the manual's order."""
+
+
 class Environment(BaseModel):
     """Versions, machine, variables and plugins. Holds no secret."""
 
@@ -105,6 +129,40 @@ def list_plugins(registry: Registry) -> PluginList:
     others = [info for info in registry.plugins if info.status != "active"]
     infos = [*(active[name] for name in order), *others]
     return PluginList(plugins=[_entry(info) for info in infos], problems=list(problems))
+
+
+def list_hooks(registry: Registry, name: str) -> HookList:
+    """Return who implements the hook ``name``, or what the plugin of that name implements.
+
+    :raises RequestError: nothing is called so.
+    """
+    listed = list_plugins(registry).plugins
+    active = {info.name: info.plugin for info in registry.plugins if info.status == "active"}
+    manager = manager_of(active.values())
+    hooks = [hook for hook in vars(manager.hook) if not hook.startswith("_")]
+    if name not in (*hooks, *active):
+        raise RequestError(
+            Problem(
+                where="--hooks",
+                message=f"{name!r} is neither a hook nor a plugin that works here",
+                fix=nearest(name, [*hooks, *active]) or f"Hooks are: {', '.join(hooks)}.",
+            )
+        )
+    return HookList(
+        hooks=[
+            HookEntry(
+                hook=hook,
+                plugin=entry.name,
+                distribution=entry.distribution,
+                wrapper=wrapper,
+                code=code,
+            )
+            for entry in listed
+            for hook in entry.hooks
+            if name in (hook, entry.name)
+            for wrapper, code in implementations(active[entry.name], hook)
+        ]
+    )
 
 
 def describe(registry: Registry, environ: Mapping[str, str] = os.environ) -> Environment:

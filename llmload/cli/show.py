@@ -17,7 +17,7 @@ from llmload.loading.wording import pattern, size_text
 if TYPE_CHECKING:
     from llmload.cli.demo import Demonstration, FineTuning
     from llmload.cli.doctor import Diagnoses
-    from llmload.cli.environment import Environment, PluginList
+    from llmload.cli.environment import Environment, HookList, PluginList
     from llmload.cli.explaining import Explanation
     from llmload.cli.inspecting import Inspection, StoredTensor, Targets
     from llmload.errors import Problem
@@ -191,6 +191,16 @@ def plugins(listed: PluginList) -> RenderableType:
             Text(entry.reason or ", ".join(entry.hooks)),
         )
     return Group(table, *_problems(listed.problems))
+
+
+def hooks(listed: HookList) -> RenderableType:
+    """Render who implements what, in lines that no terminal breaks: people click on the code."""
+    lines = [
+        f"{entry.hook}  {entry.plugin} ({entry.distribution}){', wrapper' * entry.wrapper}"
+        f"  {entry.code}"
+        for entry in listed.hooks
+    ]
+    return "\n".join(lines) or "nobody"
 
 
 def diagnoses(found: Diagnoses) -> RenderableType:

@@ -56,8 +56,7 @@ class PluginInfo:
     def hooks(self) -> tuple[str, ...]:
         """Names of the hooks it implements: the manual's in its order, then other plugins'."""
         plugin = self.plugin
-        names = () if self.status != "active" else [n for n in dir(plugin) if n[:2] != "__"]
-        marked = [options for n in names if (options := _marker(plugin, n)) is not None]
+        marked = [] if self.status != "active" else [*dict.fromkeys(h for h, _ in _marked(plugin))]
         known = (*hookspecs.HELPERS, *hookspecs.SPINE)
         return (
             *(name for name in known if name in marked),
@@ -65,10 +64,23 @@ class PluginInfo:
         )
 
 
-def _marker(plugin: object, attribute: str) -> str | None:
-    """Return the hook that an attribute is marked as, if it is."""
-    options = getattr(getattr(plugin, attribute, None), f"{GROUP}_impl", None)
-    return (options["specname"] or attribute) if isinstance(options, dict) else None
+def _marked(plugin: object) -> Iterator[tuple[str, Any]]:
+    """Yield the hook that an attribute is marked as, and the attribute, for each that is."""
+    for name in dir(plugin):
+        attribute = getattr(plugin, name, None) if name[:2] != "__" else None
+        options = getattr(attribute, f"{GROUP}_impl", None)
+        if isinstance(options, dict):
+            yield options["specname"] or name, attribute
+
+
+def implementations(plugin: object, hook: str) -> Iterator[tuple[bool, str]]:
+    """Yield of each of a plugin's implementations whether it is a wrapper, and file and line."""
+    for name, attribute in _marked(plugin):
+        if name == hook:
+            function = inspect.unwrap(attribute)
+            code = getattr(getattr(function, "__func__", function), "__code__", None)
+            place = f"{code.co_filename}:{code.co_firstlineno}" if code is not None else "unknown"
+            yield bool(getattr(attribute, f"{GROUP}_impl")["wrapper"]), place
 
 
 def from_object(plugin: object) -> PluginInfo:
