@@ -197,7 +197,8 @@ def test_factors_are_saved_under_the_names_that_they_have_there(
     saved = load_file(folder / "adapter_model.safetensors")
     assert {name.rpartition(".")[2] for name in saved} == {"lora_A", "lora_B"}
     assert saved[f"{PREFIX}.lora_A"].shape == (4, 16)
-    assert json.loads((folder / "adapter_config.json").read_text())["llmload_plugins"] == ["coati"]
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert written["llmload_plugins"] == {"coati": f"llmload {llmload.__version__}"}
 
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])

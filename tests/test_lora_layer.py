@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,11 @@ def folder(tmp_path: Path) -> Path:
 def load(folder: Path, *plugins: Any, **lora: Any) -> llmload.LoadResult:
     registry = llmload.create_registry(plugins, environ={})
     return llmload.load({"model": str(folder), "lora": LORA | lora}, registry=registry)
+
+
+def made_by(model: Any) -> dict[str, str]:
+    found: dict[str, str] = model.peft_config["default"].to_dict()["llmload_plugins"]
+    return found
 
 
 def odd_layers(model: torch.nn.Module) -> list[str]:
@@ -71,7 +77,7 @@ def test_the_first_plugin_in_plan_order_wins(folder: Path) -> None:
     late = Adapts(OddLinear, name="a_late_one")
     late.after = ("adapts",)
     result = load(folder, MakesOdd, late, Adapts)
-    assert result.model.peft_config["default"].to_dict()["llmload_plugins"] == ["adapts"]
+    assert made_by(result.model) == {"adapts": "given as an object"}
 
 
 class Watches:
@@ -100,7 +106,7 @@ def test_a_wrapper_of_the_hook_goes_once_around_all_answers(folder: Path) -> Non
     layers = [result.model.get_submodule(name) for name in odd_layers(result.model)]
     assert [layer.was_seen for layer in layers] == [True, True]
     # The wrapper made none of them, and need not be there when they are loaded again.
-    assert result.model.peft_config["default"].to_dict()["llmload_plugins"] == ["adapts"]
+    assert made_by(result.model) == {"adapts": "given as an object"}
 
 
 def test_a_wrapper_is_called_where_no_plugin_answers(folder: Path) -> None:
@@ -129,7 +135,7 @@ def test_the_plugin_is_named_in_the_saved_adapter_and_asked_again(
     three_losses(model)
     adapter = save(model, tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())
-    assert config["llmload_plugins"] == ["adapts"]
+    assert config["llmload_plugins"] == {"adapts": "given as an object"}
     registry = llmload.create_registry([MakesOdd, Adapts], environ={})
     spec = {"model": str(folder), "lora": {"adapter": str(adapter)}}
     resumed = llmload.load(spec, registry=registry).model
@@ -149,6 +155,65 @@ def test_without_the_plugin_the_adapter_is_refused_and_the_plugin_named(
         f"lora.adapter: the adapter in {str(adapter)!r} has layers made by the plugin 'adapts',"
         " which takes no part in this load. Install the distribution that provides it and select it"
         " with `-p adapts`; if it has a section, add `adapts: {}` to the spec."
+    )
+
+
+def refused(folder: Path, adapter: Path) -> llmload.Problem:
+    """Return the one error of a plan without the plugin that made the adapter's layers."""
+    registry = llmload.create_registry([MakesOdd], environ={})
+    spec = {"model": str(folder), "lora": {"adapter": str(adapter)}}
+    (problem,) = llmload.plan(spec, registry=registry).errors
+    return problem
+
+
+def test_without_its_distribution_the_refusal_says_what_to_install(
+    folder: Path, tmp_path: Path, llmload_distributions: FakeDistributions
+) -> None:
+    llmload_distributions.add("odd-lora", {"adapts": "odd_layers:Adapts"}, version="1.2")
+    adapter = save(load(folder, MakesOdd).model, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["llmload_plugins"] == {"adapts": "odd-lora 1.2"}
+    shutil.rmtree(llmload_distributions.root)
+    assert str(refused(folder, adapter)) == (
+        f"lora.adapter: the adapter in {str(adapter)!r} has layers made by the plugin 'adapts' of"
+        " odd-lora 1.2, which takes no part in this load. If you trust it, install it with"
+        " `pip install 'odd-lora==1.2'`, and select it with `-p adapts`; if it has a section, add"
+        " `adapts: {}` to the spec."
+    )
+
+
+def test_what_a_file_says_to_install_is_shown_only_where_it_is_a_plain_distribution(
+    folder: Path, tmp_path: Path
+) -> None:
+    adapter = save(load(folder, MakesOdd, Adapts).model, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    for text in ("odd' --index-url https://evil 1.0", "a b 1", "odd 1\n", "", "given as an object"):
+        file.write_text(json.dumps(saved | {"llmload_plugins": {"adapts": text}}))
+        assert refused(folder, adapter).fix.startswith("Install the distribution that provides it")
+
+
+def test_an_adapter_that_names_plugins_alone_is_read_as_llmload_0_1_0_wrote_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    adapter = save(load(folder, MakesOdd, Adapts).model, tmp_path / "adapter")
+    file = adapter / "adapter_config.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps(saved | {"llmload_plugins": ["adapts"]}))
+    spec = {"model": str(folder), "lora": {"adapter": str(adapter)}}
+    registry = llmload.create_registry([MakesOdd, Adapts], environ={})
+    assert len(odd_layers(llmload.load(spec, registry=registry).model)) == 2
+    assert "the plugin 'adapts', which takes no part" in refused(folder, adapter).message
+
+
+def test_plan_and_report_say_which_layers_a_plugin_made(folder: Path) -> None:
+    result = load(folder, MakesOdd, Adapts)
+    down = [f"model.layers.{number}.mlp.down_proj" for number in (0, 1)]
+    for facts in (result.plan.facts, result.report.facts):
+        assert facts["lora"]["made_by"] == {"adapts": down}
+    assert (
+        "made_by"
+        not in load(folder, target_modules=["q_proj"], rank_pattern={}).report.facts["lora"]
     )
 
 
@@ -219,11 +284,13 @@ def test_an_error_in_the_hook_names_the_plugin(folder: Path) -> None:
     assert str(caught.value) == "plugin 'failing' failed in lora_layer: ValueError: no such layer"
 
 
-def test_a_damaged_list_of_plugins_is_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [5, [5], {"adapts": 1}, {"a\u001b[2J": ""}, ["-p evil"]])
+def test_a_damaged_list_of_plugins_is_refused(folder: Path, tmp_path: Path, damaged: Any) -> None:
     adapter = save(load(folder, MakesOdd, Adapts).model, tmp_path / "adapter")
     file = adapter / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"llmload_plugins": 5}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"llmload_plugins": damaged}))
     plan = llmload.plan({"model": str(folder), "lora": {"adapter": str(adapter)}})
     assert str(plan.errors[0]) == (
-        f"{file}: lora.adapter: 'llmload_plugins' is not a list of names. Save the adapter again."
+        f"{file}: lora.adapter: 'llmload_plugins' does not map names of plugins to their"
+        " distributions. Save the adapter again."
     )

@@ -12,6 +12,7 @@ from llmload.checkpoint.filesystem import FileState, file_state
 from llmload.errors import CheckpointError, Decline, Problem
 from llmload.hf import installed_transformers
 from llmload.hf.constructor import Values
+from llmload.hf.stamp import stamp
 from llmload.host.distributions import installed_versions
 from llmload.host.registry import Registry, create_registry
 from llmload.loading import audit, fit, hook_calls, lock, turns, warned
@@ -181,6 +182,7 @@ def execute(
 
         audit.hold_to_claims(ctx)
         _fill(report, prepared, ctx, model, ledger)
+        stamp(model, _made(plan, report))
         ctx.changed_base.update(ledger.changed_base())  # audits look at it once more
         excused = audit.excused(ctx, lost, ctx.unexpected)  # which the plan may have had
         warnings = [*plan.warnings, *excused]
@@ -261,6 +263,15 @@ def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger
     if ctx.spec.ignore_adapter and fit.adapter_beside(ctx):
         report.left_out[fit.ADAPTER_CONFIG] = "the spec ignores the adapter"
     report.facts, report.lines = ctx.facts, ctx.lines
+
+
+def _made(plan: Plan, report: Report) -> dict[str, Any]:
+    """Return what a saved adapter says of how it was made."""
+    return {
+        "plugins": report.plugins,
+        "steps": [step.model_dump(exclude_defaults=True) for step in plan.steps],
+        "versions": report.versions,
+    }
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import peft
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from llmload.builtin.lora.layers import own_name
 from llmload.plugin import PluginError, Problem
 
 if TYPE_CHECKING:
@@ -20,16 +21,26 @@ if TYPE_CHECKING:
 class _RecordingConfig(peft.LoraConfig):  # type: ignore[misc]
     """A LoRA configuration that is saved with what PEFT does not know of the adapter."""
 
-    llmload_plugins: list[str] = dataclasses.field(default_factory=list)
+    llmload_plugins: dict[str, str] = dataclasses.field(default_factory=dict)
     llmload_tied_weights: str | None = None
     llmload_merged_first: list[str] = dataclasses.field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is saved: of ours what there is to say, as PEFT knows none of it."""
+        fields: dict[str, Any] = super().to_dict()
+        return {n: v for n, v in fields.items() if v or not n.startswith("llmload_")}
 
 
 def record(config: peft.LoraConfig, **fields: Any) -> None:
     """Save ``fields`` with the adapter; the configuration is in the model already."""
     config.__class__ = _RecordingConfig
-    for name in ("llmload_plugins", "llmload_tied_weights", "llmload_merged_first"):
-        config.__dict__.setdefault(name, None if name == "llmload_tied_weights" else [])
+    defaults: dict[str, Any] = {
+        "llmload_plugins": {},
+        "llmload_tied_weights": None,
+        "llmload_merged_first": [],
+    }
+    for name, value in defaults.items():
+        config.__dict__.setdefault(name, value)
     for name, value in fields.items():
         setattr(config, name, value)
 
@@ -40,7 +51,7 @@ class Dispatcher:
     def __init__(self, ctx: LoadContext, config: peft.LoraConfig) -> None:
         self._ctx = ctx
         self._config = config
-        self._made: set[str] = set()
+        self._made: list[tuple[str, nn.Module]] = []
         if ctx.hooks.implementing("lora_layer", wrappers=True):
             config._register_custom_module({nn.Module: self._layer})
 
@@ -64,7 +75,7 @@ class Dispatcher:
                     " module that is a peft LoraLayer, or None",
                 )
             )
-        self._made.update([maker] if maker else self._wrapping())
+        self._made += [(name, layer) for name in ([maker] if maker else self._wrapping())]
         return layer
 
     def _wrapping(self) -> list[str]:
@@ -74,8 +85,15 @@ class Dispatcher:
         both = hooks.implementing("lora_layer", wrappers=True)
         return [name for name in both if name not in answering]
 
-    def finish(self) -> None:
+    def finish(self, model: nn.Module) -> None:
         """Let go of the load, and write the plugins that made layers into the configuration."""
         self._config._custom_modules = None
-        if self._made:
-            record(self._config, llmload_plugins=sorted(self._made))
+        names = {id(module): own_name(name) for name, module in model.named_modules()}
+        layers: dict[str, list[str]] = {plugin: [] for plugin, _ in self._made}
+        for plugin, layer in self._made:
+            layers[plugin] += [names[id(layer)]] if id(layer) in names else []
+        self._ctx.record("lora", {"made_by": layers})
+        if layers:
+            peers = self._ctx.peers
+            made = {name: peers[name].distribution for name in sorted(layers)}
+            record(self._config, llmload_plugins=made)

@@ -231,7 +231,7 @@ def _wrap(ctx: LoadContext, request: Request, model: nn.Module, config: LoraConf
             )
     except (ImportError, LookupError, TypeError, ValueError) as error:
         raise refused(error) from error
-    dispatcher.finish()
+    dispatcher.finish(wrapped)
     _name_base(ctx, request, config)
     return wrapped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
@@ -86,8 +87,11 @@ class LoraPlugin:
     def wrap_adapter(self, ctx: LoadContext, model: PreTrainedModel) -> PeftModel | PreTrainedModel:
         """Put the adapter around the model, and where it is to be merged, into it."""
         from llmload.builtin.lora.install import carry_out
+        from llmload.builtin.lora.request import merged_first, resolve
 
-        problems = list(_merge_problems(ctx))
+        asked = [*merged_first(ctx), resolve(ctx)]
+        missing = [problem for each in asked for problem in _missing_dispatchers(ctx, each)]
+        problems = [*missing, *_merge_problems(ctx)]
         if problems:  # said in `check` already; PEFT's words for it would come on top
             raise RequestError(problems)
         return carry_out(ctx, model)
@@ -186,14 +190,15 @@ def _resume_problems(request: Request) -> Iterator[Problem]:
 def _missing_dispatchers(ctx: LoadContext, request: Request) -> Iterator[Problem]:
     """Refuse to resume layers that no plugin of this load makes."""
     present = ctx.hooks.implementing("lora_layer", wrappers=True)
-    for name in request.saved.layer_plugins if request.saved is not None else ():
+    makers = request.saved.layer_plugins if request.saved is not None else {}
+    for name, distribution in makers.items():
         if name not in present:
+            by, fix = _where_from(name, distribution)
             yield Problem(
                 where="lora.adapter",
                 message=f"the adapter in {request.section.adapter!r} has layers made by the plugin"
-                f" {name!r}, which takes no part in this load",
-                fix="Install the distribution that provides it and select it with"
-                f" `-p {name}`; if it has a section, add `{name}: {{}}` to the spec.",
+                f" {name!r}{by}, which takes no part in this load",
+                fix=fix,
             )
 
 
@@ -231,6 +236,23 @@ def _not_merged_first(request: Request) -> Iterator[Problem]:
             fix=f"Write `merge_first: [{', '.join(before)}]`, unless the model has it in its"
             " weights already.",
         )
+
+
+def _where_from(name: str, distribution: str) -> tuple[str, str]:
+    """Say of which distribution a plugin is, as a saved adapter has it, and what to do for it.
+
+    The words of the file reach people as what to install: none but a plain name and version do.
+    """
+    use = f"select it with `-p {name}`; if it has a section, add `{name}: {{}}` to the spec."
+    found = re.fullmatch(r"([A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?) (\d[\w.!+-]*)", distribution, re.A)
+    if found is None:
+        return "", f"Install the distribution that provides it and {use}"
+    wanted, version = found.groups()
+    here = version_of(wanted)
+    if here is None:
+        install = f"If you trust it, install it with `pip install '{wanted}=={version}'`"
+        return f" of {distribution}", f"{install}, and {use}"
+    return f" of {distribution}", f"{wanted} {here} is installed: {use}"
 
 
 def _merge_problems(ctx: LoadContext) -> Iterator[Problem]:

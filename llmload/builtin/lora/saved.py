@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 LAYER_PLUGINS: Final = "llmload_plugins"
-"""Our key in the configuration, written where plugins made layers of the adapter."""
+"""Our key in the configuration, written where plugins made layers of the adapter: their names with
+distribution and version. llmload 0.1.0 wrote a list of names."""
 TIED_WEIGHTS: Final = "llmload_tied_weights"
 """Our key in the configuration: ``untie`` where rows of untied embeddings were trained, which PEFT
 would tie again."""
@@ -53,8 +55,9 @@ class SavedAdapter:
     folder: Path
     fields: dict[str, Any]
     """The fields of ``LoraConfig`` in ``adapter_config.json`` that hold for a resumed adapter."""
-    layer_plugins: tuple[str, ...]
-    """Names of the plugins whose ``lora_layer`` made layers of it."""
+    layer_plugins: Mapping[str, str]
+    """Plugins whose ``lora_layer`` made layers of it -> distribution and version, as the file says;
+    empty where it does not."""
     untied: bool
     """Whether embedding and head had been untied, and rows of one of them were trained alone."""
     merged_first: tuple[str, ...]
@@ -93,7 +96,7 @@ class _Config(NamedTuple):
     """What a configuration says, by the fields of :class:`SavedAdapter`."""
 
     fields: dict[str, Any]
-    layer_plugins: tuple[str, ...]
+    layer_plugins: Mapping[str, str]
     untied: bool
     merged_first: tuple[str, ...]
 
@@ -167,9 +170,7 @@ def _read_config(files: UntrustedFolder) -> _Config:
             "Give the folder of a LoRA adapter.",
             file,
         )
-    layer_plugins = content.pop(LAYER_PLUGINS, [])
-    if not isinstance(layer_plugins, list) or not all(isinstance(n, str) for n in layer_plugins):
-        raise _refusal(f"{LAYER_PLUGINS!r} is not a list of names", "Save the adapter again.", file)
+    layer_plugins = _layer_plugins(content.pop(LAYER_PLUGINS, {}), file)
     before = content.pop(MERGED_FIRST, [])
     if not isinstance(before, list) or not all(isinstance(name, str) for name in before):
         raise _refusal(
@@ -206,7 +207,26 @@ def _read_config(files: UntrustedFolder) -> _Config:
         problems = explain(error, LoraSection, known, spellings=SPELLINGS)
         raise CheckpointError(p.model_copy(update={"file": str(file)}) for p in problems) from None
     fields = {name: v for name, v in section.given().items() if name not in _NOT_INHERITED}
-    return _Config(fields, tuple(layer_plugins), tied_weights == "untie", tuple(before))
+    return _Config(fields, layer_plugins, tied_weights == "untie", tuple(before))
+
+
+def _layer_plugins(value: Any, file: Path) -> dict[str, str]:
+    found = dict.fromkeys(value, "") if isinstance(value, list) and _texts(value) else value
+    if (
+        not isinstance(found, dict)
+        or not _texts(found.values())
+        or not all(re.fullmatch(r"\w[\w.-]{0,99}", name) for name in found)
+    ):
+        raise _refusal(
+            f"{LAYER_PLUGINS!r} does not map names of plugins to their distributions",
+            "Save the adapter again.",
+            file,
+        )
+    return found
+
+
+def _texts(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _refusal(message: str, fix: str, file: Path | None = None) -> CheckpointError:
