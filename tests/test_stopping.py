@@ -29,6 +29,11 @@ class Plugin:
 """
 
 
+def hear() -> None:
+    """Let a new process hear Ctrl-C, which a shell has its background jobs ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(place: Path, *words: str, code: str = "") -> subprocess.CompletedProcess[str]:
     """Run the command line where a module ``stopping`` has the code, with folders of its own."""
     (place / "stopping.py").write_text(TOP + code + PLUGIN)
@@ -39,6 +44,7 @@ def run(place: Path, *words: str, code: str = "") -> subprocess.CompletedProcess
         capture_output=True,
         text=True,
         check=False,
+        preexec_fn=hear,
     )
 
 
@@ -140,6 +146,7 @@ def test_an_interrupt_at_any_moment_ends_a_load_and_leaves_nothing(
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=hear,
         )
         # Python itself takes a moment to start, in which it answers for itself.
         time.sleep(0.3 + moments.random() * (seconds - 0.3))

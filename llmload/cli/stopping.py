@@ -27,6 +27,8 @@ _IMPORT: Final = 1.0
 """Seconds that an import may still go on; the start of a C library, until it is done."""
 _TIDYING: Final = 5.0
 """Seconds after which another signal ends the process where it stands."""
+_LEAVING: Final = 0.5
+"""Seconds that libraries may take to leave, once what was under way is tidied up."""
 
 
 class _Stop:
@@ -100,6 +102,10 @@ def stoppable() -> Iterator[None]:
         code = 128 + signal.SIGINT
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+    if stop.exit_code:
+        # torch 2.5 waits here for processes that compile, which end with this one anyway.
+        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(stop.exit_code))
+        signal.setitimer(signal.ITIMER_REAL, _LEAVING)
     _end(stop.exit_code or code)
 
 

@@ -1,7 +1,7 @@
 """Writes the figures of SECURITY.md, from what a run of the tests of its promises left.
 
-``python tests/hostile/figures.py OUTCOMES.xml`` takes pytest's ``--junit-xml``. Of a test with many
-cases it says how many passed; a test that counts by itself says what.
+``python tests/hostile/figures.py OUTCOMES.xml...`` takes pytest's ``--junit-xml``. Of a test with
+many cases it says how many passed; a test that counts by itself says what.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ SECURITY = Path(__file__).parent.parent.parent / "SECURITY.md"
 BEGIN, END = "<!-- figures: nox -s long_trust -->\n", "<!-- end of figures -->\n"
 
 
-def table(outcomes: Path, promised: list[str]) -> str:
+def table(outcomes: list[str], promised: list[str]) -> str:
     """Return a row for each promised test that was run, in the order of the promises."""
     figures: dict[str, list[str]] = defaultdict(list)
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     seconds: dict[str, float] = defaultdict(float)
-    for case in ElementTree.parse(outcomes).iter("testcase"):
+    for case in (c for file in outcomes for c in ElementTree.parse(file).iter("testcase")):
         name = case.attrib["name"].partition("[")[0]
         figures[name] += [
             p.attrib["value"] for p in case.iter("property") if p.attrib["name"] == "figure"
@@ -47,7 +47,7 @@ def main() -> None:
     promised = re.findall(r"`tests/[\w/]+\.py::(\w+)`", text)
     before, _, rest = text.partition(BEGIN)
     stack = f"Run with torch {version('torch')} and transformers {version('transformers')}.\n\n"
-    made = stack + table(Path(sys.argv[1]), promised)
+    made = stack + table(sys.argv[1:], promised)
     SECURITY.write_text(before + BEGIN + made + END + rest.partition(END)[2])
 
 
