@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-HARDWARE = re.compile(r"needs (an accelerator|a CUDA device|two CUDA devices)")
+HARDWARE = re.compile(r"needs (an accelerator|a CUDA device|two CUDA devices|namespaces)")
 
 
 def never_run(files: Sequence[Path]) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Writes the figures of SECURITY.md, from what a run of the tests of its promises left.
 
 ``python tests/hostile/figures.py OUTCOMES.xml...`` takes pytest's ``--junit-xml``. Of a test with
-many cases it says how many passed; a test that counts by itself says what.
+many cases it says how many passed; a test that counts by itself says what. Of a case that stands in
+several files the last counts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ def table(outcomes: list[str], promised: list[str]) -> str:
     figures: dict[str, list[str]] = defaultdict(list)
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     seconds: dict[str, float] = defaultdict(float)
-    for case in (c for file in outcomes for c in ElementTree.parse(file).iter("testcase")):
+    cases = {
+        (case.attrib["classname"], case.attrib["name"]): case
+        for file in outcomes
+        for case in ElementTree.parse(file).iter("testcase")
+    }
+    for case in cases.values():
         name = case.attrib["name"].partition("[")[0]
         figures[name] += [
             p.attrib["value"] for p in case.iter("property") if p.attrib["name"] == "figure"

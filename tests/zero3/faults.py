@@ -28,6 +28,8 @@ def fault(kind: str) -> None:
     if kind == "exit":
         os._exit(3)
     if kind == "interrupt":
+        # Below a shell's background it would be ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.raise_signal(signal.SIGINT)
     if kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
