@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmload.checkpoint.strict_json import short
 from llmload.errors import CheckpointError, SpecError, in_one_line
 from llmload.hf import bounds, hub, locating
+from llmload.hf.overrides import override
 from llmload.hf.versions import installed_transformers
 from llmload.spec.words import AUTO_CLASSES
 
@@ -34,6 +35,7 @@ def load_config(
     :param checkpoint: whose headers say how much of a model there can be.
     :raises CheckpointError: transformers does not know the model type, or refuses a value; the
         config asks for more than the checkpoint can hold, or has a key that would hide a method.
+    :raises SpecError: as :func:`override`.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
@@ -73,6 +75,8 @@ def load_config(
             message, fix = own_code_failed(error)
         raise CheckpointError(message, fix=fix, file=str(files.root / locating.CONFIG)) from error
     files.check()
+    if spec.config:
+        config = override(config, files, content, spec.config, checkpoint)
     return config
 
 

@@ -181,6 +181,9 @@ class LoadSpec(Section):
     head that the checkpoint lacks is then new."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Floating-point dtype of the parameters; ``auto`` keeps the checkpoint's."""
+    config: Mapping[str, Any] = {}
+    """Values in place of those in ``config.json``, by the names that the model type gives them:
+    ``{num_labels: 3}``, ``{text_config: {rope_parameters: {...}}}``."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """``random``: build the model from its config alone and initialise it."""
     weights_from: Annotated[str | None, BeforeValidator(_as_text)] = None
