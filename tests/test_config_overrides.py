@@ -90,18 +90,6 @@ def test_what_older_files_call_rope_is_taken_where_the_file_calls_it_so(
     )
 
 
-def test_labels_can_be_counted(llama: Path) -> None:
-    spec = {
-        "model": str(llama),
-        "auto_class": "sequence_classification",
-        "config": {"num_labels": 5},
-        "strict": {"allow_missing": ["score"], "allow_unexpected": ["lm_head"]},
-    }
-    model = llmload.load(spec).model
-    assert model.config.num_labels == 5
-    assert model.score.weight.shape[0] == 5
-
-
 def test_a_part_of_a_composite_config_is_changed_key_by_key(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "llava", "llava", auto_class="image_text_to_text")
     before = llmload.plan({"model": str(folder), "auto_class": "image_text_to_text"})
@@ -129,6 +117,10 @@ def test_a_part_of_a_composite_config_is_changed_key_by_key(tmp_path: Path) -> N
         (
             {"dtype": "float16"},
             "config.dtype: 'dtype' has a key of its own. Set `dtype`, beside `config`.",
+        ),
+        (
+            {"num_labels": 3},
+            "config.num_labels: 'num_labels' has a key of its own. Set `labels`, beside `config`.",
         ),
         (
             {"attn_implementation": "someone/kernel"},

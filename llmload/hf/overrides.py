@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _ELSEWHERE: Final = {
     "attn_implementation": "Set `attn_implementation`, beside `config`.",
     "dtype": "Set `dtype`, beside `config`.",
+    "id2label": "Set `labels`, beside `config`.",
+    "label2id": "Set `labels`, beside `config`.",
+    "num_labels": "Set `labels`, beside `config`.",
     "torch_dtype": "Set `dtype`, beside `config`.",
     "trust_remote_code": "Set `trust_remote_code`, beside `config`.",
 }
@@ -32,8 +35,6 @@ _FIXED: Final = (
 """Keys that say what the checkpoint is, or where more of it lies."""
 _OLD_ROPE: Final = ("rope_scaling", "rope_theta")
 """Of transformers before 5."""
-_LABELS: Final = ("id2label", "label2id", "num_labels")
-"""Known of every config, written down or not."""
 
 
 def override(
@@ -77,13 +78,10 @@ def override(
 def _merged(
     config: PretrainedConfig, content: Mapping[str, Any], values: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    known = {*content, *config.to_dict(), *config.attribute_map, *_LABELS}
+    known = {*content, *config.to_dict(), *config.attribute_map}
     if "rope_parameters" in known and "rope_parameters" not in content:
         known |= {*_OLD_ROPE}  # which transformers 5 puts together where the file has them apart
     merged = dict(content)
-    if "num_labels" in values and not {"id2label", "label2id"} & values.keys():
-        merged.pop("id2label", None)  # their number would win
-        merged.pop("label2id", None)
     for key, value in values.items():
         _hold(key, known, config, f"{where}.{key}")
         part: Any = getattr(config, key, None)

@@ -183,7 +183,7 @@ class LoadSpec(Section):
     """Floating-point dtype of the parameters; ``auto`` keeps the checkpoint's."""
     config: Mapping[str, Any] = {}
     """Values in place of those in ``config.json``, by the names that the model type gives them:
-    ``{num_labels: 3}``, ``{text_config: {rope_parameters: {...}}}``."""
+    ``{attention_dropout: 0.1}``, ``{text_config: {rope_parameters: {...}}}``."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """``random``: build the model from its config alone and initialise it."""
     weights_from: Annotated[str | None, BeforeValidator(_as_text)] = None
