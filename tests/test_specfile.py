@@ -317,3 +317,59 @@ def test_python_objects_that_no_file_could_hold_are_refused(value: Any, message:
 def test_paths_tuples_and_sections_become_plain(tmp_path: Path) -> None:
     document = files.read({"model": tmp_path, "a": (1, [True]), "part": Part(names=("a",))})
     assert document.data == {"model": str(tmp_path), "a": [1, [True]], "part": {"names": ["a"]}}
+
+
+# --- what would be waited for, or exhausts its reader --------------------------------------------
+
+
+def test_a_fifo_that_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:
+    fifo = tmp_path / "spec.yaml"
+    os.mkfifo(fifo)
+    with pytest.raises(SpecError) as refused:
+        files.read(fifo)
+    assert str(refused.value) == (
+        f"{fifo}: the spec file cannot be read: it is a terminal or a pipe, not a file. Check the"
+        " name."
+    )
+
+
+def test_a_pipe_that_a_shell_makes_is_read() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"model: m\n")
+    os.close(writing)
+    try:
+        assert files.read(f"/dev/fd/{reading}").data == {"model": "m"}
+    finally:
+        os.close(reading)
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 4000, "9" * 5000, "0o" + "7" * 101])
+def test_a_number_that_python_would_not_show_is_refused(number: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        files.parse(f"model: m\nlora: {{r: {number}}}\n", "s.yaml")
+    assert str(refused.value) == (
+        f"s.yaml:2:11: lora.r: {number[:20]}... is a number of {len(number)} digits. Write one of"
+        " at most 100, or put it in quotes if it is text."
+    )
+    with pytest.raises(SpecError) as refused:
+        files.read({"model": "m", "lora": {"r": 16**4000}})
+    assert str(refused.value) == (
+        "lora.r: a whole number of 16001 bits is more than anything here takes. Write a smaller"
+        " one."
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9)),
+        "a: &a [" + "x," * 1000 + "]\nb: [" + "*a," * 80_000 + "]\n",
+        "a: &a " + "x" * 100_000 + "\nb: [" + "*a," * 50_000 + "]\n",
+        "a: [" + "x," * 20_000 + "]\n",
+    ],
+    ids=["laughs", "many aliases", "aliases of long text", "no aliases"],
+)
+def test_a_document_of_more_values_than_any_spec_is_refused(text: str) -> None:
+    with pytest.raises(SpecError, match="more than 10,000 values once its aliases are expanded"):
+        files.parse(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path as FilePath
 from typing import Any, Final, TypeAlias
@@ -21,6 +22,10 @@ from llmload.spec.yaml_read import Path, dotted
 
 MAX_BYTES: Final = 256 * 1024
 """Size of the largest spec file that is read."""
+_PIPES: Final = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+"""Where a shell puts what a command writes: pipes that are read like files."""
+_LONGEST_INT: Final = 332
+"""Bits of a whole number from Python: those of 100 digits, as in a file."""
 
 SpecLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | LoadSpec | GroupSpec | Document
 """What ``llmload.load`` and ``load_group`` take: a file name, or the spec itself."""
@@ -83,7 +88,11 @@ def _content(path: FilePath) -> bytes:
 
 
 def _read(path: FilePath) -> bytes:
-    with path.open("rb") as handle:
+    # A fifo that nobody writes to would be waited for, and a terminal for what is typed there.
+    flags = 0 if str(path).startswith(_PIPES) else getattr(os, "O_NONBLOCK", 0)
+    with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as handle:
+        if flags and (handle.isatty() or stat.S_ISFIFO(os.fstat(handle.fileno()).st_mode)):
+            raise ValueError("it is a terminal or a pipe, not a file")
         return handle.read(MAX_BYTES + 1)
 
 
@@ -148,7 +157,7 @@ def _plain(value: object, path: Path, problems: list[Problem]) -> Any:
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
-    if value is None or isinstance(value, int):
+    if value is None or (isinstance(value, int) and value.bit_length() <= _LONGEST_INT):
         return value
     problems.append(_not_plain(value, path))
     return None
@@ -157,6 +166,9 @@ def _plain(value: object, path: Path, problems: list[Problem]) -> Any:
 def _not_plain(value: Any, path: Path) -> Problem:
     if isinstance(value, float):
         message, fix = f"{value} is not a finite number", "Write a number."
+    elif isinstance(value, int):
+        message = f"a whole number of {value.bit_length()} bits is more than anything here takes"
+        fix = "Write a smaller one."
     elif isinstance(value, str):
         message, fix = (
             "the text has half of a surrogate pair, which is no character",

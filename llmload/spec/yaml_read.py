@@ -21,9 +21,12 @@ Path: TypeAlias = tuple[str | int, ...]
 MAX_DEPTH: Final = 32
 """Levels of a spec, which are fewer by far: what is deeper contains itself."""
 
+MAX_VALUES: Final = 10_000
 _NULLS: Final = re.compile(r"~|null|Null|NULL|")
 _BOOLS: Final = re.compile(r"true|True|TRUE|false|False|FALSE")
 INTS: Final = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+LONGEST_INT: Final = 100
+"""Digits of a whole number; Python shows none that has over 4,300, and nothing here needs one."""
 FLOATS: Final = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _INFINITE: Final = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
@@ -123,10 +126,18 @@ class _Reader:
         self.file = file
         self.positions: dict[Path, tuple[int, int]] = {}
         self.problems: list[Problem] = []
+        self._values = 0
 
     def value(self, node: yaml.Node, path: Path) -> Any:
         if len(path) > MAX_DEPTH:
             self.stop_too_deep(node.start_mark)
+        self._values += 1  # an alias counts as all that it stands for
+        if self._values > MAX_VALUES:
+            self.stop(
+                f"the document has more than {MAX_VALUES:,} values once its aliases are expanded",
+                "Shorten it, or give the spec from Python.",
+                node.start_mark,
+            )
         if isinstance(node, yaml.MappingNode):
             pairs = self._pairs(node, path)
             return {key: self._at(k, v, (*path, key)) for key, (k, v) in pairs.items()}
@@ -192,6 +203,14 @@ class _Reader:
             return None
         if _BOOLS.fullmatch(text):
             return text.lower() == "true"
+        if INTS.fullmatch(text) and len(text) > LONGEST_INT:
+            self.fault(
+                f"{text[:20]}... is a number of {len(text)} digits",
+                f"Write one of at most {LONGEST_INT}, or put it in quotes if it is text.",
+                node.start_mark,
+                path,
+            )
+            return None
         if INTS.fullmatch(text):
             return int(text, 8 if text[:2] == "0o" else 16 if text[:2] == "0x" else 10)
         if _INFINITE.fullmatch(text) or FLOATS.fullmatch(text):
