@@ -566,6 +566,25 @@ class StaysLocked:
         return model
 
 
+class AsksAsBefore:
+    """Asks other plugins as llmload 0.1.0 had it."""
+
+    name = "asks_as_before"
+
+    class Hooks:
+        @staticmethod
+        @llmload.hookspec
+        def bid(item: str) -> int: ...
+
+    @llmload.hookimpl
+    def bid(self, item: str) -> int:
+        return len(item)
+
+    @llmload.hookimpl
+    def check(self, ctx: Any) -> Any:
+        yield llmload.Note(text=f"bids {ctx.hook.bid(item='a chair')}")
+
+
 class CrashesOnOddValue:
     name = "faulty"
 
@@ -753,5 +772,11 @@ FAULTS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
     "values that differ by rank": (DrawsByRank, "two-ranks", "values of 'extra'", {}),
     "a plan that differs by rank": (FreezesByRank, "two-ranks", "disagree on the plan", {}),
     "a rank that waits alone": (WaitsAlone, "two-ranks", "fails where one process does not", {}),
+    "what goes": (
+        AsksAsBefore,
+        "lasting",
+        "`LoadContext.hook` goes with llmload 0.3.0",
+        {},
+    ),
 }
 """Plugin, the rule that it breaks, words of the message, and arguments for the suite."""

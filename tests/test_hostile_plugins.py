@@ -209,6 +209,40 @@ def test_an_installed_plugin_is_found_in_ranks_of_torchrun_and_in_spawned_worker
         assert Path(f"{script}.0").read_text() == repr(["the plugin was here"] * 2)
 
 
+CELLS = """
+import asyncio, sys
+from pathlib import Path
+import llmload
+from llmload.testing import FakeDistributions
+
+def found():
+    plan = llmload.plan(sys.argv[1])
+    return [note for step in plan.steps if step.plugin == "hostile" for note in step.notes]
+
+async def cell():  # a notebook runs each in an event loop that goes on
+    before = found()
+    source = Path(sys.argv[3]).read_text()
+    FakeDistributions(Path(sys.argv[2])).add("hostile-dist", {"hostile": "m:Hostile"}, "m", source)
+    await asyncio.sleep(0)
+    return before, found()
+
+assert "__file__" not in globals()
+print(asyncio.run(cell()))
+"""
+
+
+@pytest.mark.slow
+def test_a_plugin_that_a_notebook_installs_is_found_by_its_next_cell(
+    tmp_path: Path, spec: Path
+) -> None:
+    environment = Environment(tmp_path / "environment")
+    source = tmp_path / "source.txt"
+    source.write_text(PLUGIN)
+    words = ("-c", CELLS, str(spec), str(environment.site), str(source))
+    told = environment.run(*words, cwd=tmp_path).stdout
+    assert told.splitlines()[-1] == "([], ['the plugin was here'])"
+
+
 @pytest.mark.parametrize("value", ["failing:Plugin", "failing:Other", "nowhere:Plugin", "lorra"])
 def test_a_wrong_environment_variable_is_told_in_words_by_every_command(
     llmload_distributions: FakeDistributions,

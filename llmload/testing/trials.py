@@ -485,8 +485,14 @@ class Saboteur:
         self.after, self.before = order.get("after", ()), order.get("before", ())
 
     def _fail(self, hook: str, ctx: Any) -> None:
-        if hook == self._hook and (hook == "check" or not ctx.rehearsing):
+        if hook == self._hook and (hook in ("map_keys", "check") or not ctx.rehearsing):
             raise self._error(SABOTAGE)
+
+    @llmload.hookimpl
+    def map_keys(self, ctx: Any) -> dict[str, str | None]:
+        """Fail, or rename nothing."""
+        self._fail("map_keys", ctx)
+        return {}
 
     @llmload.hookimpl
     def check(self, ctx: Any) -> tuple[()]:
@@ -526,6 +532,8 @@ class Saboteur:
 
 def _sabotages(case: Case) -> Iterator[tuple[str, Saboteur, type[BaseException]]]:
     first, last = {"before": (case.name,)}, {"after": (case.name,)}
+    if case.spec.get("weights") != "random":  # else there are no keys to map
+        yield "map_keys", Saboteur("map_keys", RuntimeError, **last), RuntimeError
     for hook, order, error in (
         ("check", last, RuntimeError),
         ("init_context", last, RuntimeError),
