@@ -59,13 +59,15 @@ class Store:
         if info is None:
             return None
         try:
-            if info["size"] > _MAX_INDEX_BYTES:
+            if (info.get("size") or 0) > _MAX_INDEX_BYTES:
                 raise ValueError(f"it has {info['size']:,} bytes")
             content = json.loads(self._files.cat_file(f"{self._path}/{INDEX}"))
-            found: dict[str, str] = content["weight_map"]
-            if not found or not all(isinstance(name, str) for name in found.values()):
+            found = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(found, dict) or not found:
+                raise ValueError("it has no weight_map")
+            if not all(isinstance(name, str) for name in found.values()):
                 raise ValueError("its weight_map names no files")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except ValueError as error:
             raise _refused(
                 f"{self._url}/{INDEX} cannot be read: {in_one_line(error).rstrip('.')}",
                 "Upload the folder again, as save_pretrained writes it.",

@@ -191,8 +191,8 @@ def test_a_shard_that_is_cut_off_is_named(place: Place) -> None:
     ("index", "message"),
     [
         ("{", "cannot be read: "),
-        ("{}", "cannot be read: 'weight_map'"),
-        ('{"weight_map": {}}', "cannot be read: its weight_map names no files"),
+        ("[]", "cannot be read: it has no weight_map"),
+        ('{"weight_map": {}}', "cannot be read: it has no weight_map"),
         ('{"weight_map": {"w": 1}}', "cannot be read: its weight_map names no files"),
         ('{"weight_map": {"w": "../x.safetensors"}}', "names '../x.safetensors', which is no file"),
         ('{"weight_map": {"w": "x.bin"}}', "names 'x.bin', which is no file of safetensors"),
