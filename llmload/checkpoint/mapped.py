@@ -128,10 +128,10 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
         if isinstance(file, _FetchedFile) and part.numel():
             with torch.no_grad():
                 file.read(info.start + first, _memory(part))
-        self.count(info, part.nbytes)
+        self.count(info, part.nbytes, first)
 
-    def count(self, info: TensorInfo, nbytes: int) -> None:
-        """Note that ``nbytes`` of a tensor are read in one piece."""
+    def count(self, info: TensorInfo, nbytes: int, first: int = 0) -> None:
+        """Note that ``nbytes`` of a tensor, from byte ``first`` on, are read in one piece."""
         self.bytes_read[info.file] += nbytes
         self.reads[info.file] += nbytes > 0
 
