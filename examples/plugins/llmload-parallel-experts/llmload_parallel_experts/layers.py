@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,12 +23,26 @@ class Factors(nn.Module):
 
     def forward(self, x: torch.Tensor, expert_size: list[int]) -> torch.Tensor:
         """Multiply the rows of each expert by its factor."""
-        parts = zip(x.split(expert_size), self.weight, strict=True)
+        parts = zip(torch.split(x, expert_size), self.weight, strict=True)
         return torch.cat([nn.functional.linear(part, factor) for part, factor in parts])
 
 
-class ParallelExpertsLora(nn.Module, LoraLayer):
+class ParallelExpertsLora(nn.Module, LoraLayer):  # type: ignore[misc]
     """Adds two factors per expert to ``(rows, in), sizes -> (rows, out)``."""
+
+    # What PEFT's class, of which no types are known, sets or computes.
+    base_layer: Any
+    r: dict[str, int]
+    lora_alpha: dict[str, int]
+    scaling: dict[str, float]
+    lora_dropout: Any
+    lora_A: Any  # noqa: N815 - PEFT's name
+    lora_B: Any  # noqa: N815
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    merged: bool
+    disable_adapters: bool
+    set_adapter: Callable[[list[str]], None]
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any) -> None:
         super().__init__()
@@ -73,7 +88,7 @@ class ParallelExpertsLora(nn.Module, LoraLayer):
         """Return what the experts return, and what the active adapters add to it."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(inputs, expert_size)
+        result: torch.Tensor = self.base_layer(inputs, expert_size)
         if self.disable_adapters or self.merged:
             return result
         for name in self.active_adapters:
@@ -86,8 +101,9 @@ class ParallelExpertsLora(nn.Module, LoraLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """Return what an adapter adds to the weight: (experts, out, in), in the weight's dtype."""
-        added = self.lora_B[adapter].weight @ self.lora_A[adapter].weight * self.scaling[adapter]
-        return added.to(self.base_layer.weight.dtype)
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        added: torch.Tensor = (b @ a * self.scaling[adapter]).to(self.base_layer.weight.dtype)
+        return added
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
