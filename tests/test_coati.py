@@ -237,9 +237,9 @@ def test_an_adapter_trains_is_saved_and_resumed(llama: Path, tmp_path: Path) -> 
     model.eval()
     assert torch.equal(resumed(input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert refusal(llama, {"adapter": str(folder)}).splitlines()[0] == (
-        f"lora.adapter: the adapter in {str(folder)!r} has layers made by the plugin 'coati', which"
-        " takes no part in this load. Install the distribution that provides it and select it with"
-        " `-p coati`; if it has a section, add `coati: {}` to the spec."
+        f"lora.adapter: the adapter in {str(folder)!r} has layers made by the plugin 'coati' of"
+        " llmload 0.1.0, which takes no part in this load. llmload 0.1.0 is installed: select it"
+        " with `-p coati`; if it has a section, add `coati: {}` to the spec."
     )
 
 

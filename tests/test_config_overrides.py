@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from stacks import IS_MODERN
 
 import llmload
 from llmload.hf import installed_transformers
 from llmload.testing import tiny_checkpoint
-from tests.stacks import IS_MODERN
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from sameness import differences, from_pretrained
 from transformers import AutoModelForCausalLM
 
 import llmload
-from llmload.checkpoint import TensorInfo, placing
+from llmload.checkpoint import TensorInfo, placer
 from llmload.checkpoint.copying import Copies
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Plain, Source, Target
@@ -83,7 +83,7 @@ def test_a_cast_lets_go_of_the_pages_behind_it_piece_by_piece(
         drop(files, info, first, nbytes)
 
     monkeypatch.setattr(MappedCheckpoint, "drop", noting)
-    monkeypatch.setattr(placing, "_PIECE", 10_000)
+    monkeypatch.setattr(placer, "_PIECE", 10_000)
     model = llmload.load({"model": str(folder), "dtype": "float32"}).model
     held = load_file(folder / "model.safetensors")
     assert {name: sum(sizes) for name, sizes in pieces.items()} == {
@@ -97,9 +97,7 @@ def test_memory_is_there_before_a_cast_fills_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bounds: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        placing, "populate", lambda out: bounds.append((out.data_ptr(), out.nbytes))
-    )
+    monkeypatch.setattr(placer, "populate", lambda out: bounds.append((out.data_ptr(), out.nbytes)))
     cast = llmload.load({"model": str(folder), "dtype": "float32"}).model
     assert sum(nbytes for _, nbytes in bounds) == sum(p.nbytes for p in cast.parameters())
     assert {p.data_ptr() for p in cast.parameters()} <= {start for start, _ in bounds}

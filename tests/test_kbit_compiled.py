@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pwd
+import signal
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,11 @@ def test_an_interrupt_leaves_nothing_of_the_compiler(
     )
     compiler.chmod(0o700)
     monkeypatch.setenv("CC", str(compiler))
-    with pytest.raises(KeyboardInterrupt):
-        quantised_by(torch.randn(640))
+    # Where the tests are a shell's background job, Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            quantised_by(torch.randn(640))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list(cache.iterdir()) == []

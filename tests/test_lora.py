@@ -237,6 +237,7 @@ def test_a_classification_head_is_trained_with_the_adapter(tmp_path: Path) -> No
 def test_targets_are_reported_by_name_and_what_is_left_out_by_kind(llama: Path) -> None:
     facts = llmload.plan({"model": str(llama), "lora": QV}).facts["lora"]
     assert facts == {
+        "made_by": {},
         "targets": [
             "model.layers.0.self_attn.q_proj",
             "model.layers.0.self_attn.v_proj",

@@ -45,11 +45,13 @@ def test_what_the_page_says_to_write_is_valid(
 ) -> None:
     keys = yaml.safe_load(fragment)
     plugins: list[object] = []
-    if keys.keys() & {"critic_head", "reward_head"}:
+    if keys.keys() & {"coati_policy", "critic_head", "reward_head"}:
         # Of llmload-rlhf, which not every stack has installed.
         monkeypatch.syspath_prepend(ROOT / "plugins" / "llmload-rlhf")
         module = importlib.import_module("llmload_rlhf.plugins")
+        policies = importlib.import_module("llmload_rlhf.policies")
         plugins = [module.CriticHeadPlugin, module.RewardHeadPlugin, module.ValueHeadPlugin]
+        plugins.append(policies.CoatiPolicyPlugin)
     registry = create_registry(plugins, environ={})
     spec = registry.validate({"model": "org/name", **keys})
     assert keys.keys() <= LoadSpec.model_fields.keys() | spec.sections.keys()

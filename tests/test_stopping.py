@@ -30,8 +30,9 @@ class Plugin:
 
 
 def hear() -> None:
-    """Let a new process hear Ctrl-C, which a shell has its background jobs ignore."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Let a new process hear what a shell's background jobs, and those of `nohup`, ignore."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def run(place: Path, *words: str, code: str = "") -> subprocess.CompletedProcess[str]:
