@@ -216,6 +216,11 @@ class Registry:
         return self._plugins
 
     @property
+    def broken(self) -> tuple[PluginInfo, ...]:
+        """The plugins that are known to be broken, without trying to build a section of any."""
+        return tuple(info for info in self._plugins if info.status == "broken")
+
+    @property
     def sections(self) -> dict[str, type[BaseModel]]:
         """The spec keys that plugins own, with their pydantic models."""
         return {

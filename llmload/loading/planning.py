@@ -301,15 +301,14 @@ def _core_keys(spec: LoadSpec) -> dict[str, Any]:
 
 def _broken(registry: Registry) -> Iterable[Problem]:
     """Yield a warning for each broken plugin: this load does not name it and goes on."""
-    for info in registry.plugins:
-        if info.status == "broken":
-            yield Problem(
-                plugin=info.name,
-                severity="warning",
-                message=f"plugin {info.name!r} ({info.distribution}) is broken and takes no part:"
-                f" {info.reason}",
-                fix=f"Mend or uninstall it, or leave it out with `-p no:{info.name}`.",
-            )
+    for info in registry.broken:
+        yield Problem(
+            plugin=info.name,
+            severity="warning",
+            message=f"plugin {info.name!r} ({info.distribution}) is broken and takes no part:"
+            f" {info.reason}",
+            fix=f"Mend or uninstall it, or leave it out with `-p no:{info.name}`.",
+        )
 
 
 def _check(host: Host, ctx: LoadContext, plan: Plan) -> None:
