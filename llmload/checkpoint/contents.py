@@ -22,6 +22,7 @@ from llmload.checkpoint.folder import (
     unlisted_shards,
 )
 from llmload.checkpoint.header import (
+    DESCRIBED,
     TensorInfo,
     hold_to_rules,
     is_no_model,
@@ -34,7 +35,6 @@ from llmload.errors import CheckpointError, Problem, some
 _AT_ONCE = 8
 """Headers that are fetched at a time."""
 _INCOMPLETE = "Download or save the whole folder again."
-_DESCRIBED = "The plugin that describes the checkpoint is at fault, or its files are."
 
 
 Fetch: TypeAlias = Callable[[Iterable[tuple[int, memoryview]]], None]
@@ -242,15 +242,15 @@ class Checkpoint:
         sizes = {file.path: file.size for file in files}
         found: dict[str, TensorInfo] = {}
         if len(sizes) < len(files):
-            raise refuse(root, "two files of the checkpoint have one path", _DESCRIBED)
+            raise refuse(root, "two files of the checkpoint have one path", DESCRIBED)
         for info in tensors:
             if info.file not in sizes:
                 raise refuse(
-                    info.file, f"tensor {info.name!r} is in no file of the checkpoint", _DESCRIBED
+                    info.file, f"tensor {info.name!r} is in no file of the checkpoint", DESCRIBED
                 )
             hold_to_rules(info, sizes[info.file])
             if info.name in found:
-                raise refuse(info.file, f"two tensors are called {info.name!r}", _DESCRIBED)
+                raise refuse(info.file, f"two tensors are called {info.name!r}", DESCRIBED)
             found[info.name] = info
         _hold_to_be_a_model(root, found)
         return cls(root, "other", files, MappingProxyType(found), as_stored=False)

@@ -38,6 +38,8 @@ DTYPE_BITS: Mapping[str, int] = MappingProxyType(
 """Bits of one element by the format's dtype name."""
 
 _LENGTH_BYTES = 8
+DESCRIBED = "The plugin that describes the checkpoint is at fault, or its files are."
+"""What to do where a checkpoint is not what a plugin says of it."""
 _AHEAD = 2**17
 """Bytes with which most headers are read at once."""
 _MAX_DIMENSIONS = 64
@@ -122,8 +124,7 @@ def hold_to_rules(info: TensorInfo, size: int) -> None:
             )
         _check_bytes(info.name, info.dtype, list(info.shape), info.nbytes)
     except _DamagedError as error:
-        fix = "The plugin that describes the checkpoint is at fault, or its files are."
-        raise CheckpointError(str(error), fix=fix, where=str(info.file)) from None
+        raise CheckpointError(str(error), fix=DESCRIBED, where=str(info.file)) from None
 
 
 class _DamagedError(ValueError):

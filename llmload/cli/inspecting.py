@@ -150,6 +150,8 @@ def _grouped(model: nn.Module, adapted: set[str]) -> Iterable[Modules]:
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
             groups[pattern(name), type(module).__name__].append((name, module))
+    from llmload.model import partitions
+
     seen: set[int] = set()
     for (group, kind), members in groups.items():
         shapes: dict[str, list[tuple[int, ...]]] = defaultdict(list)
@@ -162,7 +164,7 @@ def _grouped(model: nn.Module, adapted: set[str]) -> Iterable[Modules]:
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     elements += parameter.numel()
-                    nbytes += parameter.numel() * parameter.element_size()
+                    nbytes += partitions.nbytes(parameter)
         names = [name for name, _ in members]
         yield Modules(
             pattern=group,

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from llmload.errors import Problem, SpecError
+from llmload.errors import SpecError
 from llmload.spec import files, groupspec, yaml_read
 from llmload.spec.document import Document
 
@@ -66,6 +66,6 @@ def with_setting(asked: Document, setting: str) -> Document:
     if not equals or not all(keys.split(".")):
         message = f"{setting!r} sets nothing"
         fix = "Write the key, `=` and the value: `--set lora.r=8`."
-        raise SpecError(Problem(message=message, fix=fix, file="--set"))
+        raise SpecError(message, fix=fix, file="--set")
     value = yaml_read.parse(text, said_by)[0] if text.strip() else None
     return asked.with_value(tuple(keys.split(".")), value, said_by)

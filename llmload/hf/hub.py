@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from llmload.checkpoint.contents import FileElsewhere
 from llmload.checkpoint.folder import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
 from llmload.checkpoint.untrusted import local_path
-from llmload.errors import CheckpointError, Problem, in_one_line
+from llmload.errors import CheckpointError, in_one_line
 
 if TYPE_CHECKING:
     from llmload.spec.loadspec import LoadSpec
@@ -64,7 +64,7 @@ def snapshot(spec: LoadSpec, *, weights: bool) -> Path:
         if found is not None:
             return found
         message, fix = _unreachable(spec, type(error).__name__)
-    raise CheckpointError(Problem(where="model", message=message, fix=fix))
+    raise CheckpointError(message, fix=fix, where="model")
 
 
 def unfetched(spec: LoadSpec, folder: Path) -> dict[str, FileElsewhere]:
@@ -118,7 +118,7 @@ def _range(url: str, start: int, length: int) -> bytes:
     except (HfHubHTTPError, OSError) as error:
         message = f"the header of {url} cannot be fetched: {in_one_line(error)}"
         fix = "Try again, or fetch the weights with `hf download`."
-        raise CheckpointError(Problem(where="model", message=message, fix=fix)) from error
+        raise CheckpointError(message, fix=fix, where="model") from error
     return bytes(answer.content[:length])
 
 

@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from llmload.checkpoint.untrusted import UntrustedFolder
 
 _ELSEWHERE: Final = {
-    "attn_implementation": "Set `attn_implementation`, beside `config`.",
-    "dtype": "Set `dtype`, beside `config`.",
-    "id2label": "Set `labels`, beside `config`.",
-    "label2id": "Set `labels`, beside `config`.",
-    "num_labels": "Set `labels`, beside `config`.",
-    "torch_dtype": "Set `dtype`, beside `config`.",
-    "trust_remote_code": "Set `trust_remote_code`, beside `config`.",
+    "attn_implementation": "attn_implementation",
+    "dtype": "dtype",
+    "id2label": "labels",
+    "label2id": "labels",
+    "num_labels": "labels",
+    "torch_dtype": "dtype",
+    "trust_remote_code": "trust_remote_code",
 }
+"""Key of a config -> the spec's own key for it."""
 _FIXED: Final = (
     "architectures",
     "auto_map",
@@ -58,11 +59,10 @@ def override(
     except CheckpointError as error:
         message = error.problems[0].message
         raise SpecError(message, fix="Set a smaller number.", where="config") from None
-    options = {"attn_implementation": config._attn_implementation_internal}
+    asked = config._attn_implementation_internal
+    options = {} if asked is None else {"attn_implementation": asked}
     try:
-        made: PretrainedConfig = type(config).from_dict(
-            merged, **{key: value for key, value in options.items() if value is not None}
-        )
+        made: PretrainedConfig = type(config).from_dict(merged, **options)
     except Exception as error:  # transformers raises many kinds for a bad value
         raise SpecError(
             f"transformers refuses the config with these values: {in_one_line(error).rstrip('.')}",
@@ -100,7 +100,8 @@ def _merged(
 
 def _hold(key: str, known: set[str], config: PretrainedConfig, where: str) -> None:
     if key in _ELSEWHERE:
-        raise SpecError(f"{key!r} has a key of its own", fix=_ELSEWHERE[key], where=where)
+        fix = f"Set `{_ELSEWHERE[key]}`, beside `config`."
+        raise SpecError(f"{key!r} has a key of its own", fix=fix, where=where)
     if key in _FIXED or key.startswith("_"):
         raise SpecError(
             f"{key!r} says what the checkpoint is, and is not to be set",

@@ -80,6 +80,6 @@ def _with_value(data: Any, path: Path, value: Any, said_by: str) -> Any:
     if not isinstance(data, Mapping):
         message = f"there is no key {path[0]!r} in {data!r}, which is no mapping"
         fix = "Set the whole value, written as YAML: `--set 'lora={r: 8}'`."
-        raise SpecError(Problem(message=message, fix=fix, file=said_by))
+        raise SpecError(message, fix=fix, file=said_by)
     inner = _with_value(data.get(path[0]), path[1:], value, said_by)
     return {**data, path[0]: inner}
