@@ -95,6 +95,17 @@ def test_modules_are_grouped_by_class_and_pattern_with_all_that_is_theirs(folder
     assert up["adapted"] == 0
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "t5"])
+def test_a_tied_parameter_counts_once(model_type: str, tmp_path: Path) -> None:
+    auto_class = "seq2seq_lm" if model_type == "t5" else "causal_lm"
+    folder = tiny_checkpoint(tmp_path / model_type, model_type, auto_class=auto_class)
+    spec = ("--set", f"auto_class={auto_class}")
+    shown = json.loads(run("targets", str(folder), *spec, "--json").stdout)
+    plan = json.loads(run("plan", str(folder), *spec, "--json").stdout)
+    assert sum(group["parameters"] for group in shown["modules"]) == plan["parameters"]
+    assert sum(group["nbytes"] for group in shown["modules"]) == plan["parameter_bytes"]
+
+
 @pytest.mark.parametrize(
     ("settings", "pattern", "taken"),
     [

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from llmload.hf import installed_transformers
 from llmload.loading import planning
 from llmload.loading.wording import pattern
 
@@ -139,13 +140,16 @@ def targets(spec: LoadSpec, registry: Registry) -> Targets:
     prepared = planning.prepare(spec, registry, fetch=planning.Fetch.NOTHING)
     prepared.plan.raise_for_errors()
     adapted = set(prepared.plan.facts.get("lora", {}).get("targets", ()))
+    blank = prepared.ctx.blank
+    tied = installed_transformers().tied_names(blank)
     return Targets(
         model_class=prepared.plan.model_class,
-        modules=list(_grouped(prepared.ctx.blank, adapted)),
+        modules=list(_grouped(blank, adapted, tied)),
     )
 
 
-def _grouped(model: nn.Module, adapted: set[str]) -> Iterable[Modules]:
+def _grouped(model: nn.Module, adapted: set[str], tied: set[str]) -> Iterable[Modules]:
+    """Group the modules of a model without storage, in which what is ``tied`` is not tied yet."""
     groups: dict[tuple[str, str], list[tuple[str, nn.Module]]] = defaultdict(list)
     for name, module in model.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
@@ -156,12 +160,12 @@ def _grouped(model: nn.Module, adapted: set[str]) -> Iterable[Modules]:
     for (group, kind), members in groups.items():
         shapes: dict[str, list[tuple[int, ...]]] = defaultdict(list)
         elements = nbytes = 0
-        for _, module in members:
+        for name, module in members:
             for attribute, parameter in module.named_parameters(recurse=False):
                 shape = tuple(parameter.shape)
                 if shape not in shapes[attribute]:
                     shapes[attribute].append(shape)
-                if id(parameter) not in seen:
+                if id(parameter) not in seen and f"{name}.{attribute}" not in tied:
                     seen.add(id(parameter))
                     elements += parameter.numel()
                     nbytes += partitions.nbytes(parameter)
