@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from llmload.errors import CheckpointError, in_one_line
-from llmload.hf import bounds, deepspeed
+from llmload.hf import bounds, deepspeed, token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ class Engine:
             raise CheckpointError(
                 f"{model_class.__name__} cannot be built from the config:"
                 f" {in_one_line(error).rstrip('.')}",
-                fix="Check the config, `auto_class` and `attn_implementation`.",
+                fix=_way_out(config, error),
                 where="model",
             ) from error
         if not self._transformers.is_post_initialised(blank):
@@ -79,3 +79,10 @@ class Engine:
     def account(self, model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool) -> Accounting:
         """Say how the checkpoint's keys fit a model."""
         return self._transformers.account(model, checkpoint, tied=tied)
+
+
+def _way_out(config: PretrainedConfig, error: Exception) -> str:
+    padding = token_ids.as_padding(config) if "padding_idx" in str(error).lower() else None
+    if padding is not None:
+        return f"Write `{padding}`, or the id of the padding: there is no row for the config's."
+    return "Check the config, `auto_class` and `attn_implementation`."

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmload.errors import Problem, in_one_line
+from llmload.errors import CheckpointError, Problem, in_one_line
 from llmload.hf.versions import installed_transformers
 
 if TYPE_CHECKING:
@@ -17,26 +17,39 @@ if TYPE_CHECKING:
 FILE = "generation_config.json"
 
 
-def problems(folder: Path, model_class: type[PreTrainedModel]) -> Iterator[Problem]:
-    """Yield what ``from_pretrained`` would raise for the file, or ``save_pretrained`` later."""
+def read(folder: Path, model_class: type[PreTrainedModel]) -> GenerationConfig | None:
+    """Return the generation config that a load gives to the model; None where the folder has none.
+
+    :raises CheckpointError: transformers refuses it.
+    """
     from transformers import GenerationConfig
 
     file = folder / FILE
     if not file.is_file() or not model_class.can_generate():
-        return
+        return None
     try:
-        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a bad value
-        yield Problem(
-            file=str(file),
-            message=f"transformers refuses the generation config: {in_one_line(error).rstrip('.')}",
+        raise CheckpointError(
+            f"transformers refuses the generation config: {in_one_line(error).rstrip('.')}",
             fix="Mend the value, or remove the file.",
-        )
+            file=str(file),
+        ) from error
+
+
+def problems(folder: Path, model_class: type[PreTrainedModel]) -> Iterator[Problem]:
+    """Yield what ``from_pretrained`` would raise for the file, or ``save_pretrained`` later."""
+    try:
+        config = read(folder, model_class)
+    except CheckpointError as error:
+        yield from error.problems
+        return
+    if config is None:
         return
     reason = _unsaved(config)
     if reason is not None:
         yield Problem(
-            file=str(file),
+            file=str(folder / FILE),
             severity="warning",
             message="once one of its values has changed, as the alignment of token ids changes"
             f" some, transformers will refuse to save the generation config, and the model with"

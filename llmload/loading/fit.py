@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import as_quantised
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.errors import CheckpointError, Problem, some
-from llmload.hf import generation, installed_transformers, quantised
+from llmload.hf import generation, installed_transformers, quantised, token_ids
 from llmload.loading import audit
 from llmload.spec.suggest import closest
 from llmload.spec.values import dtype_name
@@ -180,6 +181,18 @@ def untrained(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
             if len(ids) <= _FEW
             else "Name the embedding and the head in `modules_to_save`.",
         )
+
+
+def ids_without_rows(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
+    """Warn of token ids in the model's configs that its embeddings have no row for.
+
+    :param model: as it came out of the rehearsal.
+    """
+    config = None
+    if ctx.checkpoint is not None:  # else the model makes its own of the config
+        with suppress(CheckpointError):  # which was told already
+            config = generation.read(ctx.folder, ctx.model_class)
+    yield from token_ids.without_rows(model, ctx.config, config, ctx.tokenizer)
 
 
 def _undecided_adapter(ctx: LoadContext) -> Iterator[Problem]:

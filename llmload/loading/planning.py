@@ -126,6 +126,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, fetch: Fetch) -> Prepared:
         rehearsal = rehearse(host, ctx, plan)
         if rehearsal is not None:
             plan.problems += fit.untrained(ctx, rehearsal.model)
+            plan.problems += fit.ids_without_rows(ctx, rehearsal.model)
             plan.problems += room.problems(ctx, plan)
     prepared = Prepared(plan=plan, host=host, ctx=ctx, rehearsal=rehearsal)
     if not plan.errors:
