@@ -134,9 +134,10 @@ def hold_built(model: nn.Module, tensors: int) -> None:
 
     :param tensors: number of tensors in the checkpoint; 0 if every weight will be drawn.
     """
-    stored = model.state_dict(keep_vars=True)
-    held = {id(tensor) for tensor in stored.values()}
-    buffers = sum(b.nbytes for b in model.buffers() if id(b) not in held)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    if buffers > _BUFFER_BYTES:  # few models come near: only then is it asked which ones are saved
+        held = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+        buffers = sum(buffer.nbytes for buffer in model.buffers() if id(buffer) not in held)
     if buffers > _BUFFER_BYTES:
         raise ValueError(
             f"it asks for buffers of {buffers:,} bytes that no checkpoint holds, more than the"

@@ -264,14 +264,11 @@ class Values:
             yield
         if not given and not split:
             return
-        named = dict(model.named_buffers())
-        named |= dict(model.named_parameters())
-        mine = {name: tensor for name, tensor in named.items() if _storage(tensor) in given}
-        left = {
-            name: tensor
-            for name, tensor in named.items()
-            if not tensor.is_meta and not tracker.holds_values(tensor)
+        named = {
+            n: t for n, t in (*model.named_buffers(), *model.named_parameters()) if not t.is_meta
         }
+        mine = {name: tensor for name, tensor in named.items() if _storage(tensor) in given}
+        left = {name: tensor for name, tensor in named.items() if not tracker.holds_values(tensor)}
         left |= partitions.with_nan(split, like=model)
         if left:
             self._fill(model, left)
@@ -321,12 +318,13 @@ class Values:
             self._computed = compute(self._build, wanted)
         return self._computed
 
-    def complete(self, model: PreTrainedModel) -> None:
+    def complete(self, model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
         """Give each tensor of a loaded model that is still on the meta device what it should be.
 
         That is a parameter or buffer which has its values, a view of one, or what the constructor
         computes.
 
+        :returns: path and tensor of all that the model can reach now.
         :raises CheckpointError: one that is none of these, by its name.
         """
         from llmload.model import reachable
@@ -335,7 +333,7 @@ class Values:
         found = list(reachable.tensors(model))
         self._make_others_equal(model, found)
         if not any(tensor.is_meta for _, tensor in found):
-            return
+            return found
         computed = self.computed()
         problems: list[Problem] = []
         made: dict[int, torch.Tensor] = {}
@@ -361,6 +359,7 @@ class Values:
         if computed.drew:
             partitions.make_equal(made.values(), like=model)
         self.know(made.values())
+        return list(reachable.tensors(model))
 
     def _make_others_equal(
         self, model: PreTrainedModel, found: Iterable[tuple[str, torch.Tensor]]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 
@@ -21,6 +22,11 @@ def first_difference(signatures: Mapping[str, str], version: str) -> str | None:
                 found = getattr(found, part)
         except (ImportError, AttributeError):
             return f"this transformers has no {name}"
-        if " ".join(inspect.signature(found).parameters) != expected:
+        if _parameters(found) != expected:
             return f"{name} of this transformers takes other arguments than that of {version}"
     return None
+
+
+@cache  # plan and load ask several times; a function that was put in another's place is another key
+def _parameters(function: Callable[..., Any]) -> str:
+    return " ".join(inspect.signature(function).parameters)

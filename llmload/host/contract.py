@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import pluggy
@@ -318,12 +318,19 @@ def hook_faults(
 
 
 def _argument_faults(hook: str, method: Any, allowed: tuple[str, ...]) -> Iterable[str]:
-    for parameter in inspect.signature(method).parameters.values():
-        if parameter.name not in allowed:
-            yield (
-                f"`{hook}` takes the argument {parameter.name!r}, the hook offers"
-                f" {', '.join(allowed)}"
-            )
-        elif parameter.default is not parameter.empty:
+    bound = inspect.ismethod(method)
+    for name, has_default in _parameters(method.__func__ if bound else method, bound=bound):
+        if name not in allowed:
+            yield f"`{hook}` takes the argument {name!r}, the hook offers {', '.join(allowed)}"
+        elif has_default:
             # pluggy 1.6 never fills in an argument that has a default.
-            yield f"`{hook}` gives the argument {parameter.name!r} a default, which would hide it"
+            yield f"`{hook}` gives the argument {name!r} a default, which would hide it"
+
+
+@lru_cache(maxsize=1024)  # the same plugins are looked at for each registry
+def _parameters(function: Callable[..., Any], *, bound: bool) -> tuple[tuple[str, bool], ...]:
+    """Return the name of each parameter and whether it has a default; of a method without self."""
+    parameters = list(inspect.signature(function).parameters.values())
+    if bound and parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+        del parameters[0]
+    return tuple((each.name, each.default is not each.empty) for each in parameters)

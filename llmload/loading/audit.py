@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import as_quantised
@@ -248,20 +250,22 @@ class Compared:
             expected = torch.frombuffer(raw, dtype=stored).to(dtype).view(torch.uint8)
             data = expected.numpy().tobytes()
             at = 0
-            for name, number, start in found:
-                count = len(self._pieces[number]) // stored.itemsize
-                if not self._holds(
-                    name, dtype, start, count, data[at : at + count * dtype.itemsize]
-                ):
-                    wrong[name] = None
-                at += count * dtype.itemsize
+            for name, ends in groupby(found, key=itemgetter(0)):
+                flat = self._held(name, dtype)
+                for _, number, start in ends:
+                    count = len(self._pieces[number]) // stored.itemsize
+                    piece = data[at : at + count * dtype.itemsize]
+                    if flat is None or _bytes(flat, start, count) != piece:
+                        wrong[name] = None
+                    at += count * dtype.itemsize
         return list(wrong)
 
-    def _holds(self, name: str, dtype: torch.dtype, start: int, count: int, data: bytes) -> bool:
+    def _held(self, name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return what this process holds of a tensor, if it has the dtype and size it had."""
         held = partitions.held(self._tensors[name])
         if held is None or held[0].dtype != dtype or held[0].numel() != self._sizes[name]:
-            return False
-        return _bytes(held[0], start, count) == data
+            return None
+        return held[0]
 
     def handed_out(self, model: nn.Module) -> tuple[int, list[str]]:
         """Count the tensors that the finished model has as they are stored, and say so.
@@ -306,6 +310,8 @@ _NUMBERS = {
 def kept_apart(plan: Plan, base: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that the plan counts as tied and the loader left with values of their
     own, because the checkpoint holds others for them. Headers do not tell that."""
+    if not plan.tied:
+        return []
     named = dict(base.named_parameters(remove_duplicate=False))
     names: dict[int, int] = {}
     for parameter in named.values():
@@ -364,7 +370,11 @@ def hold_to_numbers(
 
 
 def hold_to_constructor(
-    ctx: LoadContext, model: Any, values: Values, lost: Mapping[str, str]
+    ctx: LoadContext,
+    model: Any,
+    values: Values,
+    reached: Iterable[tuple[str, torch.Tensor]],
+    lost: Mapping[str, str],
 ) -> list[str]:
     """Prove that what no checkpoint holds was written: missing parameters, buffers, and tensors in
     other places.
@@ -374,13 +384,12 @@ def hold_to_constructor(
 
     A partitioned parameter is left to whoever filled it, part by part.
 
+    :param reached: path and tensor of all that the model can reach.
     :param lost: name of each parameter and buffer without a value from the checkpoint -> why. What
         a plugin has answered for is its own matter.
     :returns: what was proved, for the report; nothing where there was nothing to prove.
     :raises AuditError: one has other values.
     """
-    from llmload.model import reachable
-
     if ctx.checkpoint is None or ctx.awaiting is not None:
         return []
     state = model.state_dict(keep_vars=True)
@@ -390,9 +399,7 @@ def hold_to_constructor(
         for name, tensor in state.items()
         if name not in missing or partitions.is_partitioned(tensor)
     }
-    found = {
-        path: tensor for path, tensor in reachable.tensors(model) if _storage(tensor) not in filled
-    }
+    found = {path: tensor for path, tensor in reached if _storage(tensor) not in filled}
     known = {_storage(tensor) for tensor in found.values() if values.knows(tensor)}
     others = {path: tensor for path, tensor in found.items() if _storage(tensor) not in known}
     wrong = values.differing(model, others) if others else []

@@ -80,7 +80,7 @@ class Ledger:
     def foretold(self, model: nn.Module, loader: str) -> dict[str, str]:
         """Return the name in ``model`` of each parameter that a plugin makes, or of which it says
         that its value is new -> the plugin."""
-        names = {name for name, _ in model.named_parameters()}
+        names = {name for name, _ in model.named_parameters()} if self._new else set()
         stated = {stated.name: stated.plugin for stated in self._new if stated.name in names}
         return stated | self.made(model, loader)
 

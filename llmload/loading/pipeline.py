@@ -159,8 +159,7 @@ def execute(
             values = Values(ctx.model_class, _constructor(ctx))
             with values.looked_after():
                 model = _base_model(prepared, ctx, report)
-            if ctx.awaiting is None:
-                values.complete(model)
+            reached = [] if ctx.awaiting is not None else values.complete(model)
             ctx.files.check()
             if ctx.checkpoint is not None and ctx.awaiting is None:
                 _part(model)
@@ -174,7 +173,7 @@ def execute(
             if prove:
                 with report.phase("audit", report.loader):
                     compared = audit.compare_with_checkpoint(ctx, model, lost)
-                    computed = audit.hold_to_constructor(ctx, model, values, lost)
+                    computed = audit.hold_to_constructor(ctx, model, values, reached, lost)
 
             model, report.declined_adapters = hook_calls.finish(
                 host, ctx, model, report.phase, ledger.take_stock

@@ -37,17 +37,17 @@ def _named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def _overlapping(
     named: Iterable[tuple[str, torch.Tensor]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    spans = sorted(
-        (str(tensor.device), tensor.data_ptr(), -tensor.nbytes, name, tensor)
-        for name, tensor in named
-        if type(tensor) in (torch.Tensor, nn.Parameter)
-        and not tensor.is_meta
-        and tensor.numel()
-        and tensor.is_contiguous()
-    )
-    device, end = "", 0
-    for where, start, minus_bytes, name, tensor in spans:
-        if where == device and start < end:
-            yield name, tensor
-        else:
-            device, end = where, start - minus_bytes
+    spans: dict[torch.device, list[tuple[int, int, str, torch.Tensor]]] = {}
+    for name, tensor in named:
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta:
+            continue
+        if tensor.numel() and tensor.is_contiguous():
+            span = (tensor.data_ptr(), -tensor.nbytes, name, tensor)
+            spans.setdefault(tensor.device, []).append(span)
+    for of_device in spans.values():
+        end = 0
+        for start, minus_bytes, name, tensor in sorted(of_device):
+            if start < end:
+                yield name, tensor
+            else:
+                end = start - minus_bytes

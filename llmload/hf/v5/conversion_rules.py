@@ -75,5 +75,12 @@ class _Note:
         kind, args, kwargs = self._made_from
         return kind(*args, **kwargs)
 
+    @property
+    def _original_source_patterns(self) -> list[str]:
+        """As they were given: 5.24 looks through those of one model to make those of another."""
+        _, args, kwargs = self._made_from
+        patterns = args[0] if args else kwargs["source_patterns"]
+        return [patterns] if isinstance(patterns, str) else list(patterns)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.rule, name)
