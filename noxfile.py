@@ -49,9 +49,12 @@ LONG = {
     "LLMLOAD_FUZZ_ROUNDS": 1_000_000,
     "LLMLOAD_TEST_INTERRUPTS": 200,
     "LLMLOAD_TEST_SWAPS": 200,
+    "LLMLOAD_TEST_FLIPS": 1000,
+    "LLMLOAD_TEST_PROCESSES": 10,
     "LLMLOAD_TEST_FAULTS": 2,
 }
-"""Mutants and headers, interrupted loads, raced loads of each kind, rounds of failing ranks."""
+"""Mutants and headers, interrupted loads, raced loads of each kind, flipped bits, processes that
+load the same, rounds of failing ranks."""
 # torch 2.5 starts processes that compile, in every rank, though nothing here is compiled.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 

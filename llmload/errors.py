@@ -11,11 +11,12 @@ with 2. ``LoadFailedError`` means that a right request could not be carried out:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 Severity = Literal["error", "warning"]
 
@@ -23,6 +24,20 @@ _SHOWN = 3
 """Names that a message lists."""
 _LONG = 500
 """Characters of a library's error that a message repeats."""
+_LONGEST = 4000
+"""Characters of a message and of a place that are shown: what a file holds may have millions."""
+_PROBLEMS = 100
+"""Problems that are shown: a file can have as many as it has values."""
+# A token of the hub, and what stands before the @ of an address.
+_SECRET: Final = re.compile(r"\bhf_[A-Za-z0-9]{30,}|(?<=://)[^/\s]*(?=@)")
+
+
+def without_secrets(text: str) -> str:
+    """Return a text without what is a token of the hub, or names and passwords in addresses."""
+    return _SECRET.sub("...", text)
+
+
+_Shown: TypeAlias = Annotated[str, AfterValidator(without_secrets)]
 
 
 class Problem(BaseModel):
@@ -36,16 +51,16 @@ class Problem(BaseModel):
     # is a tenth of what the help takes.
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
-    message: str
+    message: _Shown
     """What was asked and what was found, in one sentence without a final full stop."""
-    fix: str = ""
+    fix: _Shown = ""
     """What to do next, in one imperative sentence."""
-    where: str = ""
+    where: _Shown = ""
     """Dotted path of the spec key (``lora.r``), or a file name; empty where neither fits."""
     plugin: str = ""
     """Name of the plugin that says so; the host fills it in for hook results."""
     severity: Severity = "error"
-    file: str = ""
+    file: _Shown = ""
     """The spec file, where the spec came from one."""
     line: int | None = None
     """Line in ``file``, counted from 1."""
@@ -59,7 +74,7 @@ class Problem(BaseModel):
     def __str__(self) -> str:
         position = f"{self.file}:{self.line}:{self.column}" if self.line is not None else self.file
         origin = self.where or (f"plugin {self.plugin!r}" if self.plugin else "")
-        text = ": ".join(part for part in (position, origin, self.message) if part)
+        text = ": ".join(_cut(part) for part in (position, origin, self.message) if part)
         return f"{text}. {self.fix}" if self.fix else text
 
 
@@ -151,7 +166,10 @@ class LlmloadError(Exception):
 
     def __str__(self) -> str:
         # Made when it is asked for: whoever passes the error on puts names and places into it.
-        return "\n".join(map(str, self.problems))
+        shown = [str(problem) for problem in self.problems[:_PROBLEMS]]
+        if len(self.problems) > _PROBLEMS:
+            shown.append(f"... and {len(self.problems) - _PROBLEMS:,} more problems")
+        return "\n".join(shown)
 
 
 class RequestError(LlmloadError):
@@ -189,6 +207,10 @@ def some(names: Iterable[str]) -> str:
     quoted = [repr(name) for name in names]
     more = f" and {len(quoted) - _SHOWN} more" if len(quoted) > _SHOWN else ""
     return ", ".join(quoted[:_SHOWN]) + more
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def in_one_line(error: BaseException) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,35 @@ from llmload.loading import pipeline
 # No test may reach for a hub, and progress bars have no place in captured output.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+_reached: list[str] = []
+"""Hosts elsewhere that a test tried to reach, or asked a name server about."""
+_HERE = ("localhost", "127.0.0.1", "::1", "0.0.0.0", "", None, socket.gethostname())
+
+
+def _stay_here(event: str, arguments: tuple[Any, ...]) -> None:
+    """Let nothing in this process reach any network: a hook that audits the interpreter."""
+    if event == "socket.getaddrinfo":
+        host = arguments[0]
+    elif event == "socket.connect" and isinstance(arguments[1], tuple):
+        host = arguments[1][0]
+    else:
+        return
+    host = host.decode() if isinstance(host, bytes) else host
+    if host not in _HERE and not str(host).startswith("127."):
+        _reached.append(str(host))
+        raise OSError(f"a test asked for {host}")
+
+
+sys.addaudithook(_stay_here)
+
+
+@pytest.fixture(autouse=True)
+def _no_test_reaches_a_network() -> Iterator[None]:
+    _reached.clear()
+    yield
+    assert _reached == []
 
 
 def pytest_collection_finish() -> None:

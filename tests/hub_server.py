@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -29,6 +30,10 @@ class Hub:
         self.repositories: dict[str, Path] = {}
         self.withheld: set[str] = set()
         """Files that nobody may have, by repository and path."""
+        self.stalled: set[str] = set()
+        """Files of which the first half comes, and no more while they stand here."""
+        self.half_sent = Event()
+        """Set when half of a stalled file was sent."""
         self.sent: Counter[str] = Counter()
         """Bytes sent since ``/sent`` was asked for last, by repository and path."""
         self.url = ""
@@ -137,7 +142,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.served.sent[f"{repository}/{name}"] += last + 1 - first
+            self._stall(f"{repository}/{name}", data[first : (first + last) // 2])
             self.wfile.write(data[first : last + 1])
+
+    def _stall(self, place: str, half: bytes) -> None:
+        if place in self.served.stalled:
+            self.wfile.write(half)
+            self.wfile.flush()
+            self.served.half_sent.set()
+            while place in self.served.stalled:
+                time.sleep(0.05)
+            raise ConnectionError("the one who asked was killed")
 
     def _root(self, repository: str) -> Path | None:
         root = self.served.repositories.get(repository)

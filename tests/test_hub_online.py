@@ -296,3 +296,25 @@ def test_code_of_another_repository_comes_into_the_cache_that_the_spec_names(
         "helper_own.py",
         "modeling_own.py",
     ]
+
+
+def test_a_download_that_was_killed_is_not_taken_for_whole(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["org/slow"] = hub.repositories["org/other"]
+    hub.stalled.add("org/slow/model.safetensors")
+    steps = [("load", "load", {"model": "org/slow"})]
+    killed = subprocess.Popen(
+        [sys.executable, "-c", STEPS, json.dumps(steps), hub.url],
+        env=dict(os.environ) | hub.environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert hub.half_sent.wait(200)
+    finally:
+        killed.kill()
+        killed.wait()
+        hub.stalled.clear()
+    offline = _ask(hub, tmp_path, steps, HF_HUB_OFFLINE="1")
+    assert "error" in offline["load"]
+    again = _ask(hub, tmp_path, steps)
+    assert again["load"]["class"] == "LlamaForCausalLM"

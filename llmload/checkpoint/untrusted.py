@@ -9,6 +9,7 @@ as transformers does, has read the same bytes if :meth:`UntrustedFolder.check` f
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -59,6 +60,9 @@ _REDIRECTIONS = frozenset(
 _NOT_OPENED = frozenset({"special_tokens_map_file", "added_tokens_file", "tokenizer_config_file"})
 # What PEFT writes; another module would be imported by the old one (0.13.2).
 _MEGATRON = (None, "megatron.core")
+
+# Templates are files of their own in a saved folder: CVE-2026-9856 (transformers before 5.10).
+_TEMPLATE = re.compile(r"[\w-]{1,100}")
 
 _AGAIN = "Save or download the folder again."
 _LFS = b"version https://git-lfs"
@@ -263,6 +267,15 @@ def _redirections(content: dict[str, Any], file: str) -> Iterator[Problem]:
             " have checked",
             fix="Remove the key, and keep the file that fits under its plain name.",
         )
+    for name in _template_names(content.get("chat_template")):
+        if not (isinstance(name, str) and _TEMPLATE.fullmatch(name)):
+            yield Problem(
+                file=file,
+                where="chat_template",
+                message=f"'chat_template' calls a template {short(name)}, and transformers makes"
+                " file names of them when it saves",
+                fix="Call it by one word.",
+            )
     auto_map = content.get("auto_map")
     if auto_map is not None and not isinstance(auto_map, dict | list):
         yield Problem(
@@ -271,6 +284,14 @@ def _redirections(content: dict[str, Any], file: str) -> Iterator[Problem]:
             message=f"'auto_map' is {short(auto_map)}, and maps classes of transformers to code",
             fix="Remove the key.",
         )
+
+
+def _template_names(templates: Any) -> list[Any]:
+    """Return what the templates of a tokenizer are called, where there are several."""
+    if isinstance(templates, dict):
+        return list(templates)
+    named = templates if isinstance(templates, list) else []
+    return [each.get("name") for each in named if isinstance(each, dict)]
 
 
 def _is_path(value: Any) -> bool:

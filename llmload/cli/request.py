@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from llmload.errors import SpecError
 from llmload.spec import files, groupspec, yaml_read
 from llmload.spec.document import Document
+from llmload.spec.refusals import is_secret
 
 if TYPE_CHECKING:
     from llmload.host.registry import Registry
@@ -61,8 +62,8 @@ def _is_model(request: str) -> bool:
 
 def with_setting(asked: Document, setting: str) -> Document:
     """Put the value of ``key.key=value``, which is YAML, in place of what the spec says."""
-    said_by = f"--set {setting}"
     keys, equals, text = setting.partition("=")
+    said_by = f"--set {keys}=..." if is_secret((keys,), text) else f"--set {setting}"
     if not equals or not all(keys.split(".")):
         message = f"{setting!r} sets nothing"
         fix = "Write the key, `=` and the value: `--set lora.r=8`."

@@ -84,7 +84,7 @@ def matching_within_budget() -> Iterator[None]:
     try for ever: target modules, patterns of ranks and alphas, the pattern of layers.
     """
     with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
+        for name, module in list(sys.modules.copy().items()):
             if name.startswith("peft.") and vars(module).get("re") is re:
                 stack.enter_context(replaced(module, {"re": _Budgeted()}))
         yield

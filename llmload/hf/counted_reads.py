@@ -52,7 +52,7 @@ class CountedReads(AbstractContextManager["CountedReads"]):
             # Each module of transformers that reads weights has imported the function under its own
             # name (5.24: four of them), and one that is missed would open a file that nobody
             # checked.
-            for name, module in list(sys.modules.items()):
+            for name, module in list(sys.modules.copy().items()):
                 found = vars(module).get("safe_open") if name.startswith("transformers.") else None
                 if found is safetensors.safe_open:
                     stack.enter_context(replaced(module, {"safe_open": counted}))

@@ -7,6 +7,7 @@ and written where no model could be loaded.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -243,7 +244,7 @@ class LoadSpec(Section):
                 fix="Write `auto_class: sequence_classification`, or remove `labels`.",
             )
         names = () if isinstance(self.labels, int) else self.labels
-        twice = [name for name in names if names.count(name) > 1]
+        twice = [name for name, times in Counter(names).items() if times > 1]
         if twice:
             raise InvalidValueError(
                 f"`labels` has {twice[0]!r} twice", fix="Give each label a name of its own."

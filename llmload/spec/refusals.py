@@ -153,7 +153,7 @@ def unknown_key(
     homes = [place or TOP_LEVEL for place, keys in places.items() if key in keys]
     foreign = spellings.get(dotted(path)) or spellings.get(key)
     if foreign is not None:
-        fix = foreign.fix(HIDDEN if _is_secret(path, value) else value)
+        fix = foreign.fix(HIDDEN if is_secret(path, value) else value)
         return _problem(path, f"unknown key, known from {foreign.tools}", fix)
     if homes:
         return _problem(path, "unknown key", f"Move it to {' or '.join(homes)}.")
@@ -201,7 +201,7 @@ def _show(value: object, path: Path = ()) -> str:
         return "a mapping"
     if isinstance(value, list | tuple):
         return "a list"
-    if _is_secret(path, value):
+    if is_secret(path, value):
         return "a value that is not shown"
     if value is None:
         return "nothing (null)"
@@ -211,7 +211,8 @@ def _show(value: object, path: Path = ()) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...{text[-1]}"
 
 
-def _is_secret(path: Path, value: object) -> bool:
+def is_secret(path: Path, value: object) -> bool:
+    """Say whether a value is not to be shown, for the name of its key or what it looks like."""
     named_so = any(isinstance(part, str) and _SECRET_KEY.search(part) for part in path)
     return named_so or (isinstance(value, str) and _SECRET_VALUE.search(value) is not None)
 
@@ -297,7 +298,7 @@ def _wrong_kind(path: Path, value: object, faults: list[ErrorDetails]) -> Proble
             kinds.append(_KINDS[fault["type"]])
     kinds = list(dict.fromkeys(kinds))
     asked = " or ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
-    fix = "" if _is_secret(path, value) else _fix_of_kind(path, value, kinds)
+    fix = "" if is_secret(path, value) else _fix_of_kind(path, value, kinds)
     return _problem(path, f"expected {asked}, found {_show(value, path)}", fix)
 
 

@@ -51,7 +51,7 @@ def fake_distributions(root: Path) -> Iterator[FakeDistributions]:
         yield FakeDistributions(root)
     finally:
         sys.path.remove(str(root))
-        for name, module in list(sys.modules.items()):
+        for name, module in list(sys.modules.copy().items()):
             file = getattr(module, "__file__", None)
             if file and Path(file).is_relative_to(root):
                 del sys.modules[name]

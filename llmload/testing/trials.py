@@ -292,8 +292,8 @@ def _watched(folder: Path) -> Iterator[list[str]]:
 
     with (
         _replaced(tensor, of_checkpoint, [MappedCheckpoint]),
-        _replaced(safe_open, of_safetensors, list(sys.modules.values())),
-        _replaced(load, of_pickle, list(sys.modules.values())),
+        _replaced(safe_open, of_safetensors, list(sys.modules.copy().values())),
+        _replaced(load, of_pickle, list(sys.modules.copy().values())),
     ):
         try:
             yield reads

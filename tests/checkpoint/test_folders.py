@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -175,13 +175,16 @@ def test_every_missing_shard_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_a_shard_cut_off_anywhere_is_refused_with_the_bytes(tmp_path: Path) -> None:
+def test_a_shard_cut_off_anywhere_is_refused_with_the_bytes(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     three_shards(tmp_path, tensor_bytes=20_000)
     whole = {shard: (tmp_path / shard).read_bytes() for shard in SHARDS}
-    chance = random.Random(0)
+    chance, cut_off = random.Random(0), 0
     for shard, content in whole.items():
         size = len(content)
         cuts = [*range(0, size, 1024), *(chance.randrange(size) for _ in range(64)), size - 1]
+        cut_off += len(cuts)
         for cut in cuts:
             os.truncate(tmp_path / shard, cut)
             text = refusal(tmp_path)
@@ -193,6 +196,7 @@ def test_a_shard_cut_off_anywhere_is_refused_with_the_bytes(tmp_path: Path) -> N
                     "Download or save the file again."
                 )
             (tmp_path / shard).write_bytes(content)
+    record_property("figure", f"{cut_off} places: all refused with the bytes")
 
 
 @pytest.mark.parametrize(
@@ -294,7 +298,9 @@ def hostile_names(outside: Path) -> Iterator[str]:
         yield f"..{chr(code)}{target}"
 
 
-def test_no_name_in_an_index_leads_out_of_the_folder(tmp_path: Path) -> None:
+def test_no_name_in_an_index_leads_out_of_the_folder(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     outside = tmp_path / "outside"
     single(outside)
     folder = tmp_path / "level" / "model"
@@ -308,6 +314,7 @@ def test_no_name_in_an_index_leads_out_of_the_folder(tmp_path: Path) -> None:
             text = refusal(folder)
         assert name in text or repr(name)[1:-1] in text or "missing" in text, text
         assert all(os.path.realpath(path).startswith(real) for path in seen), (name, seen)
+    record_property("figure", f"{len(names)} names: no file outside was opened")
 
 
 def test_the_refusal_of_a_shard_name_says_what_it_is(tmp_path: Path) -> None:

@@ -411,6 +411,23 @@ def _tokenizers() -> Iterator[Row]:
     far = tokens(lambda t: t["model"]["vocab"].update(zz=2**31))
     yield Row("an id far away", far, "2,147,483,648")
     yield Row("an id far away, to be embedded", far, "2,147,483,648", {"embeddings": {}})
+    yield Row(
+        "ten thousand files",
+        lambda folder: [(folder / f"tokenizer{n}.json").touch() for n in range(10_000)],
+        "10,00",
+    )
+    yield Row(
+        "ten thousand templates",
+        lambda folder: (
+            (folder / "additional_chat_templates").mkdir(),
+            [(folder / f"additional_chat_templates/{n}.jinja").touch() for n in range(10_000)],
+        ),
+        "10,000 files",
+    )
+    for name in ("../../x", "", None, "a b", "x" * 200):
+        template = [{"name": name, "template": "{{ 1 }}"}]
+        for file in (named, "processor_config.json", "chat_template.json"):
+            yield Row(f"template {name} of {file}", fields(file, chat_template=template), file)
     panics = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
     yield Row("panic in Rust", tokens(lambda t: t.update(normalizer=panics)), "panics")
     template = {
@@ -448,6 +465,7 @@ def _adapters() -> Iterator[Row]:
         ("r", 10**9),
         ("rank_pattern", {"q_proj": 10**9}),
         ("rank_pattern", {f"q{n}": 4 for n in range(9000)}),
+        ("trainable_token_indices", list(range(60_000))),
         ("layer_replication", [[0, MANY]]),
         ("layer_replication", [[0, 1]] * 9000),
         ("layers_to_transform", list(range(9000))),

@@ -19,7 +19,19 @@ from typing import Any, NamedTuple
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS / "hostile")]
 
-from corpus import IMMUNE, Damage, Row, adapter, both, canary, config, fields, written  # noqa: E402
+from corpus import (  # noqa: E402
+    IMMUNE,
+    Damage,
+    Row,
+    adapter,
+    both,
+    canary,
+    config,
+    fields,
+    fifo,
+    tokens,
+    written,
+)
 from stacks import IS_MODERN  # noqa: E402
 from watching import Seen, watching  # noqa: E402
 
@@ -32,6 +44,21 @@ SECURITY = TESTS.parent / "SECURITY.md"
 STACK = "modern" if IS_MODERN else "colossalai"
 BEGIN, END = "<!-- published weaknesses: python tests/hostile/published.py -->\n", "<!-- end -->\n"
 _INJECTION = "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__ }}"
+
+
+_LONG = 20_000
+_TEXTS = (
+    ("CVE-2025-1194", "the tokenizer of GPT-NeoX-Japanese", "1" * _LONG + "円億"),
+    ("CVE-2025-2099", "`testing_utils.preprocess_string`", "```" + "\n" * _LONG),
+    ("CVE-2025-3262", "settings of the chat command", "a=" + "a." * _LONG + "!"),
+    ("CVE-2025-3777", "addresses of images", "https://www.youtube.com@" + "a" * _LONG),
+    ("CVE-2025-3933", "`DonutProcessor.token2json`", "<s_" * _LONG),
+    ("CVE-2025-6051", "numbers of Clvp", "1" * _LONG + "!"),
+    ("CVE-2025-6638", "language codes of Marian", ">>" * _LONG),
+    ("CVE-2025-6921", "names for TensorFlow's AdamWeightDecay", "a" * _LONG + "!"),
+    ("CVE-2024-12720", "what Nougat writes", "\n**" * _LONG),
+)
+"""Weaknesses of functions that no load calls, and texts that they cannot bear."""
 
 
 class Published(NamedTuple):
@@ -53,6 +80,20 @@ def _no_weights_but(damage: Damage) -> Damage:
         damage(folder)
 
     return replaced
+
+
+def _index(shard: str) -> Damage:
+    return written("model.safetensors.index.json", json.dumps({"weight_map": {"a": shard}}))
+
+
+def _word(text: str) -> Damage:
+    """Give the tokenizer a text for one of its words, and keep the number of words."""
+
+    def rename(content: dict[str, Any]) -> None:
+        words = content["model"]["vocab"]
+        words[text] = words.pop(max(words, key=words.get))
+
+    return both(tokens(rename), fields("config.json", task_specific_params={"text": text}))
 
 
 def published() -> Iterator[Published]:
@@ -99,6 +140,38 @@ def published() -> Iterator[Published]:
         _row(config(keypoint_detector_config={"trust_remote_code": True}), "trust_remote_code"),
     )
     yield Published(
+        "CVE-2026-80047",
+        "`custom_generate` in a file, and in the generation config",
+        _row(
+            both(
+                lambda folder: (folder / "custom_generate").mkdir(),
+                written("custom_generate/generate.py", "import os\nos.system('touch canary')"),
+                fields("generation_config.json", custom_generate="someone/code"),
+            ),
+            "custom_generate",
+        ),
+    )
+    yield Published(
+        "CVE-2026-9856",
+        "a chat template that is called as a path",
+        _row(
+            fields(
+                "tokenizer_config.json", chat_template=[{"name": "../../x", "template": "{{ 1 }}"}]
+            ),
+            "chat_template",
+        ),
+    )
+    yield Published(
+        "CVE-2026-69112, CVE-2026-75104",
+        "an index that names a shard outside",
+        _row(_no_weights_but(_index("../x.safetensors")), "../x.safetensors"),
+    )
+    yield Published(
+        "CVE-2026-69112, with a named pipe",
+        "an index that names a pipe that nobody writes to",
+        _row(_no_weights_but(both(_index("x.safetensors"), fifo("x.safetensors"))), "plain file"),
+    )
+    yield Published(
         "CVE-2026-22807",
         "`auto_map` to a module of the folder",
         _row(
@@ -133,6 +206,24 @@ def published() -> Iterator[Published]:
         ),
     )
     yield Published(
+        "CVE-2026-71281",
+        "an adapter whose `corda_config` names a pickle",
+        _row(
+            adapter(
+                both(
+                    canary("x.pt"),
+                    fields(
+                        "adapter_config.json",
+                        init_lora_weights="corda",
+                        corda_config={"cache_file": "x.pt", "covariance_file": "x.pt"},
+                    ),
+                )
+            ),
+            "corda",
+            {"lora": {"adapter": "{folder}/adapter"}},
+        ),
+    )
+    yield Published(
         "CVE-2024-34359, CVE-2026-5760",
         "a chat template that reaches for Python's classes",
         _row(written("chat_template.jinja", _INJECTION), IMMUNE),
@@ -155,6 +246,8 @@ def published() -> Iterator[Published]:
         "weights of TensorFlow, the only ones",
         _row(_no_weights_but(written("tf_model.h5", "/".join("a" * 50_000))), "tf_model.h5"),
     )
+    for names, where, text in _TEXTS:
+        yield Published(names, f"a word that backtracks in {where}", _row(_word(text), IMMUNE))
 
 
 def make_sound(place: Path) -> Path:

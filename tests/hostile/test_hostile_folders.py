@@ -16,7 +16,7 @@ from stacks import IS_MODERN
 from watching import watching
 
 import llmload
-from llmload.errors import RequestError
+from llmload.errors import CheckpointError, Problem, RequestError
 
 ROWS = list(rows())
 VALIDATED = {
@@ -85,3 +85,10 @@ def test_only_files_that_were_checked_are_opened(loader: str, sound: Path, tmp_p
     # A tokenizer's files are vetted by their names, one of another version among them.
     assert seen.names() - {"."} <= VALIDATED | {"config.4.0.0.json", "tokenizer.4.0.0.json"}
     assert harm(seen) == []
+
+
+def test_a_message_repeats_no_more_of_a_file_than_can_be_read() -> None:
+    many = CheckpointError(Problem(message="x" * 10_000, where="y" * 10_000) for _ in range(300))
+    shown = str(many).splitlines()
+    assert shown[0] == f"{'y' * 4000}...: {'x' * 4000}..."
+    assert shown[100:] == ["... and 200 more problems"]

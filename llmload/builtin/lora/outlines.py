@@ -40,7 +40,7 @@ def dequantised_by_shape(dtype: torch.dtype) -> Iterator[None]:
 
     users = [
         module
-        for name, module in list(sys.modules.items())
+        for name, module in list(sys.modules.copy().items())
         if name.startswith("peft.") and vars(module).get(dequantise.__name__) is dequantise
     ]
     try:

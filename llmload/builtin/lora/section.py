@@ -7,6 +7,7 @@ the rest; a key that it does not know yet is refused with the version that broug
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal, TypeAlias
@@ -127,7 +128,7 @@ def _token_ids(value: tuple[int, ...]) -> tuple[int, ...]:
             f"{wrong[0]} is no token id: PEFT would count from the last row, padding included",
             fix="Give ids from 0 on, as the tokenizer has them.",
         )
-    twice = sorted({number for number in value if value.count(number) > 1})
+    twice = sorted(number for number, times in Counter(value).items() if times > 1)
     if twice:
         raise InvalidValueError(
             f"{twice[0]} is named twice, and of two trained rows for one token one is lost",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from llmload.plugin import LoadContext
 
-_CONFIGS: Final = ("tokenizer_config.json", "special_tokens_map.json")
+_CONFIGS: Final = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.json")
 _ADDED: Final = "added_tokens.json"
 _TEMPLATES: Final = "additional_chat_templates"
 # What transformers may open for a tokenizer of whatever class.
@@ -33,6 +33,8 @@ _NAMED_WORDS: Final = 2**19
 _ADDED_TOKENS: Final = 16_384
 """Added tokens, or as many as half of the embedding has rows: speech models have a codebook."""
 _SPECIAL_TOKENS: Final = 8192
+_ENTRIES: Final = 1000
+"""Files of a tokenizer, or templates beside it, each of which is opened; tokenizers have a dozen."""
 _FIELDS: Final = 7
 """Keys that each added token has in ``tokenizer.json``."""
 _PIECE_BYTES: Final = 8
@@ -47,7 +49,7 @@ def vet(folder: Path, ctx: LoadContext) -> UntrustedFolder:
     """
     files = UntrustedFolder(folder)
     trusted = ctx.spec.trust_remote_code
-    for name in files.entries(*_FILES):
+    for name in _entries(files, *_FILES):
         if name.endswith(_NOT_ITS_OWN) or (folder / name).is_dir():
             continue
         files.vet(name, _MAX_BYTES)
@@ -59,9 +61,19 @@ def vet(folder: Path, ctx: LoadContext) -> UntrustedFolder:
             _hold_words(files, name, ctx)
     if files.holds(_TEMPLATES):
         templates = UntrustedFolder(files.path(_TEMPLATES))
-        for name in templates.entries("*.jinja"):
+        for name in _entries(templates, "*.jinja"):
             files.vet(f"{_TEMPLATES}/{name}", _MAX_BYTES)
     return files
+
+
+def _entries(files: UntrustedFolder, *patterns: str) -> list[str]:
+    """Return the files of a folder that match, of which there may be no more than are opened."""
+    found = files.entries(*patterns)
+    if len(found) > _ENTRIES:
+        raise files.refusal(
+            ".", f"{len(found):,} files are a tokenizer's by their names, of {_ENTRIES:,} allowed"
+        )
+    return found
 
 
 def hold_ids(tokenizer: PreTrainedTokenizerBase, folder: Path, ctx: LoadContext) -> None:
