@@ -57,7 +57,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, list[Outcome
         tmp_path_factory,
         "faults",
         lambda: _jobs(tmp_path_factory),
-        timeout=280 * ROUNDS,
+        timeout=280 * ROUNDS if ROUNDS == 1 else 1200 * ROUNDS,
         at_once=4,
     )
 

@@ -34,7 +34,7 @@ _ADDED_TOKENS: Final = 16_384
 """Added tokens, or as many as half of the embedding has rows: speech models have a codebook."""
 _SPECIAL_TOKENS: Final = 8192
 _ENTRIES: Final = 1000
-"""Files of a tokenizer, or templates beside it, each of which is opened; tokenizers have a dozen."""
+"""Files of a tokenizer, or templates beside it, each of which is opened; most have a dozen."""
 _FIELDS: Final = 7
 """Keys that each added token has in ``tokenizer.json``."""
 _PIECE_BYTES: Final = 8
