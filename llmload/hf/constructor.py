@@ -10,7 +10,7 @@ constructor runs a second time for that, its parameters without memory, only whe
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -255,6 +255,8 @@ class Values:
         """
         import torch
 
+        from llmload.model import reachable
+
         given = {_storage(tensor) for tensor in tracker.without_values()}
         before = torch.get_rng_state()
         for part in map(partitions.held, split.values()):
@@ -264,9 +266,7 @@ class Values:
             yield
         if not given and not split:
             return
-        named = {
-            n: t for n, t in (*model.named_buffers(), *model.named_parameters()) if not t.is_meta
-        }
+        named = {name: tensor for name, tensor in reachable.registered(model) if not tensor.is_meta}
         mine = {name: tensor for name, tensor in named.items() if _storage(tensor) in given}
         left = {name: tensor for name, tensor in named.items() if not tracker.holds_values(tensor)}
         left |= partitions.with_nan(split, like=model)
@@ -329,11 +329,11 @@ class Values:
         """
         from llmload.model import reachable
 
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         found = list(reachable.tensors(model))
         self._make_others_equal(model, found)
         if not any(tensor.is_meta for _, tensor in found):
             return found
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         computed = self.computed()
         problems: list[Problem] = []
         made: dict[int, torch.Tensor] = {}
@@ -362,10 +362,10 @@ class Values:
         return list(reachable.tensors(model))
 
     def _make_others_equal(
-        self, model: PreTrainedModel, found: Iterable[tuple[str, torch.Tensor]]
+        self, model: PreTrainedModel, found: Collection[tuple[str, torch.Tensor]]
     ) -> None:
         """Give every rank what rank 0 has outside of parameters and buffers."""
-        if any(map(partitions.is_partitioned, model.parameters())):
+        if any(partitions.is_partitioned(tensor) for _, tensor in found):
             named = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
             others = {id(t): t for _, t in found if id(t) not in named and not t.is_meta}
             partitions.make_equal(others.values(), like=model)

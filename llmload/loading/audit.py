@@ -152,6 +152,8 @@ def compare_with_checkpoint(ctx: LoadContext, model: nn.Module, lost: Collection
     :returns: what was compared.
     :raises AuditError: values differ.
     """
+    from llmload.model import reachable
+
     compared = Compared(0 if ctx.checkpoint is None else len(ctx.checkpoint.tensors))
     if ctx.checkpoint is None or ctx.awaiting is not None:
         return compared
@@ -161,7 +163,7 @@ def compare_with_checkpoint(ctx: LoadContext, model: nn.Module, lost: Collection
         infos |= ctx.accounted.as_stored
     # Codes of a quantised checkpoint may be floats of 8 bits, and mean nothing without their scale.
     dequantised = quantised.declared(ctx.config) is not None
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    for name, tensor in reachable.registered(model):
         info = infos.get(name)
         if info is None or name in lost or name in computed:
             continue
@@ -272,9 +274,11 @@ class Compared:
 
         Plugins may have replaced, merged, cast or resized others since they were compared.
         """
+        from llmload.model import reachable
+
         if not self._stored:
             return 0, []
-        there = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        there = {id(tensor) for _, tensor in reachable.registered(model)}
         gone = {name for name, tensor in self._tensors.items() if id(tensor) not in there}
         changed = len(gone.union(self.differing()))
         held = len(self._tensors) - changed

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from llmload.model.reachable import registered
+
 
 def part(model: nn.Module) -> list[str]:
     """Give each parameter and buffer memory of its own; returns the names of those that had none.
@@ -21,17 +23,11 @@ def part(model: nn.Module) -> list[str]:
     Of those that overlap the one that begins first keeps its memory. One object under several
     names is one.
     """
-    named = {id(tensor): (name, tensor) for name, tensor in _named(model)}
     found = []
-    for name, tensor in _overlapping(named.values()):
+    for name, tensor in _overlapping(registered(model)):
         tensor.data = tensor.data.clone()
         found.append(name)
     return found
-
-
-def _named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
 
 
 def _overlapping(

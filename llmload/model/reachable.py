@@ -47,6 +47,17 @@ _LIBRARIES = (
 """Packages whose classes keep no tensors of a model in attributes of the class."""
 
 
+def registered(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and tensor of each parameter and buffer, tied ones once, in one walk."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        dotted = f"{path}." if path else ""
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield dotted + name, tensor
+
+
 def tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the path and the tensor for each place where a model keeps one; ties more than once.
 
