@@ -16,7 +16,7 @@ from test_hookspecs import example_of
 import llmload
 from llmload.checkpoint.digests import of_samples
 from llmload.loading import lock
-from llmload.loading.planning import Fetch, prepare
+from llmload.loading.planning import Download, prepare
 from llmload.plugin import Checkpoint, CheckpointFile, MappedCheckpoint, TensorInfo
 from llmload.testing import parameters, same, tiny_checkpoint
 
@@ -197,7 +197,7 @@ def test_a_version_stands_for_what_is_in_a_fetched_file(folder: Path) -> None:
 def test_a_fetched_file_is_locked_by_its_bytes(folder: Path, tmp_path: Path) -> None:
     registry = registry_of(Fetches())
     spec = {"model": str(folder)}
-    made = lock.make(prepare(registry.validate(spec), registry, fetch=Fetch.ALL))
+    made = lock.make(prepare(registry.validate(spec), registry, download=Download.ALL))
     lock.write(made, tmp_path / "lock")
     locked = spec | {"lock": str(tmp_path / "lock")}
     llmload.load(locked, registry=registry)

@@ -108,7 +108,7 @@ def inspect(spec: LoadSpec, registry: Registry) -> Inspection:
 
     :raises RequestError: the folder is no model's, or what lies in it is damaged or unsafe.
     """
-    found = planning.find(registry.activate(spec), spec, planning.Fetch.NOTHING)
+    found = planning.find(registry.activate(spec), spec, planning.Download.NOTHING)
     checkpoint = found.checkpoint
     stored = checkpoint.tensors.values() if checkpoint is not None else ()
     files = checkpoint.files if checkpoint is not None else ()
@@ -137,7 +137,7 @@ def targets(spec: LoadSpec, registry: Registry) -> Targets:
 
     :raises RequestError: the plan finds an error.
     """
-    prepared = planning.prepare(spec, registry, fetch=planning.Fetch.NOTHING)
+    prepared = planning.prepare(spec, registry, download=planning.Download.NOTHING)
     prepared.plan.raise_for_errors()
     adapted = set(prepared.plan.facts.get("lora", {}).get("targets", ()))
     blank = prepared.ctx.blank

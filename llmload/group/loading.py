@@ -20,7 +20,7 @@ from llmload.host.distributions import installed_versions
 from llmload.host.registry import Registry, create_registry
 from llmload.loading import turns, warned
 from llmload.loading.pipeline import LoadResult, execute, undone_on_error
-from llmload.loading.planning import Fetch
+from llmload.loading.planning import Download
 from llmload.loading.report import Report
 from llmload.spec import files
 from llmload.spec.groupspec import AdapterSpec, GroupSpec, naming
@@ -75,7 +75,7 @@ def plan_group(source: files.SpecLike, *, registry: Registry | None = None) -> G
     registry = registry or create_registry()
     spec = registry.validate_group(source)
     with turns.taken("the plan of a group"):
-        return prepare_group(spec, registry, _reports(spec), fetch=Fetch.NOTHING).plan
+        return prepare_group(spec, registry, _reports(spec), download=Download.NOTHING).plan
 
 
 def load_group(

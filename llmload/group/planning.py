@@ -12,7 +12,7 @@ from llmload.errors import PlanError, Problem, some
 from llmload.group import sharing
 from llmload.group.sharing import Sharing
 from llmload.loading.plan import Plan
-from llmload.loading.planning import Fetch, prepare
+from llmload.loading.planning import Download, prepare
 from llmload.loading.prepared import Prepared
 from llmload.spec.groupspec import ADAPTER_OF, AdapterSpec, GroupSpec, in_member, naming
 
@@ -65,7 +65,7 @@ class PreparedGroup:
 
 
 def prepare_group(
-    spec: GroupSpec, registry: Registry, reports: Mapping[str, Report], *, fetch: Fetch
+    spec: GroupSpec, registry: Registry, reports: Mapping[str, Report], *, download: Download
 ) -> PreparedGroup:
     """Make the plan of a group's load, reading no weight.
 
@@ -75,7 +75,7 @@ def prepare_group(
     members: dict[str, Prepared] = {}
     for name, own in spec.own_models().items():
         with naming(name), reports[name].phase("plan"):
-            members[name] = prepare(own, registry, fetch=fetch)
+            members[name] = prepare(own, registry, download=download)
     plan = GroupPlan(members={})
     for name, member in spec.models.items():
         if isinstance(member, AdapterSpec):
@@ -96,11 +96,11 @@ def prepare_group_to_load(
 
     :raises RequestError: as :func:`prepare_group`.
     """
-    prepared = prepare_group(spec, registry, reports, fetch=Fetch.UNFORESEEABLE)
+    prepared = prepare_group(spec, registry, reports, download=Download.UNFORESEEABLE)
     to_fetch = any(plan.to_fetch for plan in prepared.plan.members.values())
     if prepared.plan.errors or not to_fetch:
         return prepared
-    return prepare_group(spec, registry, reports, fetch=Fetch.ALL)
+    return prepare_group(spec, registry, reports, download=Download.ALL)
 
 
 def _plan_adapter(name: str, member: AdapterSpec, of: Prepared, plan: GroupPlan) -> None:

@@ -18,7 +18,7 @@ from llmload.host.registry import Registry, create_registry
 from llmload.loading import audit, fit, hook_calls, lock, turns, warned
 from llmload.loading.makers import Ledger
 from llmload.loading.plan import Plan
-from llmload.loading.planning import Fetch, no_loader, prepare, prepare_to_load
+from llmload.loading.planning import Download, no_loader, prepare, prepare_to_load
 from llmload.loading.prepared import Prepared
 from llmload.loading.report import Report
 from llmload.model import partitions
@@ -90,7 +90,7 @@ def plan(source: files.SpecLike, *, registry: Registry | None = None) -> Plan:
     registry = registry or create_registry()
     spec = registry.validate(source)
     with turns.taken(f"the plan of {spec.model!r}"):
-        return prepare(spec, registry, fetch=Fetch.NOTHING).plan
+        return prepare(spec, registry, download=Download.NOTHING).plan
 
 
 def load(

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from llmload.spec.loadspec import LoadSpec
 
 
-class Fetch(Enum):
+class Download(Enum):
     """Which files of weights a plan may fetch from the hub. Of others it fetches the headers."""
 
     NOTHING = "nothing"
@@ -64,21 +64,21 @@ def prepare_to_load(spec: LoadSpec, registry: Registry) -> Prepared:
 
     :raises RequestError: as :func:`prepare`.
     """
-    prepared = prepare(spec, registry, fetch=Fetch.UNFORESEEABLE)
+    prepared = prepare(spec, registry, download=Download.UNFORESEEABLE)
     if prepared.plan.errors or not prepared.plan.to_fetch:
         return prepared
-    return prepare(spec, registry, fetch=Fetch.ALL)
+    return prepare(spec, registry, download=Download.ALL)
 
 
 @collection_paused()
-def prepare(spec: LoadSpec, registry: Registry, *, fetch: Fetch) -> Prepared:
+def prepare(spec: LoadSpec, registry: Registry, *, download: Download) -> Prepared:
     """Make the plan of a load.
 
     :raises RequestError: folder, config or class are wrong. Problems found later are in the plan.
     """
     require_stack()
     host = registry.activate(spec)
-    folder, files, content, checkpoint = find(host, spec, fetch)
+    folder, files, content, checkpoint = find(host, spec, download)
     config = model_classes.load_config(files, content, spec, checkpoint)
     model_class, config = model_classes.resolve_class(spec, config)
     model_classes.set_labels(spec, config)
@@ -134,30 +134,30 @@ def prepare(spec: LoadSpec, registry: Registry, *, fetch: Fetch) -> Prepared:
     return prepared
 
 
-def find(host: Host, spec: LoadSpec, fetch: Fetch) -> Found:
+def find(host: Host, spec: LoadSpec, download: Download) -> Found:
     """Locate the model, have the plugins admit it, and read its config and headers.
 
     :raises RequestError: there is no such model, or a file of it is missing, damaged or unsafe.
     """
-    blindly = fetch is Fetch.UNFORESEEABLE and bool(host.implementing("admit"))
+    blindly = download is Download.UNFORESEEABLE and bool(host.implementing("admit"))
     of_model = spec.weights == "pretrained" and spec.weights_from is None
-    folder = locating.resolve(spec, weights=of_model and (blindly or fetch is Fetch.ALL))
+    folder = locating.resolve(spec, weights=of_model and (blindly or download is Download.ALL))
     _admit(host, spec, folder)
     files = UntrustedFolder(folder)
     content = locating.read_config(files, spec)
     if spec.weights != "pretrained":
         return Found(folder, files, content, None)
     place = locating.weights_place(files, content, spec)
-    checkpoint = _described(host, spec, folder, place) or _headers(spec, folder, place, fetch)
+    checkpoint = _described(host, spec, folder, place) or _headers(spec, folder, place, download)
     return Found(folder, files, content, checkpoint)
 
 
-def _headers(spec: LoadSpec, folder: Path, place: Path, fetch: Fetch) -> Checkpoint:
+def _headers(spec: LoadSpec, folder: Path, place: Path, download: Download) -> Checkpoint:
     """Read the headers of the weights, from the hub where they are not here."""
     elsewhere = locating.elsewhere(spec, folder)
     pickles = [name for name in elsewhere if not name.endswith(".safetensors")]
     if pickles:
-        if fetch is Fetch.NOTHING:
+        if download is Download.NOTHING:
             raise CheckpointError(
                 f"the weights of {spec.model!r} are not in the cache, and what is in"
                 f" the pickle {pickles[0]!r} is known only once it is here",

@@ -63,7 +63,7 @@ def outcomes(folders: dict[str, Path]) -> dict[str, list[Outcome]]:
 def forecasts(folder: Path, ranks: int) -> list[Forecast]:
     registry = create_registry()
     spec = registry.validate({"model": str(folder), "dtype": "bfloat16", "zero3": {}})
-    ctx = planning.prepare(spec, registry, fetch=planning.Fetch.NOTHING).ctx
+    ctx = planning.prepare(spec, registry, download=planning.Download.NOTHING).ctx
     assert ctx.checkpoint
     accounting = installed_transformers().account(ctx.blank, ctx.checkpoint)
     return [forecast(ctx, accounting, rank, ranks) for rank in range(ranks)]
