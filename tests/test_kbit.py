@@ -895,9 +895,10 @@ def test_a_quantised_model_that_nobody_can_train_is_a_warning(folder: Path) -> N
 # --- adapters that look at the weights they are put on --------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
-    "start", [{"use_dora": True}, {"init_lora_weights": "olora"}], ids=["DoRA", "OLoRA"]
+    ("start", "bits"),
+    [({"use_dora": True}, 4), *(({"init_lora_weights": "olora"}, bits) for bits in (4, 8))],
+    ids=["DoRA on 4 bits", "OLoRA on 4 bits", "OLoRA on 8 bits"],
 )
 def test_adapters_that_look_at_quantised_weights_are_planned_made_and_resumed(
     folder: Path, tmp_path: Path, start: dict[str, Any], bits: int
@@ -913,6 +914,39 @@ def test_adapters_that_look_at_quantised_weights_are_planned_made_and_resumed(
     again = load(folder, {"bits": bits}, lora={"adapter": str(tmp_path / "adapter")})
     assert again.plan.trainable_parameters == made.plan.trainable_parameters
     assert unlike(again.model, made.model) == []
+
+
+@pytest.mark.parametrize("where", ["new", "stored", "resumed"])
+def test_dora_on_8_bits_is_refused_on_the_cpu_where_its_second_forward_fails(
+    where: str, folder: Path, tmp_path: Path
+) -> None:
+    lora: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "use_dora": True}
+    model = folder
+    if where == "stored":
+        load(folder, {"bits": 8}).model.save_pretrained(tmp_path)
+        model = tmp_path
+    if where == "resumed":
+        load(folder, {"bits": 4}, lora=lora).model.save_pretrained(tmp_path)
+        lora = {"adapter": str(tmp_path)}
+    with pytest.raises(llmload.PlanError, match="loses the scales of each weight that DoRA looks"):
+        load(model, {"bits": 8}, lora=lora)
+
+
+def test_it_is_refused_for_what_peft_really_does(folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = load(folder, {"bits": 8}).model
+    plain = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
+    plain(torch.tensor([[5, 6]]))
+    with pytest.raises(AttributeError):
+        plain(torch.tensor([[5, 6]]))
+
+
+def test_dora_on_what_stays_in_full_precision_beside_8_bits_is_not_refused(folder: Path) -> None:
+    lora = {"r": 2, "target_modules": ["q_proj"], "use_dora": True}
+    model = load(folder, {"bits": 8, "skip_modules": ["q_proj"]}, lora=lora).model
+    for _ in range(2):
+        model(torch.tensor([[5, 6]]))
 
 
 def test_dora_on_a_folder_that_holds_4_bits(folder: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from llmload.plugin import (
     Problem,
     dtype_name,
     in_one_line,
+    installed_transformers,
     version_of,
 )
 
@@ -114,8 +115,6 @@ def _beyond_linear_layers(ctx: LoadContext) -> Iterator[Problem]:
     from torch.nn.modules.conv import _ConvNd
     from transformers.pytorch_utils import Conv1D
 
-    from llmload.plugin import installed_transformers
-
     usual = (nn.Linear, Conv1D, nn.Embedding, _ConvNd)
     tied = installed_transformers().tied_names(ctx.blank)
     left: dict[str, int] = {}
@@ -154,8 +153,6 @@ def _described(ctx: LoadContext, section: KbitSection) -> str:
 def backend() -> Iterator[Problem]:
     """Yield why transformers takes no bitsandbytes here."""
     from transformers.integrations import validate_bnb_backend_availability
-
-    from llmload.plugin import installed_transformers
 
     try:
         validate_bnb_backend_availability(raise_exception=True)
@@ -229,6 +226,47 @@ def adapter(section: KbitSection, dtype: str) -> Iterator[Problem]:
         )
 
 
+def dora(ctx: LoadContext, section: KbitSection, fields: Mapping[str, Any]) -> Iterator[Problem]:
+    """Refuse DoRA on 8-bit layers where they compute on the CPU.
+
+    It looks at each weight in its forward; of one on the CPU, PEFT's ``dequantize_module_weight``
+    puts a copy in its place (``weight.to(device)``), which has lost its scales.
+    """
+    targets = fields.get("target_modules")
+    left = [*section.skip_modules, *installed_transformers().modules_left_unquantised(ctx.blank)]
+    untouched = isinstance(targets, list) and set(targets) <= set(left)
+    if fields.get("use_dora") and _bits(ctx, section) == 8 and _on_cpu(ctx) and not untouched:
+        yield Problem(
+            where="lora.use_dora",
+            message=f"DoRA on 8-bit layers works for one forward pass on the CPU: there peft"
+            f" {version_of('peft')} loses the scales of each weight that DoRA looks at, and the"
+            " second forward fails",
+            fix="Use `kbit: {bits: 4}`, LoRA without `use_dora`, or an accelerator.",
+        )
+
+
+def _on_cpu(ctx: LoadContext) -> bool:
+    """Say whether the quantised layers compute on the CPU, by the spec or for want of all else."""
+    asked = ctx.spec.device_map
+    if isinstance(asked, Mapping):
+        return "cpu" in asked.values()
+    return asked == "cpu" or _accelerators() == 0
+
+
+def _accelerators() -> int:
+    import torch
+
+    return torch.cuda.device_count() + torch.xpu.device_count()
+
+
+def _bits(ctx: LoadContext, section: KbitSection) -> int:
+    """Return the bits of the quantised weights: as stored, else as asked."""
+    stored = stored_quantisation(ctx)
+    if stored is None:
+        return section.bits
+    return 8 if stored.get("load_in_8bit") else 4
+
+
 def _deepspeed(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
     """DeepSpeed 0.19 takes codes stored as floating point for values: it casts them to its dtype.
 
@@ -238,9 +276,8 @@ def _deepspeed(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
     if not who:
         return
     stored = stored_quantisation(ctx)
-    bits, as_dtype = section.bits, section.quant_storage
+    bits, as_dtype = _bits(ctx, section), section.quant_storage
     if stored is not None:
-        bits = 8 if stored.get("load_in_8bit") else 4
         as_dtype = stored.get("bnb_4bit_quant_storage")
     if bits == 8 and partitioned(ctx):
         yield Problem(

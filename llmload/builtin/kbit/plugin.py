@@ -8,7 +8,7 @@ the section says, and no further.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +69,12 @@ class KbitPlugin:
         ctx.placed_by = self.name
 
     @hookimpl
-    def check_lora(self, ctx: LoadContext, section: Any) -> Iterator[Problem]:
-        """Hold the adapter's dtype to the preparation that was asked for."""
+    def check_lora(
+        self, ctx: LoadContext, section: Any, fields: Mapping[str, Any]
+    ) -> Iterator[Problem]:
+        """Hold the adapter to the preparation and the bits that were asked for."""
         yield from check.adapter(ctx.section(KbitSection), section.adapter_dtype)
+        yield from check.dora(ctx, ctx.section(KbitSection), fields)
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> AbstractContextManager[None] | None:
