@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hub_server import COMMIT, Hub, serving
 
+import llmload
 from llmload.testing import tiny_llama
 
 STEPS = """
@@ -36,6 +37,7 @@ for name, action, spec in json.loads(sys.argv[1]):
         elif action == "load":
             answer |= {"loader": found.report.loader, "class": type(found.model).__name__}
             answer |= {"parameters": found.report.parameters}
+            answer |= {"adapted": sum("lora_" in n for n, _ in found.model.named_parameters())}
         else:
             answer["members"] = list(found)
     except llmload.LlmloadError as error:
@@ -87,6 +89,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
             "org/tuned": tuned,
             "org/pickle": _pickled(tmp, other),
             "org/withheld": other,
+            "org/adapter": _adapter(tmp, plain, "adapter"),
+            "org/second": _adapter(tmp, plain, "second"),
+            "org/wicked": _adapter(tmp, plain, "wicked", auto_mapping={"__class__": "x"}),
         }
         served.withheld = {"org/withheld/model.safetensors"}
         yield served
@@ -108,6 +113,18 @@ def _with_code(tmp: Path, model: Path, name: str) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def _adapter(tmp: Path, model: Path, name: str, **config: Any) -> Path:
+    """An adapter as a Trainer pushes it: with a tokenizer, an older checkpoint and a pickle."""
+    result = llmload.load({"model": str(model), "lora": {"r": 2, "init_lora_weights": False}})
+    result.model.save_pretrained(tmp / name)
+    for file in ("adapter_model.bin", "training_args.bin", "tokenizer.json", "README.md"):
+        (tmp / name / file).write_bytes(b"x" * 5000)
+    shutil.copytree(tmp / name, tmp / name / "checkpoint-5")
+    content = json.loads((tmp / name / "adapter_config.json").read_text()) | config
+    (tmp / name / "adapter_config.json").write_text(json.dumps(content))
+    return tmp / name
 
 
 def _pickled(tmp: Path, model: Path) -> Path:
@@ -140,6 +157,8 @@ def told(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     nothing, local = tmp_path_factory.mktemp("nothing"), str(hub.repositories["org/tuned"])
     plain, wrong = {"model": "org/plain"}, {"lora": {"target_modules": ["query"]}}
     policy = {"model": "org/other", "trainable": True}
+    at_commit = {"adapter": "org/adapter", "adapter_revision": COMMIT}
+    inner = {"model": "org/inner", "subfolder": "actor", "tokenizer": {"name_or_path": "org/plain"}}
     group = {"models": {"policy": policy, "reference": {"like": "policy", "trainable": False}}}
     wrong_group = {"models": {"good": policy, "bad": {"like": "good", **wrong}}}
     online = _ask(
@@ -163,6 +182,19 @@ def told(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             ("code untrusted", "load", {"model": "org/tuned"}),
             ("code", "load", {"model": "org/own"} | TRUSTED),
             ("code elsewhere", "load", {"model": "org/tuned"} | TRUSTED),
+            ("adapter", "plan", plain | {"lora": {"adapter": "org/adapter"}}),
+            ("adapter loaded", "load", plain | {"lora": {"adapter": "org/adapter"}}),
+            ("adapter at a commit", "load", plain | {"lora": at_commit}),
+            ("adapters", "load", plain | {"lora": {"merge_first": ["org/second"], **at_commit}}),
+            (
+                "adapter, no revision",
+                "plan",
+                plain | {"lora": at_commit | {"adapter_revision": "v3"}},
+            ),
+            ("adapter, nobody's", "plan", plain | {"lora": {"adapter": "org/nobodys"}}),
+            ("adapter, a model", "plan", plain | {"lora": {"adapter": "org/other"}}),
+            ("adapter, wicked", "plan", plain | {"lora": {"adapter": "org/wicked"}}),
+            ("adapter in a folder", "plan", inner | {"lora": {"adapter": "org/adapter"}}),
         ],
     )
     offline = _ask(
@@ -174,6 +206,9 @@ def told(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             ("offline, code", "load", {"model": "org/own"} | TRUSTED),
             ("offline, code elsewhere", "load", {"model": "org/tuned"} | TRUSTED),
             ("offline, nothing there", "plan", {"model": "gpt2"}),
+            ("offline, adapter", "load", plain | {"lora": {"adapter": "org/adapter"}}),
+            ("offline, at a commit", "load", plain | {"lora": at_commit}),
+            ("offline, no adapter", "load", plain | {"lora": {"adapter": "org/wanting"}}),
             ("offline, no code", "load", {"model": local, "cache_dir": str(nothing)} | TRUSTED),
         ],
         HF_HUB_OFFLINE="1",
@@ -318,3 +353,43 @@ def test_a_download_that_was_killed_is_not_taken_for_whole(hub: Hub, tmp_path: P
     assert "error" in offline["load"]
     again = _ask(hub, tmp_path, steps)
     assert again["load"]["class"] == "LlamaForCausalLM"
+
+
+def test_an_adapter_of_the_hub_is_fetched_and_nothing_beside_it(
+    hub: Hub, told: dict[str, Any]
+) -> None:
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    folder = hub.repositories["org/adapter"]
+    planned = {name: count for name, count in told["adapter"]["sent"].items() if "adapter" in name}
+    assert planned == {f"org/adapter/{name}": (folder / name).stat().st_size for name in names}
+    assert told["adapter"]["errors"] == []
+    for name in ("adapter loaded", "adapter at a commit", "adapters"):
+        assert told[name].get("adapted"), told[name]
+    assert not any(name.startswith("org/adapter/") for name in told["adapter loaded"]["sent"])
+    assert told["adapter in a folder"].get("errors") == [], told["adapter in a folder"]
+
+
+def test_what_is_no_adapter_of_the_hub_is_told_under_its_key(told: dict[str, Any]) -> None:
+    assert told["adapter, no revision"]["errors"] == [
+        "lora.adapter: the hub repository 'org/adapter' has no revision 'v3'. Give a branch, tag or"
+        " commit of the repository."
+    ]
+    assert told["adapter, nobody's"]["errors"] == [
+        "lora.adapter: neither a folder nor a hub repository is called 'org/nobodys'. Check the id,"
+        " or log in with `hf auth login` if it is private."
+    ]
+    (error,) = told["adapter, a model"]["errors"]
+    assert "holds no adapter_config.json" in error
+    (error,) = told["adapter, wicked"]["errors"]
+    assert "by which a model folder can make code run" in error
+
+
+def test_an_adapter_that_was_fetched_once_is_enough_without_a_network(
+    told: dict[str, Any],
+) -> None:
+    for name in ("offline, adapter", "offline, at a commit"):
+        assert told[name].get("adapted"), told[name]
+    assert told["offline, no adapter"]["error"].startswith(
+        "lora.adapter: 'org/wanting' is not a folder, and the hub repository of that name is"
+        " neither in the cache nor could it be fetched"
+    )

@@ -80,7 +80,13 @@ VALUES: dict[str, list[Any]] = {
     "finetuning_type": ["lora", "full", "freeze"],
     "tuner_type": ["lora", "full"],
     "train_type": ["lora", "full"],
-    "adapter_name_or_path": [f"{HERE}/adapter"],
+    "adapter_name_or_path": [
+        f"{HERE}/adapter",
+        [f"{HERE}/adapter"],
+        [f"{HERE}/adapter", f"{HERE}/adapter"],
+        f"{HERE}/adapter,{HERE}/adapter",
+        [],
+    ],
     "lora_model_dir": [f"{HERE}/adapter"],
     "lora_alpha": [16, 16.0],
     "lora.alpha": [16],
@@ -202,6 +208,25 @@ def test_the_advice_for_a_key_of_another_tool_loads(theirs: str, value: Any, her
     assert plan.errors == [], fix
     if "zero3" not in keys or keys["zero3"].get("stage") == 0:
         llmload.load(spec)
+
+
+@pytest.mark.parametrize("theirs", [key for key, s in SPELLINGS.items() if s.instead])
+def test_what_stands_there_instead_of_a_key_is_a_key_that_loads_or_none(
+    theirs: str, here: Path
+) -> None:
+    fix = unknown_key((theirs,), True, [], {}, SPELLINGS).fix
+    written = [yaml.safe_load(text) for text in re.findall(r"`([^`]+: [^`]+)`", fix)]
+    assert written or fix.startswith(("Remove it", "Write its settings into `kbit`")), fix
+    for keys in written:
+        if keys != {"allow_pickle": True}:  # which changes nothing here
+            llmload.load({"model": str(here / "model"), **keys})
+
+
+def test_of_several_adapters_the_last_is_resumed_and_those_before_it_are_merged() -> None:
+    for value in (["a", "b", "c"], "a,b,c"):
+        assert unknown_key(("adapter_name_or_path",), value, [], {}, SPELLINGS).fix == (
+            "Write `lora: {merge_first: [a, b], adapter: c}`."
+        )
 
 
 @pytest.mark.parametrize("theirs", [key for key, s in SPELLINGS.items() if not s.instead])

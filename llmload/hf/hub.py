@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ _CODE: Final = "*.py"
 _SHOWN: Final = 5
 
 
-def snapshot(spec: LoadSpec, *, weights: bool) -> Path:
+def snapshot(spec: LoadSpec, *, weights: bool, files: Sequence[str] | None = None) -> Path:
     """Return the folder of a hub repository's snapshot, with what the load needs.
 
     Fetched are configs and tokenizer, the code where it is trusted, and of the weights just the
@@ -34,6 +34,7 @@ def snapshot(spec: LoadSpec, *, weights: bool) -> Path:
     has to do: what is missing there is found when it is looked for.
 
     :param weights: fetch the weights too.
+    :param files: fetch these, as far as they are there, in place of configs, tokenizer and code.
     :raises CheckpointError: the hub does not have it, or neither hub nor cache can give it.
     """
     from huggingface_hub.errors import (
@@ -45,8 +46,8 @@ def snapshot(spec: LoadSpec, *, weights: bool) -> Path:
     )
 
     try:
-        metadata = [*_METADATA, *([_CODE] if spec.trust_remote_code else [])]
-        folder = _fetch(spec, metadata, below=False)
+        small = [*_METADATA, *([_CODE] if spec.trust_remote_code else [])]
+        folder = _fetch(spec, small if files is None else files, below=False)
         for names in _weights(folder / (spec.subfolder or ""), spec) if weights else ():
             folder = _fetch(spec, names, below=True)
         return folder
@@ -139,7 +140,7 @@ def fetch_code(repository: str, spec: LoadSpec) -> None:
         )
 
 
-def _fetch(spec: LoadSpec, names: list[str], *, below: bool) -> Path:
+def _fetch(spec: LoadSpec, names: Sequence[str], *, below: bool) -> Path:
     """Fetch files of the model's own folder.
 
     :param below: also of folders in it, which patterns would match too (``original/``, ``onnx/``).

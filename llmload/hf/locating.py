@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +53,11 @@ def resolve(spec: LoadSpec, *, weights: bool) -> Path:
     return folder
 
 
-def locate(spec: LoadSpec, *, weights: bool) -> Path:
+def locate(spec: LoadSpec, *, weights: bool, files: Sequence[str] | None = None) -> Path:
     """Return the folder that ``spec.model`` names, whatever it holds, or the hub's snapshot.
 
+    :param weights: fetch the weight files too.
+    :param files: of the hub fetch these alone, in place of configs and tokenizer.
     :raises CheckpointError: the folder does not exist; the hub does not have the repository or
         cannot be reached.
     """
@@ -81,7 +83,7 @@ def locate(spec: LoadSpec, *, weights: bool) -> Path:
             )
         )
     if _is_hub_id(str(spec.model)):
-        return hub.snapshot(spec, weights=weights)
+        return hub.snapshot(spec, weights=weights, files=files)
     raise CheckpointError(
         Problem(
             where="model",

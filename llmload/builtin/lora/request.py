@@ -119,7 +119,8 @@ def _resolved(ctx: LoadContext, section: LoraSection, role: str = "adapter") -> 
     given = section.given()
     base: dict[str, Any] = {}
     if section.adapter is not None:
-        adapter = saved.open_adapter(section.adapter, section.key_map, ctx.spec.key_rules)
+        folder = saved.locate(section.adapter, section.adapter_revision, ctx.spec)
+        adapter = saved.open_adapter(folder, section.key_map, ctx.spec.key_rules)
         ctx.files.adopt(role, adapter.files)
         base = adapter.fields
         _refuse_contradictions(given, base, f"the adapter in {section.adapter!r}")

@@ -24,11 +24,14 @@ from llmload.plugin import (
     explain,
     hold_adapter,
     local_path,
+    locate_files,
     unwrapped,
 )
 
 if TYPE_CHECKING:
     import torch
+
+    from llmload.plugin import LoadSpec
 
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
@@ -101,22 +104,47 @@ class _Config(NamedTuple):
     merged_first: tuple[str, ...]
 
 
+def locate(path: str, revision: str | None, spec: LoadSpec) -> Path:
+    """Return the folder of a saved adapter, or the snapshot of its hub repository.
+
+    Fetched are its configuration and its weights, for a plan too: an adapter is small.
+
+    :param spec: says which cache is used, and whether the hub is asked.
+    :raises CheckpointError: there is no such folder and no such repository.
+    """
+    folder = local_path(path, "lora.adapter")
+    if folder.exists() and not folder.is_dir():
+        raise _refusal(
+            f"{path!r} is a file, and a saved adapter is a folder",
+            f"Give the folder that holds {CONFIG}.",
+        )
+    if not folder.is_dir() and (path.count("/") > 1 or path.startswith((".", "~", "/"))):
+        raise _refusal(
+            f"the adapter folder {path!r} does not exist",
+            "Give a folder written by save_pretrained of a PeftModel, or a hub id.",
+        )
+    place = {"model": path, "revision": revision, "subfolder": None}
+    try:
+        return locate_files(spec.model_copy(update=place), weights=False, files=(CONFIG, WEIGHTS))
+    except CheckpointError as error:
+        keys = {"model": "lora.adapter", "revision": "lora.adapter_revision"}
+        raise CheckpointError(
+            problem.model_copy(update={"where": keys.get(problem.where, problem.where)})
+            for problem in error.problems
+        ) from None
+
+
 def open_adapter(
-    path: str, key_map: Mapping[str, str] = MappingProxyType({}), key_rules: Sequence[str] = ()
+    folder: Path, key_map: Mapping[str, str] = MappingProxyType({}), key_rules: Sequence[str] = ()
 ) -> SavedAdapter:
-    """Describe the adapter at ``path``, reading its configuration and headers.
+    """Describe the adapter in ``folder``, reading its configuration and headers.
 
     :param key_map: the section's, applied to the adapter's keys first.
     :param key_rules: the spec's; those that undo wrappers hold for the adapter's keys too.
-    :raises CheckpointError: the folder or a file is missing, damaged, no LoRA, or made by a PEFT
+    :raises CheckpointError: a file is missing, damaged, no LoRA, or made by a PEFT
         that knows more than this one.
     """
-    folder = local_path(path, "lora.adapter")
-    if not folder.is_dir():
-        raise _refusal(
-            f"the adapter folder {path!r} does not exist",
-            "Give a folder written by save_pretrained of a PeftModel.",
-        )
+    path = str(folder)
     files = UntrustedFolder(folder)
     config = _read_config(files)
     if not files.holds(WEIGHTS):

@@ -22,6 +22,7 @@ OWN_FIELDS: Final = frozenset(
         "adapter",
         "adapter_dtype",
         "adapter_name",
+        "adapter_revision",
         "key_map",
         "lora_config",
         "merge",
@@ -279,14 +280,17 @@ class LoraSection(Section):
     """Where the saved adapter finds a base class that is not transformers'."""
 
     adapter: Annotated[str, Field(min_length=1)] | None = None
-    """Folder of a saved adapter to resume; its ``adapter_config.json`` is the configuration."""
+    """Folder or hub id of a saved adapter to resume; its ``adapter_config.json`` is the
+    configuration."""
+    adapter_revision: str | None = None
+    """Branch, tag or commit, where ``adapter`` is a hub id."""
     merge: bool = False
     """Add the ``adapter`` to the weights of its base and hand out the plain model, all frozen."""
     merge_first: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=_MOST_MERGED)
     ] = ()
-    """Folders of saved adapters that are merged into the base one after the other, before the
-    section's own adapter is made, resumed or merged."""
+    """Folders or hub ids of saved adapters that are merged into the base one after the other,
+    before the section's own adapter is made, resumed or merged."""
     key_map: Annotated[Mapping[Regex, str], AfterValidator(replacements)] = {}
     """Renames the keys of the saved ``adapter``: regular expression to replacement, as in
     ``re.sub``, one after the other. One that matches no key is an error."""
@@ -317,6 +321,11 @@ class LoraSection(Section):
             raise InvalidValueError(
                 "`key_map` renames the keys of a saved adapter, and none is named",
                 fix="Set `adapter` to its folder, or write the spec's own `key_map` for the model.",
+            )
+        if self.adapter_revision is not None and self.adapter is None:
+            raise InvalidValueError(
+                "`adapter_revision` is for a saved adapter, and none is named",
+                fix="Set `adapter` to its hub id, or `revision` beside `lora` for the model.",
             )
         if self.ensure_weight_tying and self.tied_weights is not None:
             raise InvalidValueError(

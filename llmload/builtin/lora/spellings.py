@@ -23,10 +23,13 @@ def _is_lora(value: object) -> object:
     return Removal.DEFAULT if value == "full" else Removal.UNKNOWN
 
 
-def _first(value: object) -> object:
-    """Take the one path out of a list of one."""
+def _adapters(value: object) -> object:
+    """Of several, all but the last are merged before that one is resumed."""
     paths = listed(value)
-    return paths[0] if isinstance(paths, list) and len(paths) == 1 else value
+    if not isinstance(paths, list) or not paths:
+        return Removal.DEFAULT if isinstance(paths, list) else value
+    *before, last = paths
+    return Keys({"lora": {"merge_first": before, "adapter": last}}) if before else last
 
 
 def _initial(value: object) -> object:
@@ -41,7 +44,7 @@ SPELLINGS: Final[Mapping[str, Spelling]] = {
     "finetuning_type": Spelling("LLaMA-Factory", "lora", _is_lora),
     "tuner_type": Spelling("ms-swift", "lora", _is_lora),
     "train_type": Spelling("ms-swift", "lora", _is_lora),
-    "adapter_name_or_path": Spelling("LLaMA-Factory", "lora.adapter", _first),
+    "adapter_name_or_path": Spelling("LLaMA-Factory", "lora.adapter", _adapters),
     "lora_model_dir": Spelling("axolotl", "lora.adapter"),
     "r": Spelling("PEFT", "lora.r"),
     "lora_r": Spelling("TRL and axolotl", "lora.r"),

@@ -51,9 +51,8 @@ def find(text: str | None, ctx: LoadContext) -> str | None:
             " called so"
         )
     try:
-        folder = locate_files(
-            ctx.spec.model_copy(update={"model": text, "revision": None}), weights=False
-        )
+        place = {"model": text, "revision": None, "subfolder": None}
+        folder = locate_files(ctx.spec.model_copy(update=place), weights=False)
     except CheckpointError as error:
         raise RequestError(p.model_copy(update={"where": _WHERE}) for p in error.problems) from None
     return _of_tokenizer(folder, ctx)

@@ -41,7 +41,7 @@ def locate(ctx: LoadContext, section: TokenizerSection) -> Path:
                 where="tokenizer.revision",
             )
         return ctx.folder
-    place = {"model": section.name_or_path, "revision": section.revision}
+    place = {"model": section.name_or_path, "revision": section.revision, "subfolder": None}
     try:
         folder = locate_files(ctx.spec.model_copy(update=place), weights=False)
         files = ctx.files.adopt("tokenizer", UntrustedFolder(folder))
