@@ -121,7 +121,7 @@ def locate(path: str, revision: str | None, spec: LoadSpec) -> Path:
     if not folder.is_dir() and (path.count("/") > 1 or path.startswith((".", "~", "/"))):
         raise _refusal(
             f"the adapter folder {path!r} does not exist",
-            "Give a folder written by save_pretrained of a PeftModel, or a hub id.",
+            "Give a folder written by save_pretrained of a PeftModel.",
         )
     place = {"model": path, "revision": revision, "subfolder": None}
     try:
