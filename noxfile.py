@@ -26,6 +26,7 @@ SWEEPS = (
     "tests/test_streaming_architectures.py",
 )
 RLHF = "plugins/llmload-rlhf"
+FSDP = "plugins/llmload-fsdp"
 EXAMPLES = sorted(map(str, Path("examples/plugins").glob("llmload-*")))
 HOST_TESTS = (
     "tests/test_cli.py",
@@ -137,6 +138,14 @@ def rlhf(session: nox.Session) -> None:
     """The plugin distribution ``llmload-rlhf`` beside the built core, as a user installs both."""
     session.install("-c", MODERN, *GROUPS["test"], ".[hf,deepspeed]", f"./{RLHF}")
     _pytest_rlhf(session)
+
+
+@nox.session
+def fsdp(session: nox.Session) -> None:
+    """The plugin distribution ``llmload-fsdp`` beside the built core, as a user installs both."""
+    session.install("-c", MODERN, *GROUPS["test"], ".[hf,bitsandbytes]", f"./{FSDP}")
+    with session.chdir(FSDP):
+        session.run("pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
 
 
 def _pytest(session: nox.Session, name: str, *chosen: str) -> None:

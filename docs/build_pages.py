@@ -33,6 +33,7 @@ PAGES: Final = {
     "benchmarks/results/simulated.md": "simulated.md",
     "examples/README.md": "examples.md",
     "examples/plugins/README.md": "example-plugins.md",
+    "plugins/llmload-fsdp/README.md": "llmload-fsdp.md",
     "plugins/llmload-rlhf/README.md": "llmload-rlhf.md",
 }
 """Files outside ``docs/`` that are pages of the site -> where."""

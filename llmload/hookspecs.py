@@ -97,6 +97,7 @@ way of one load::
               load          loaders, in order             the first that does not decline
               post_load     each plugin, in order         sees the model the previous one left
               wrap_adapter  in order                      the first that does not decline
+              distribute    each plugin, in order         spreads the finished model
                                                           contexts left, in reverse
     proof     audit         each plugin, in order         Problems
     refused   stopped       plugins that the spec names   instead of their init_context
@@ -397,7 +398,7 @@ def init_context(ctx: LoadContext) -> AbstractContextManager[Any] | None:
     """Prepare the ground before anything is built.
 
     Called for each plugin in order. What is returned is entered at once on the load's ExitStack and
-    left in reverse order after ``wrap_adapter``, whatever happens, Ctrl-C included: before ``load``
+    left in reverse order after ``distribute``, whatever happens, Ctrl-C included: before ``load``
     returns or raises every context is closed, so that the next model is unaffected. ``ctx.config``
     may be changed here: it belongs to this load alone and the model is built from it. What must
     live as long as the model goes through ``ctx.keep_alive``.
@@ -472,7 +473,8 @@ def post_load(ctx: LoadContext, model: nn.Module) -> nn.Module:
     the meta device for the plan. Parameters that are new, or no longer have their values from the
     checkpoint, are listed in ``ctx.newly_initialised``.
 
-    Under ZeRO-3 a parameter is empty here and its values lie in parts on all ranks. What works for
+    Under ZeRO-3 a parameter is empty here and its values lie in parts on all ranks; under another
+    plugin that splits it may have its shape, and no values either. What works for
     whole and partitioned models alike is in ``llmload.plugin.partitions``: sizes, a new module's
     parameters (``split``), values from a state dict, and all values for a block (``whole``).
 
@@ -505,7 +507,7 @@ def post_load(ctx: LoadContext, model: nn.Module) -> nn.Module:
 def wrap_adapter(ctx: LoadContext, model: nn.Module) -> nn.Module | Decline:
     """Put an adapter around the finished base model.
 
-    Called last, in plan order; the first plugin that does not decline wins, so a model gets one
+    Called in plan order; the first plugin that does not decline wins, so a model gets one
     adapter system. Rehearsed on the meta device for the plan. An adapter that is not PEFT's states
     ``ctx.adapter_switch``, so that a policy's reference can be the model without it.
 
@@ -534,6 +536,37 @@ def wrap_adapter(ctx: LoadContext, model: nn.Module) -> nn.Module | Decline:
 
                 section = ctx.section(self.Section)
                 return get_peft_model(model, IA3Config(**section.model_dump()))
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def distribute(ctx: LoadContext, model: nn.Module) -> nn.Module:
+    """Spread the finished model over processes or devices, or move it as a whole.
+
+    Called for each plugin in order once nothing is added any more: embeddings are resized, heads
+    and adapters are there, what is frozen is frozen. Not rehearsed: names, shapes, dtypes and
+    ``requires_grad`` stay as they are, and a parameter that has another name afterwards is an
+    error. It may be another object, as torch's ``DTensor`` is; what is known of it follows it.
+
+    :param ctx: the load.
+    :param model: the finished model, all of it.
+    :returns: the same or a replacement module. ``None`` is a forgotten ``return`` and an error that
+        names the plugin.
+
+    Example: weights that processes started by ``torch.multiprocessing`` use without a copy::
+
+        import llmload
+
+        class SharedMemory:
+            name = "shared_memory"
+
+            class Section(llmload.Section):
+                pass
+
+            @llmload.hookimpl
+            def distribute(self, ctx, model):
+                return model.share_memory()
     """
     raise NotImplementedError
 
@@ -612,7 +645,7 @@ def stopped(asked: Mapping[str, Any], error: BaseException) -> None:
     raise NotImplementedError
 
 
-SPINE = ("init_context", "load", "post_load", "wrap_adapter")
+SPINE = ("init_context", "load", "post_load", "wrap_adapter", "distribute")
 HELPERS = (
     "started",
     "diagnose",

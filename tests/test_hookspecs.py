@@ -208,6 +208,12 @@ def test_example_of_wrap_adapter_refuses_a_second_adapter_system(folder: Path) -
     )
 
 
+def test_example_of_distribute_moves_the_finished_model_to_shared_memory(folder: Path) -> None:
+    result = load_with_example("distribute", folder, shared_memory={}, lora={})
+    assert all(parameter.is_shared() for parameter in result.model.parameters())
+    assert set(result.report.newly_initialised) == set(result.plan.new_parameters)
+
+
 def test_example_of_audit_refuses_weights_that_are_not_finite(folder: Path) -> None:
     class Poison:
         name = "poison"

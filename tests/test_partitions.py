@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from llmload.errors import CheckpointError
 from llmload.model import partitions
+from llmload.testing import run_on_ranks
 
 
 class Tied(nn.Module):
@@ -18,6 +21,76 @@ class Tied(nn.Module):
         self.head.weight = self.embed.weight
         self.register_buffer("seen", torch.zeros(2))
         self.register_buffer("scratch", torch.zeros(2), persistent=False)
+
+
+class Halved:
+    """A part as a plugin keeps it, of ranks that are all this process."""
+
+    group: Any = None
+    device = torch.device("cpu")
+
+    def __init__(self, whole: torch.Tensor) -> None:
+        self.all = whole.flatten()
+        self.part, self.start = self.all[self.all.numel() // 2 :].clone(), self.all.numel() // 2
+        self.shape = whole.shape
+
+    def gather(self) -> torch.Tensor:
+        return torch.cat([self.all[: self.start], self.part]).view(self.shape)
+
+    def split(self, parameters: Any) -> None:
+        for parameter in parameters:
+            parameter.parted = Halved(parameter.detach())
+            parameter.data = torch.full((1,), torch.nan).expand(parameter.shape)
+
+
+def halved() -> nn.Linear:
+    model = nn.Linear(4, 3, bias=False)
+    Halved(model.weight.detach()).split([model.weight])
+    return model
+
+
+def test_a_parameter_that_carries_its_part_has_its_shape_and_is_whole_for_a_block() -> None:
+    model: Any = halved()
+    assert partitions.is_partitioned(model.weight)
+    assert (partitions.shape(model.weight), partitions.elements(model.weight)) == ((3, 4), 12)
+    part, start = partitions.held(model.weight) or (None, 0)
+    assert (part.numel(), start) == (6, 6)
+    with partitions.whole([model.weight]):
+        assert not partitions.is_partitioned(model.weight)
+        model.weight.data = torch.arange(16.0).view(4, 4)
+    assert partitions.shape(model.weight) == (4, 4)
+    part, start = partitions.held(model.weight)
+    assert part.tolist() == list(range(8, 16))
+
+
+def test_a_state_dict_is_copied_into_the_parts_that_parameters_carry() -> None:
+    model: Any = halved()
+    partitions.load_state_dict(model, {"weight": torch.arange(12.0).view(3, 4)})
+    assert model.weight.parted.part.tolist() == list(range(6, 12))
+    assert model.weight.isnan().all()
+
+
+def spread() -> list[Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    value = torch.arange(12.0).view(3, 4)
+    found: list[Any] = []
+    for placement in (Shard(0), Shard(1), Replicate()):
+        tensor = distribute_tensor(value, mesh, [placement])
+        held = partitions.held(tensor)
+        assert partitions.is_partitioned(tensor)
+        assert partitions.shape(tensor) == (3, 4)
+        found.append(None if held is None else (held[0].tolist(), held[1]))
+    return found
+
+
+def test_the_rows_of_a_dtensor_are_what_is_held_and_columns_are_not_one_piece() -> None:
+    first, second = run_on_ranks(spread)
+    everything = ([float(number) for number in range(12)], 0)
+    assert first == [(everything[0][:8], 0), None, everything]
+    assert second == [(everything[0][8:], 8), None, everything]
 
 
 def test_new_module_beside_a_whole_model_stays_as_it_is() -> None:

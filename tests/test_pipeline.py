@@ -150,7 +150,7 @@ def test_a_hook_that_cannot_be_rehearsed_is_a_warning_and_promises_nothing(folde
 # --- contracts of the hooks ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hook", ["load", "post_load", "wrap_adapter"])
+@pytest.mark.parametrize("hook", ["load", "post_load", "wrap_adapter", "distribute"])
 def test_a_forgotten_return_is_an_error_that_names_the_plugin(folder: Path, hook: str) -> None:
     def forgets(ctx: Any, model: Any = None) -> None: ...
 
@@ -159,12 +159,40 @@ def test_a_forgotten_return_is_an_error_that_names_the_plugin(folder: Path, hook
         allowed = "a module or llmload.Decline(reason)"
     else:
         faulty = plugin("forgetful", hook, lambda ctx, model: None)
-        allowed = "the module" if hook == "post_load" else "a module or llmload.Decline(reason)"
+        changes = hook in ("post_load", "distribute")
+        allowed = "the module" if changes else "a module or llmload.Decline(reason)"
     with pytest.raises((PluginError, llmload.PlanError)) as caught:
         load_with(folder, faulty)
     assert str(caught.value).removeprefix("plugin 'forgetful': ") == (
         f"plugin 'forgetful' (given as an object) returned nothing from {hook}, which must return"
         f" {allowed}. A forgotten `return model` is the usual cause."
+    )
+
+
+def test_what_is_known_of_parameters_follows_those_that_take_their_place(folder: Path) -> None:
+    def replace(ctx: Any, model: Any) -> Any:
+        for module in model.modules():
+            for name, old in list(module.named_parameters(recurse=False)):
+                new = torch.nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+                module.register_parameter(name, new)
+        return model
+
+    plain = load_with(folder, lora={})
+    result = load_with(folder, plugin("copies", "distribute", replace), lora={})
+    assert result.report.newly_initialised == plain.report.newly_initialised
+    assert result.report.compared == plain.report.compared > 0
+
+
+def test_a_plugin_that_renames_parameters_in_distribute_is_named(folder: Path) -> None:
+    def rename(ctx: Any, model: Any) -> Any:
+        return torch.nn.Sequential(model)
+
+    with pytest.raises(PluginError) as caught:
+        load_with(folder, plugin("renames", "distribute", rename))
+    assert str(caught.value) == (
+        "plugin 'renames' (given as an object) changed names or shapes of '0.lm_head.weight',"
+        " '0.model.embed_tokens.weight', '0.model.layers.0.input_layernorm.weight' and 43 more in"
+        " distribute. What changes them belongs into post_load, which is rehearsed for the plan."
     )
 
 

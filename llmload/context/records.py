@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmload.errors import Line
 
 if TYPE_CHECKING:
-    from torch import nn
+    import torch
     from transformers import PretrainedConfig
 
     from llmload.context.switch import AdapterSwitch
@@ -84,7 +84,7 @@ class Records:
     """What has to live as long as the model. Written by ``keep_alive``; read by the host."""
     read: set[str] = field(default_factory=set)
     """Claimed keys whose values were read. Written by ``read``; read by ``unused``."""
-    filled: dict[int, nn.Parameter] = field(default_factory=dict)
+    filled: dict[int, torch.Tensor] = field(default_factory=dict)
     """Parameters that a plugin filled from the checkpoint, by identity. Written by
     ``from_checkpoint``; read by the host."""
     probed: ProbeResult | None = None

@@ -269,6 +269,10 @@ class Compared:
             return None
         return held[0]
 
+    def follow(self, moved: Mapping[int, torch.Tensor]) -> None:
+        """Look from here on at what took the place of tensors, by their identities."""
+        self._tensors = {name: moved.get(id(t), t) for name, t in self._tensors.items()}
+
     def handed_out(self, model: nn.Module) -> tuple[int, list[str]]:
         """Count the tensors that the finished model has as they are stored, and say so.
 
@@ -311,7 +315,7 @@ _NUMBERS = {
 """Attribute of plan and report alike -> what it counts."""
 
 
-def kept_apart(plan: Plan, base: nn.Module) -> list[nn.Parameter]:
+def kept_apart(plan: Plan, base: nn.Module) -> list[torch.Tensor]:
     """Return the parameters that the plan counts as tied and the loader left with values of their
     own, because the checkpoint holds others for them. Headers do not tell that."""
     if not plan.tied:
@@ -339,7 +343,7 @@ def saved_by_others(ctx: LoadContext, model: nn.Module) -> int:
 
 
 def hold_to_numbers(
-    plan: Plan, report: Report, apart: Sequence[nn.Parameter], unforeseen: int
+    plan: Plan, report: Report, apart: Sequence[torch.Tensor], unforeseen: int
 ) -> list[str]:
     """Hold every number of the report against the plan's.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from llmload.errors import Decline, LlmloadError, LoadFailedError, Note, PluginError, Problem
+from llmload.errors import Decline, LlmloadError, LoadFailedError, Note, PluginError, Problem, some
 from llmload.loading import room
+from llmload.model import partitions
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from llmload.context.context import LoadContext
@@ -59,7 +61,7 @@ def call_for_model(host: Host, plugin: str, hook: str, **kwargs: Any) -> nn.Modu
     from torch import nn
 
     result = call(host, plugin, hook, **kwargs)
-    may_decline = hook != "post_load"
+    may_decline = hook not in ("post_load", "distribute")
     if isinstance(result, nn.Module) or (may_decline and isinstance(result, Decline)):
         return result
     found = "nothing" if result is None else f"a {type(result).__name__}"
@@ -98,6 +100,47 @@ def finish(
         model.requires_grad_(False)
         model.eval()
     return model, declined
+
+
+def distribute(
+    host: Host, ctx: LoadContext, model: nn.Module, on_step: OnStep
+) -> tuple[nn.Module, dict[int, torch.Tensor]]:
+    """Take the finished model through ``distribute``.
+
+    Returns the model, and what took the place of its parameters and buffers, by the identity of
+    those. They are gone by then: nobody else may hold them.
+
+    :raises PluginError: a plugin changed names or shapes.
+    """
+    moved: dict[int, torch.Tensor] = {}
+    for plugin in host.implementing("distribute"):
+        before = dict(_named(model))
+        with on_step("distribute", plugin):
+            changed = call_for_model(host, plugin, "distribute", ctx=ctx, model=model)
+        assert not isinstance(changed, Decline)  # call_for_model refused it
+        model, after = changed, dict(_named(changed))
+        _hold_to_names(host.describe(plugin), before, after)
+        steps = {id(tensor): after[name] for name, tensor in before.items()}
+        moved = {key: steps[id(tensor)] for key, tensor in moved.items()}
+        moved |= {key: tensor for key, tensor in steps.items() if key not in moved}
+    return model, moved
+
+
+def _hold_to_names(
+    plugin: str, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
+) -> None:
+    shapes = [{name: partitions.shape(t) for name, t in named.items()} for named in (before, after)]
+    differing = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+    if differing:
+        raise PluginError(
+            f"plugin {plugin} changed names or shapes of {some(differing)} in distribute",
+            fix="What changes them belongs into post_load, which is rehearsed for the plan.",
+        )
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _acting(host: Host, ctx: LoadContext, hook: str) -> list[str]:

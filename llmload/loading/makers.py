@@ -6,7 +6,7 @@ The one owner of ``newly_initialised`` and ``changed_base``: hooks state, and no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,7 @@ class Ledger:
 
     def __init__(self, ctx: LoadContext) -> None:
         self._ctx = ctx
-        self._makers: dict[int, tuple[weakref.ref[nn.Parameter], str]] = {}
+        self._makers: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
         self._new: list[_Stated] = []
         self._changed: list[_Stated] = []
 
@@ -56,6 +56,17 @@ class Ledger:
                 self._makers[id(parameter)] = weakref.ref(parameter), plugin
         self._new = _taken(self._new, self._ctx.newly_initialised, model, plugin)
         self._changed = _taken(self._changed, self._ctx.changed_base, model, plugin)
+
+    def follow(self, moved: Mapping[int, torch.Tensor]) -> None:
+        """Go on with what took the place of parameters and buffers, by their identities."""
+        # All at once: a new object may have come to lie where an old one was.
+        self._makers |= {
+            id(tensor): (weakref.ref(tensor), self._makers[key][1])
+            for key, tensor in moved.items()
+            if key in self._makers
+        }
+        filled = self._ctx.records.filled
+        filled |= {id(moved[key]): moved[key] for key in filled if key in moved}
 
     def _maker(self, parameter: nn.Parameter) -> str | None:
         known, plugin = self._makers.get(id(parameter), (None, None))

@@ -178,6 +178,11 @@ def execute(
             model, report.declined_adapters = hook_calls.finish(
                 host, ctx, model, report.phase, ledger.take_stock
             )
+            model, moved = hook_calls.distribute(host, ctx, model, report.phase)
+            ledger.follow(moved)
+            apart = [moved.get(id(parameter), parameter) for parameter in apart]
+            if prove:
+                compared.follow(moved)
 
         audit.hold_to_claims(ctx)
         _fill(report, prepared, ctx, model, ledger)

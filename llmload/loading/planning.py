@@ -338,7 +338,7 @@ def _check(host: Host, ctx: LoadContext, plan: Plan) -> None:
         plan.problems.append(no_loader(plan.declined))
     spine = [
         Step(hook=hook, plugin=plugin)
-        for hook in ("init_context", "load", "post_load", "wrap_adapter")
+        for hook in SPINE
         for plugin in ([plan.loader] if hook == "load" else host.implementing(hook))
         if plugin
     ]

@@ -1,11 +1,16 @@
-"""Parameters that do not hold their own values: of DeepSpeed ZeRO-3, and those that wrap others.
+"""Parameters that do not hold their own values: those of which a process keeps a part, and those
+that wrap others.
 
-A partitioned parameter is empty where its values were, and keeps its shape and its part in
-attributes of its own (``ds_shape``, ``ds_tensor``). One that wraps other tensors, as torchao's do,
-has a shape and a dtype and keeps codes and scales in its place. Whoever looks at sizes or values of
-a model asks here, and works for all models alike. Imports no torch.
+There are three kinds of parts. A parameter of DeepSpeed ZeRO-3 is empty where its values were, and
+keeps its shape and its part in attributes of its own (``ds_shape``, ``ds_tensor``). One that
+carries a :class:`Parted` in its attribute ``parted`` has its shape and its dtype, and no value that
+means anything; a plugin makes such parameters while it loads, and turns them into its library's own
+in ``distribute``. A ``DTensor`` is what torch makes of them, in the finished model. One that wraps
+other tensors, as torchao's do, has a shape and a dtype and keeps codes and scales in its place.
+Whoever looks at sizes or values of a model asks here, and works for all models alike. Imports no
+torch.
 
-What a plugin needs of it in ``post_load``, under ZeRO-3 or not::
+What a plugin needs of it in ``post_load``, partitioned or not::
 
     @llmload.hookimpl
     def post_load(self, ctx, model):
@@ -21,16 +26,17 @@ What a plugin needs of it in ``post_load``, under ZeRO-3 or not::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llmload.errors import CheckpointError, Problem
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +66,54 @@ class Span:
         return cls(min(rank * size, elements), min((rank + 1) * size, elements), size)
 
 
+class Parted(Protocol):
+    """What a parameter carries as ``parted`` of whose values this process holds a part.
+
+    The parameter has the shape of the whole, and its dtype is the one that counts: a part in
+    another is cast when it is used.
+    """
+
+    part: torch.Tensor
+    """The elements that are held, flat."""
+    start: int
+    """Index of the first of them in the whole laid out flat."""
+    group: ProcessGroup
+    """The processes that hold the whole together."""
+    device: torch.device
+    """Where this process computes."""
+
+    def gather(self) -> torch.Tensor:
+        """Return the whole, in the part's dtype. All ranks come here alike."""
+
+    def split(self, parameters: Iterable[Any]) -> None:
+        """Part whole parameters as this one is, by rank 0's values. All ranks come here alike."""
+
+
 def is_partitioned(tensor: Any) -> bool:
     """Whether this process holds a part of the parameter."""
-    return hasattr(tensor, "ds_tensor")
+    return hasattr(tensor, "ds_tensor") or hasattr(tensor, "parted") or is_spread(tensor)
+
+
+def is_spread(tensor: Any) -> bool:
+    """Whether it is a ``DTensor``: spread over a mesh of devices by torch."""
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def shape(tensor: Any) -> tuple[int, ...]:
     """Return the shape of the whole."""
-    return tuple(tensor.ds_shape if is_partitioned(tensor) else tensor.shape)
+    return tuple(tensor.ds_shape if hasattr(tensor, "ds_shape") else tensor.shape)
 
 
 def elements(tensor: Any) -> int:
     """Return the number of elements of the whole."""
-    return int(tensor.ds_numel if is_partitioned(tensor) else tensor.numel())
+    return int(tensor.ds_numel if hasattr(tensor, "ds_numel") else tensor.numel())
 
 
 def values(tensor: Any) -> int:
     """Return the number of values of the whole: 4-bit codes are two to the byte, as PEFT counts."""
-    packed = type(tensor).__name__ == "Params4bit" and tensor.bnb_quantized
+    # Spread over ranks it is of another class, and keeps what bitsandbytes noted on it.
+    codes = type(tensor).__name__ == "Params4bit" or is_spread(tensor)
+    packed = codes and getattr(tensor, "bnb_quantized", False)
     return elements(tensor) * (2 * tensor.element_size() if packed else 1)
 
 
@@ -109,6 +145,10 @@ def held(tensor: Any) -> tuple[torch.Tensor, int] | None:
     """
     if wraps(tensor):
         return None
+    if is_spread(tensor):
+        return _held_of_spread(tensor)
+    if hasattr(tensor, "parted"):
+        return tensor.parted.part, tensor.parted.start
     if not is_partitioned(tensor):
         return tensor.detach().reshape(-1), 0
     part = tensor.ds_tensor
@@ -119,24 +159,81 @@ def held(tensor: Any) -> tuple[torch.Tensor, int] | None:
     return part[: span.length], span.start
 
 
+def _held_of_spread(tensor: Any) -> tuple[torch.Tensor, int] | None:
+    """Return this rank's part of a ``DTensor`` and where it begins, if it is one piece: rows that
+    one dimension of the mesh divides, as FSDP2 does, or all of it."""
+    from torch.distributed.tensor import Shard
+
+    split = [(n, p) for n, p in enumerate(tensor.placements) if not p.is_replicate()]
+    local = tensor.detach().to_local().reshape(-1)
+    if not split:
+        return local, 0
+    (number, placement), *others = split
+    # Its subclasses interleave rows.
+    if others or type(placement) is not Shard or placement.dim != 0:
+        return None
+    mesh = tensor.device_mesh
+    rows = -(-tensor.shape[0] // mesh.size(number)) * mesh.get_local_rank(number)
+    return local, min(rows, tensor.shape[0]) * (tensor.numel() // max(tensor.shape[0], 1))
+
+
 @contextmanager
 def whole(tensors: Iterable[Any]) -> Iterator[None]:
     """Make partitioned parameters ordinary ones for a block, whole on every rank.
 
     Afterwards they are partitioned anew, by rank 0's values: they may have another shape then. All
-    ranks must come here alike.
+    ranks must come here alike. A ``DTensor`` stays what it is; its ``full_tensor()`` is the whole.
     """
-    found = {id(tensor): tensor for tensor in tensors if is_partitioned(tensor)}
-    converts = {id(tensor): tensor.convert_to_zero_parameters for tensor in found.values()}
+    kept = (tensor for tensor in tensors if is_partitioned(tensor) and not is_spread(tensor))
+    found = {id(tensor): tensor for tensor in kept}
+    partition = {key: _partitioner(tensor) for key, tensor in found.items()}
     for tensor in found.values():
-        tensor.all_gather()
-        tensor.data = tensor.data.clone()
-        for name in [name for name in vars(tensor) if name.startswith("ds_")]:
-            delattr(tensor, name)
+        _make_whole(tensor)
     yield
     # Not where an error came through: the other ranks may not come here.
     for key, tensor in found.items():
-        converts[key]([tensor])
+        partition[key]([tensor])
+
+
+def _partitioner(tensor: Any) -> Callable[[Iterable[Any]], None]:
+    """Return what partitions other parameters as this one is."""
+    if hasattr(tensor, "parted"):
+        split: Callable[[Iterable[Any]], None] = tensor.parted.split
+        return split
+    convert: Callable[[Iterable[Any]], None] = tensor.convert_to_zero_parameters
+    return convert
+
+
+def _make_whole(tensor: Any) -> None:
+    if hasattr(tensor, "parted"):
+        tensor.data = tensor.parted.gather().to(tensor.dtype)
+        del tensor.parted
+        return
+    tensor.all_gather()
+    tensor.data = tensor.data.clone()
+    for name in [name for name in vars(tensor) if name.startswith("ds_")]:
+        delattr(tensor, name)
+
+
+def _example(model: nn.Module) -> Any:
+    """Return one of the model's partitioned parameters, or None."""
+    return next((p for p in model.parameters() if is_partitioned(p)), None)
+
+
+def _meeting(tensor: Any) -> tuple[ProcessGroup, torch.device]:
+    """Return the processes that hold a partitioned parameter together, and where this one computes.
+
+    Of a mesh with several dimensions all processes, which hold the same model.
+    """
+    if hasattr(tensor, "parted"):
+        return tensor.parted.group, tensor.parted.device
+    if hasattr(tensor, "ds_tensor"):
+        return tensor.ds_process_group, tensor.device
+    import torch.distributed as dist
+
+    mesh, world = tensor.device_mesh, dist.group.WORLD
+    assert world is not None  # a mesh is made of a process group
+    return mesh.get_group() if mesh.ndim == 1 else world, tensor.device
 
 
 def split(new: nn.Module, *, like: nn.Module) -> None:
@@ -146,12 +243,13 @@ def split(new: nn.Module, *, like: nn.Module) -> None:
     stay whole and become rank 0's. Where ``like`` is not partitioned, or is on the meta device,
     nothing happens. All ranks must come here alike.
     """
-    model: Any = next((p for p in like.parameters() if is_partitioned(p)), None)
+    model = _example(like)
     if model is None:
         return
-    model.convert_to_zero_parameters([p for p in new.parameters() if not is_partitioned(p)])
+    device = _meeting(model)[1]
+    _partitioner(model)([p for p in new.parameters() if not is_partitioned(p)])
     for buffer in new.buffers():
-        buffer.data = buffer.data.to(model.device)
+        buffer.data = buffer.data.to(device)
     make_equal(new.buffers(), like=like)
 
 
@@ -160,16 +258,16 @@ def make_equal(tensors: Iterable[torch.Tensor], *, like: nn.Module) -> None:
 
     All ranks must come here alike.
     """
-    model: Any = next((p for p in like.parameters() if is_partitioned(p)), None)
+    model = _example(like)
     if model is None:
         return
     import torch
     import torch.distributed as dist
 
-    group = model.ds_process_group
+    group, device = _meeting(model)
     with torch.no_grad():
         for tensor in tensors:
-            sent = tensor.to(model.device).contiguous()
+            sent = tensor.to(device).contiguous()
             dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
             tensor.copy_(sent)
 
@@ -184,11 +282,11 @@ def with_nan(tensors: Mapping[str, torch.Tensor], *, like: nn.Module) -> dict[st
     import torch
     import torch.distributed as dist
 
-    model: Any = next(p for p in like.parameters() if is_partitioned(p))
+    group, device = _meeting(_example(like))
     parts = [held(tensor) for tensor in tensors.values()]
     found = [part is not None and bool(part[0].isnan().any()) for part in parts]
-    flags = torch.tensor(found, dtype=torch.int32, device=model.device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX, group=model.ds_process_group)
+    flags = torch.tensor(found, dtype=torch.int32, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
     return {
         name: t for (name, t), flag in zip(tensors.items(), flags.tolist(), strict=True) if flag
     }
@@ -240,8 +338,9 @@ def load_state_dict(
     problems += [
         Problem(
             where=name,
-            message="its partition is on a disk",
-            fix="Load the state dict into a model without `offload_param: {device: nvme}`.",
+            message="its partition is on a disk, or split by other than rows",
+            fix="Load the state dict into a model without `offload_param: {device: nvme}` and"
+            " without tensor parallelism.",
         )
         for name, tensor in found.items()
         if name in state and held(tensor) is None
@@ -259,7 +358,9 @@ def fill(tensor: Any, value: torch.Tensor) -> None:
     import torch
 
     with torch.no_grad():
-        if tensor.numel() == elements(tensor):  # whole, or gathered at the moment
+        # DeepSpeed's is whole beside its part while it is gathered.
+        gathered = hasattr(tensor, "ds_tensor") and tensor.numel() == elements(tensor)
+        if gathered or not is_partitioned(tensor):
             tensor.data.copy_(value)
         if is_partitioned(tensor):
             part = held(tensor)

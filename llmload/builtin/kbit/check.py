@@ -273,7 +273,7 @@ def _deepspeed(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
     In ``deepspeed.initialize``, silently, at any ZeRO stage, with other losses from the first step.
     """
     who = ctx.cast_later_by or ("DeepSpeed" if _deepspeed_announced() else "")
-    if not who:
+    if not (who or partitioned(ctx)):
         return
     stored = stored_quantisation(ctx)
     bits, as_dtype = _bits(ctx, section), section.quant_storage
@@ -287,7 +287,7 @@ def _deepspeed(ctx: LoadContext, section: KbitSection) -> Iterator[Problem]:
             fix="Use `bits: 4`, or keep the whole model in each process, as ZeRO does below stage"
             " 3.",
         )
-    elif bits == 4 and as_dtype in _FLOATS and as_dtype != dtype_name(ctx.dtype):
+    elif who and bits == 4 and as_dtype in _FLOATS and as_dtype != dtype_name(ctx.dtype):
         yield Problem(
             where="kbit.quant_storage",
             message=f"{who} casts every floating-point parameter to {dtype_name(ctx.dtype)}, codes"

@@ -46,7 +46,7 @@ def finish(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> No
     layers = dict(quantised_layers(model))
     _refuse_unquantised(ctx, section, model, layers)
     casting = Casting(section, model)
-    if check.partitioned(ctx):
+    if ctx.one_dtype:
         _refuse_casts(ctx, casting, model)
     for name, owner, parameter in parameters(model):
         parameter.requires_grad = False

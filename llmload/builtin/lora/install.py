@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import peft
@@ -13,6 +13,7 @@ from torch import nn
 
 from llmload.builtin.lora import resume, targets, ties
 from llmload.builtin.lora.dispatch import Dispatcher, record
+from llmload.builtin.lora.gathering import gathering
 from llmload.builtin.lora.layers import adapter_parameters, lora_layers, own_name
 from llmload.builtin.lora.names import translate_targets
 from llmload.builtin.lora.outlines import dequantised_by_shape, is_quantised
@@ -222,7 +223,7 @@ def _wrap(ctx: LoadContext, request: Request, model: nn.Module, config: LoraConf
     dispatcher = Dispatcher(ctx, config)
     try:
         # Made on the meta device, the adapter costs no memory and draws no random number.
-        with _without_values(ctx) if ctx.rehearsing else nullcontext():
+        with _without_values(ctx) if ctx.rehearsing else gathering(model):
             wrapped = peft.get_peft_model(
                 model,
                 config,

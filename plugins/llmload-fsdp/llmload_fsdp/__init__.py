@@ -1,0 +1,1 @@
+"""Models sharded by PyTorch: FSDP2, tensor and expert parallel, in the section ``parallel``."""

@@ -1,0 +1,158 @@
+"""The plugin ``parallel``: a model that torch shards, with all that belongs to it inside.
+
+Each rank reads its own rows of every tensor, and nothing else. The model is finished first
+(embeddings resized, heads and adapters made, layers quantised) and sharded then, by transformers'
+plan of units, so that adapters and heads lie in the units of the layers they belong to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from llmload import Conflict, Decline, Note, Problem, hookimpl
+from llmload.plugin import dtype_name, rank, store_is_there, world_size
+from llmload_fsdp import sizes
+from llmload_fsdp.section import ParallelSection
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from llmload.plugin import LoadContext, Presence
+    from llmload_fsdp.session import Session
+
+_EXAMPLES = (2, 4, 8)
+"""Numbers of ranks that a plan tells of where no launcher has started any."""
+
+
+class ParallelPlugin:
+    """Shards with FSDP2 once the model is finished."""
+
+    name = "parallel"
+    stage = "parallel"
+    Section = ParallelSection
+    requires = ("torch>=2.8", "transformers>=5.24", "accelerate>=1.12")
+    conflicts = (
+        Conflict(
+            key="device_map",
+            reason="each rank has one device, and keeps its part of every weight there",
+            fix="Remove `device_map`.",
+        ),
+        Conflict(
+            key="zero3",
+            reason="both split every parameter over the ranks",
+            fix="Remove one of the two.",
+        ),
+        Conflict(
+            key="colossalai",
+            reason="a Booster spreads the model itself",
+            fix="Remove one of the two.",
+        ),
+    )
+
+    def __init__(self) -> None:
+        self._sessions: WeakKeyDictionary[LoadContext, Session] = WeakKeyDictionary()
+        self._presence: Presence | None = None
+
+    @hookimpl
+    def diagnose(self) -> Iterator[Problem | Note]:
+        """Import what the ranks shard with."""
+        from llmload_fsdp import session  # noqa: F401 - imports what it needs
+
+        yield Note(text="FSDP2, each rank reading its own rows")
+
+    @hookimpl
+    def check(self, ctx: LoadContext) -> Iterator[Problem | Note | Decline]:
+        """Hold the sizes to the ranks and the model, and say what each rank will read and keep."""
+        section = ctx.section(ParallelSection)
+        found = sizes.resolve(section, world_size())
+        ctx.placed_by, ctx.splits = self.name, True
+        if section.fsdp_mixed_precision:
+            ctx.cast_later_by = "FSDP2's mixed precision"
+        quantised = bool(ctx.providing("quantisation"))
+        yield from sizes.dtype_problems(section, dtype_name(ctx.dtype), quantised=quantised)
+        yield from _said(ctx, section, found)
+
+    @hookimpl
+    def init_context(self, ctx: LoadContext) -> AbstractContextManager[Session]:
+        """Gather the ranks, agree with them, and give the streaming loader its placement."""
+        from llmload_fsdp.session import Session
+
+        found = sizes.resolve(ctx.section(ParallelSection), world_size() or 1)
+        assert found is not None  # the ranks are known
+        session = Session(ctx, found, self._end_presence)
+        self._sessions[ctx] = session
+        return session
+
+    @hookimpl
+    def distribute(self, ctx: LoadContext, model: nn.Module) -> nn.Module:
+        """Let FSDP2 take the finished model."""
+        return self._sessions[ctx].distribute(model)
+
+    @hookimpl
+    def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
+        """Check every parameter's part."""
+        yield from self._sessions.pop(ctx).audit(model)
+
+    @hookimpl
+    def started(self, asked: Mapping[str, Any]) -> None:
+        """Show the other ranks that this one lives, or that it loads something else."""
+        size = world_size()
+        if size is None or size == 1:
+            return
+        from llmload.plugin import Presence  # imports torch
+
+        if self.name in asked:
+            self._presence = Presence(rank())
+        elif store_is_there():
+            Presence(rank(), elsewhere=self.name)
+
+    @hookimpl
+    def stopped(self, asked: Mapping[str, Any], error: BaseException) -> None:
+        """Tell the other ranks, which may have planned well and wait for this one."""
+        if world_size() is not None:
+            from llmload.plugin import tell  # imports torch
+
+            tell(error, _deadline(asked[self.name]))
+        self._end_presence()
+
+    def _end_presence(self) -> None:
+        if self._presence is not None:
+            self._presence.stop()
+            self._presence = None
+
+
+def _deadline(asked: Any) -> float:
+    """Return the deadline that a section asks for, valid or not."""
+    try:
+        return ParallelSection.model_validate(asked).deadline
+    except ValueError:  # it may be what is wrong; the others have another
+        return ParallelSection().deadline
+
+
+def _example(section: ParallelSection) -> sizes.Sizes:
+    """Return sizes to plan with where no launcher has started any ranks."""
+    ranks = max(_EXAMPLES) * section.dp_replicate_size * (section.tp_size or 1)
+    found = sizes.resolve(section, ranks)
+    assert found is not None  # the ranks are known
+    return found
+
+
+def _said(
+    ctx: LoadContext, section: ParallelSection, found: sizes.Sizes | None
+) -> Iterator[Problem | Note | Decline]:
+    """Say which units there will be, and what each rank reads and keeps."""
+    from llmload_fsdp import forecast, units
+
+    known = found or _example(section)
+    if not known.shards_only:
+        yield from forecast.others(ctx, section, known)
+        return
+    if section.fsdp_cpu_offload:
+        yield from forecast.offload_problems()
+    yield from forecast.unsuited(ctx.blank)
+    yield Note(text=units.plan(ctx.blank, known.config(section)).said())
+    if ctx.checkpoint is not None:
+        yield from forecast.notes(ctx, found, _EXAMPLES, rank())

@@ -1,0 +1,127 @@
+"""Sharded models are transformers' own bit by bit, and the unsharded model with all around it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import beside_unsharded, many, ours_beside_theirs
+
+from llmload.testing import run_on_ranks, tiny_checkpoint
+
+ARCHITECTURES = ("llama", "qwen2", "gpt2", "gemma2", "mixtral")
+BLOCKS_NOT_IN_THEIR_PLAN = ("gpt2",)
+ONE_PARAMETER_FOR_A_TIE = ("gemma2",)
+"""transformers makes a unit of the embedding and has its root manage the head's name of it too."""
+
+EVERYWHERE = {"r": 4, "target_modules": "all-linear"}
+QUERIES = {"r": 4, "target_modules": ["q_proj"]}
+HALF = {"dtype": "bfloat16"}
+TOKENS = {"tokenizer": {"add_tokens": ["<a>", "<b>", "<c>"]}, "embeddings": {}}
+HEAD = {"allow_unexpected": ["lm_head.weight"], "allow_missing": ["score.weight"]}
+KBIT = {"bits": 4, "quant_storage": "bfloat16"}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "an adapter": ("llama", {"lora": EVERYWHERE}),
+    "an adapter on Conv1D": ("gpt2", {"lora": {"r": 4, "target_modules": ["c_attn"]}}),
+    "tokens and an adapter on half precision": ("qwen2", HALF | TOKENS | {"lora": QUERIES}),
+    "an adapter on embeddings": ("llama", {"lora": {"target_modules": ["embed_tokens"]}}),
+    "tied and resized": ("gemma2", TOKENS),
+    "a new head": ("llama", {"auto_class": "sequence_classification", "strict": HEAD}),
+    "a module to save": ("llama", HALF | {"lora": QUERIES | {"modules_to_save": ["lm_head"]}}),
+    "DoRA, which reads norms of weights": ("llama", {"lora": QUERIES | {"use_dora": True}}),
+    "random weights": ("mixtral", {"weights": "random"}),
+    "checkpointing": ("llama", {"gradient_checkpointing": {}, "lora": QUERIES}),
+    "four bits": ("llama", HALF | {"kbit": KBIT, "lora": EVERYWHERE}),
+    "four bits, statistics too": (
+        "llama",
+        HALF | {"kbit": KBIT | {"double_quant": True}, "lora": QUERIES},
+    ),
+    "four bits and norms cast": (
+        "llama",
+        HALF | {"kbit": KBIT | {"prepare": "legacy"}, "lora": QUERIES},
+    ),
+    "mixed precision": ("llama", {"parallel": {"fsdp_mixed_precision": True}}),
+}
+OTHERWISE_COMPUTED = ("mixed precision",)
+"""Values are equal, losses are of another precision."""
+
+
+def specs(tmp: Path, cases: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    folders = {name: tmp / name for name in {architecture for architecture, _ in cases.values()}}
+    for name, folder in folders.items():
+        tiny_checkpoint(folder, name, pad=True)
+    return {
+        case: {"model": str(folders[architecture]), "parallel": {}, **keys}
+        for case, (architecture, keys) in cases.items()
+    }
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def plain(request: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Each architecture loaded by us and by transformers, on every rank."""
+    chosen = ARCHITECTURES if request.param == 2 else ("llama", "mixtral")
+    asked = specs(tmp_path_factory.mktemp("plain"), {name: (name, {}) for name in chosen})
+    return run_on_ranks(many, ours_beside_theirs, asked, ranks=request.param, timeout=280)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shards_buffers_ties_and_losses_are_transformers_own(
+    plain: list[dict[str, Any]], architecture: str
+) -> None:
+    if architecture not in plain[0]:
+        pytest.skip("on two ranks only")
+    for found in plain:
+        ours, theirs = found[architecture]
+        for what in ("parameters", "buffers", "ties", "losses"):
+            assert ours[what] == theirs[what]
+        same = architecture not in BLOCKS_NOT_IN_THEIR_PLAN + ONE_PARAMETER_FOR_A_TIE
+        assert (ours["units"] == theirs["units"]) == same
+
+
+def test_blocks_are_units_where_transformers_plan_has_none(plain: list[dict[str, Any]]) -> None:
+    if "gpt2" not in plain[0]:
+        pytest.skip("on two ranks only")
+    ours, theirs = plain[0]["gpt2"]
+    assert theirs["units"] == [""]
+    assert ours["units"] == ["", "transformer.h.0", "transformer.h.1"]
+
+
+def test_each_rank_reads_what_the_plan_says_and_nothing_twice(plain: list[dict[str, Any]]) -> None:
+    for found in plain:
+        for ours, _ in found.values():
+            assert ours["bytes read"] == ours["bytes planned"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Each case loaded sharded and whole, on every rank, whose random streams differ."""
+    asked = specs(tmp_path_factory.mktemp("finished"), CASES)
+    return run_on_ranks(many, beside_unsharded, asked, timeout=280)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_around_a_sharded_model_is_inside_its_units_and_equal_on_all_ranks(
+    finished: list[dict[str, Any]], case: str
+) -> None:
+    for found in (each[case] for each in finished):
+        assert isinstance(found, dict), found
+        assert found["spread"]
+        assert found["names"]
+        assert found["unlike"] == []
+        assert found["statistics"]
+        assert found["trainable"]
+        assert found["ties"]
+        assert found["new"] == found["new there"]
+        if case not in OTHERWISE_COMPUTED:
+            assert found["losses"] == found["losses there"]
+            assert found["unlike when trained"] == []
+
+
+def test_packed_codes_are_equal_on_four_ranks(tmp_path: Path) -> None:
+    case = "four bits"
+    asked = specs(tmp_path, {case: CASES[case]})
+    for found in run_on_ranks(many, beside_unsharded, asked, ranks=4, timeout=280):
+        assert found[case]["unlike"] == []
+        assert found[case]["statistics"]
+        assert found[case]["losses"] == found[case]["losses there"]
