@@ -13,8 +13,8 @@ class Step(BaseModel):
     """One call of one plugin's hook."""
 
     hook: str
-    """``init_context``, ``load``, ``post_load``, ``wrap_adapter`` or ``distribute``; ``check`` for a
-    plugin that only looks."""
+    """``init_context``, ``load``, ``post_load``, ``wrap_adapter`` or ``distribute``; ``check``
+    for a plugin that only looks."""
     plugin: str
     """The plugin that does it."""
     notes: list[str] = Field(default_factory=list)

@@ -23,6 +23,7 @@ from llmload.errors import (
 from llmload.hf import deepspeed, installed_transformers, locating, model_classes
 from llmload.hf.engine import Engine
 from llmload.hf.versions import refuse_unsupported
+from llmload.hookspecs import SPINE
 from llmload.host.distributions import version_of
 from llmload.loading import fit, hook_calls, key_mapping, lock, room, ties
 from llmload.loading.gc_pause import collection_paused
