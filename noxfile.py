@@ -175,6 +175,20 @@ def example_plugins(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def new_plugins(session: nox.Session) -> None:
+    """What ``llmload new-plugin`` writes, each kind by the nox that it brings along, by hand."""
+    place = Path(session.create_tmp()).resolve()
+    session.install("build", "nox", "-c", MODERN, ".")
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(place))
+    found = {"PIP_FIND_LINKS": str(place), "PIP_CONSTRAINT": str(Path(MODERN).resolve())}
+    for kind in ("model", "lora-layer", "loader"):
+        folder = place / kind
+        session.run("llmload", "new-plugin", "first_try", "--kind", kind, "--dir", str(folder))
+        with session.chdir(folder):
+            session.run("nox", *session.posargs, env=found)
+
+
+@nox.session(default=False)
 def zero3_architectures(session: nox.Session) -> None:
     """Our ZeRO-3 load against transformers' own for every architecture: 45 minutes, by hand."""
     session.install("-c", MODERN, *GROUPS["test"], ".[all]")
