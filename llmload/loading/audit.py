@@ -410,6 +410,10 @@ def hold_to_constructor(
     found = {path: tensor for path, tensor in reached if _storage(tensor) not in filled}
     known = {_storage(tensor) for tensor in found.values() if values.knows(tensor)}
     others = {path: tensor for path, tensor in found.items() if _storage(tensor) not in known}
+    if others:  # to tell what a quantised weight brought along from what a constructor made
+        own = set(map(_storage, _carried(state.values())))
+        found = {path: tensor for path, tensor in found.items() if _storage(tensor) not in own}
+        others = {path: tensor for path, tensor in others.items() if path in found}
     wrong = values.differing(model, others) if others else []
     if wrong:
         raise AuditError(
@@ -420,6 +424,14 @@ def hold_to_constructor(
     if not found:
         return []
     return [f"{len(found)} tensors that no checkpoint holds have the values of the model's class"]
+
+
+def _carried(tensors: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+    from llmload.model import reachable
+
+    for tensor in tensors:
+        if not partitions.is_partitioned(tensor):
+            yield from reachable.carried(tensor)
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -58,6 +58,24 @@ def registered(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield dotted + name, tensor
 
 
+def carried(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield what a tensor keeps in attributes, as a quantised one keeps statistics of its codes.
+
+    What modules that it knows of keep is not its own.
+    """
+    found: list[torch.Tensor] = []
+
+    def note(path: str, held: torch.Tensor) -> torch.Tensor:
+        found.append(held)
+        return held
+
+    walk = _Walk(note, lambda holder: None)
+    for name, value in vars(tensor).items():
+        if not isinstance(value, nn.Module):
+            walk.value(name, value)
+    yield from found
+
+
 def tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the path and the tensor for each place where a model keeps one; ties more than once.
 
