@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from environments import Environment
+from nbclient import NotebookClient
+from nbformat.v4 import new_code_cell, new_notebook
 from typer.testing import CliRunner
 
 import llmload
@@ -209,38 +211,44 @@ def test_an_installed_plugin_is_found_in_ranks_of_torchrun_and_in_spawned_worker
         assert Path(f"{script}.0").read_text() == repr(["the plugin was here"] * 2)
 
 
-CELLS = """
-import asyncio, sys
+CELLS = (
+    """
+import sys
 from pathlib import Path
 import llmload
 from llmload.testing import FakeDistributions
 
 def found():
-    plan = llmload.plan(sys.argv[1])
+    plan = llmload.plan({spec!r})
     return [note for step in plan.steps if step.plugin == "hostile" for note in step.notes]
 
-async def cell():  # a notebook runs each in an event loop that goes on
-    before = found()
-    source = Path(sys.argv[3]).read_text()
-    FakeDistributions(Path(sys.argv[2])).add("hostile-dist", {"hostile": "m:Hostile"}, "m", source)
-    await asyncio.sleep(0)
-    return before, found()
-
-assert "__file__" not in globals()
-print(asyncio.run(cell()))
-"""
+print(found())
+""",
+    """
+source = Path({source!r}).read_text()
+FakeDistributions(Path({site!r})).add("hostile-dist", {{"hostile": "m:Hostile"}}, "m", source)
+""",
+    "print(found())",
+)
 
 
 @pytest.mark.slow
 def test_a_plugin_that_a_notebook_installs_is_found_by_its_next_cell(
-    tmp_path: Path, spec: Path
+    tmp_path: Path, spec: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment = Environment(tmp_path / "environment")
+    kernel = tmp_path / "kernels" / "ours" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
+    command = [str(environment.python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    kernel.write_text(json.dumps({"argv": command, "display_name": "ours"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     source = tmp_path / "source.txt"
     source.write_text(PLUGIN)
-    words = ("-c", CELLS, str(spec), str(environment.site), str(source))
-    told = environment.run(*words, cwd=tmp_path).stdout
-    assert told.splitlines()[-1] == "([], ['the plugin was here'])"
+    here = {"spec": str(spec), "source": str(source), "site": str(environment.site)}
+    cells = [new_code_cell(cell.format(**here)) for cell in CELLS]
+    NotebookClient(new_notebook(cells=cells), kernel_name="ours", timeout=300).execute()
+    said = ["".join(o.text for o in cell.outputs if o.name == "stdout") for cell in cells]
+    assert said == ["[]\n", "", "['the plugin was here']\n"]
 
 
 @pytest.mark.parametrize("value", ["failing:Plugin", "failing:Other", "nowhere:Plugin", "lorra"])
