@@ -201,6 +201,9 @@ class Checkpoint:
         files: list[CheckpointFile] = []
         tensors: dict[str, TensorInfo] = {}
         problems: list[Problem] = []
+        promised: dict[str, set[str]] = defaultdict(set)
+        for name, shard in (weight_map or {}).items():
+            promised[shard].add(name)
         afar = {name: elsewhere[name] for name in shards if name in elsewhere}
         headers = _headers_of(afar, shards)
         for name, path in shards.items():
@@ -214,7 +217,7 @@ class Checkpoint:
                 continue
             files.append(file)
             if weight_map is not None:
-                problems.extend(_disagreements(file, found, weight_map))
+                problems.extend(_disagreements(file, found, promised[file.name], weight_map))
             tensors.update((tensor.name, tensor) for tensor in found)
         if problems:
             raise CheckpointError(problems)
@@ -381,10 +384,12 @@ def identity(state: os.stat_result) -> tuple[int, int, int]:
 
 
 def _disagreements(
-    file: CheckpointFile, found: list[TensorInfo], weight_map: Mapping[str, str]
+    file: CheckpointFile,
+    found: list[TensorInfo],
+    promised: set[str],
+    weight_map: Mapping[str, str],
 ) -> Iterator[Problem]:
     held = {tensor.name for tensor in found}
-    promised = {name for name, shard in weight_map.items() if shard == file.name}
     elsewhere: dict[str, list[str]] = defaultdict(list)
     for name in sorted(held - promised):
         elsewhere[weight_map.get(name, "")].append(name)
