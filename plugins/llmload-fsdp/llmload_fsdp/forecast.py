@@ -152,6 +152,17 @@ def notes(
         )
 
 
+def drawn_on_every_rank() -> Problem:
+    """Return the warning of random weights."""
+    return Problem(
+        where="parallel",
+        severity="warning",
+        message="every rank builds the whole model and gives away what it does not keep: random"
+        " weights are drawn, not read",
+        fix="Load a checkpoint to have each rank read its part.",
+    )
+
+
 def _nobody_asks_for_it(ctx: LoadContext) -> str | None:
     """Return why no loader will ask for our placement, or None."""
     loaders = ctx.providing("placement")

@@ -154,5 +154,7 @@ def _said(
         yield from forecast.offload_problems()
     yield from forecast.unsuited(ctx.blank)
     yield Note(text=units.plan(ctx.blank, known.config(section)).said())
-    if ctx.checkpoint is not None:
+    if ctx.checkpoint is None:
+        yield forecast.drawn_on_every_rank()
+    else:
         yield from forecast.notes(ctx, found, _EXAMPLES, rank())

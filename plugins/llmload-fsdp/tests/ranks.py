@@ -219,3 +219,90 @@ def layers_in_parts(spec: dict[str, Any]) -> dict[str, Any]:
 def planned(spec: dict[str, Any]) -> list[str]:
     """Return the errors of a plan."""
     return [str(problem) for problem in llmload.plan(spec).errors]
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=torch.arange(3, 9)[None]).logits
+    return found
+
+
+def grouped(spec: dict[str, Any]) -> dict[str, Any]:
+    """Load a group, train its policy, and hold its reference to the checkpoint."""
+    group = llmload.load_group(spec)
+    policy, reference = group["policy"].model, group["reference"].model
+    with alone():
+        plain = llmload.load({"model": spec["models"]["policy"]["model"]}).model
+    wanted = logits(plain)
+    found: dict[str, Any] = {
+        "policy sharded": any(isinstance(p, DTensor) for p in policy.parameters()),
+        "reference sharded": any(isinstance(p, DTensor) for p in reference.parameters()),
+        "before": torch.equal(logits(reference), wanted),
+        "losses": losses(policy, 2),
+    }
+    found["after"] = torch.equal(logits(reference), wanted)
+    return found | {"policy moved": not torch.equal(logits(policy), wanted)}
+
+
+def faultless(spec: dict[str, Any]) -> dict[str, Any]:
+    """Load on all ranks and unsharded, and return what the faults would show in."""
+    torch.manual_seed(dist.get_rank())
+    result = llmload.load(spec)
+    torch.manual_seed(0)
+    with alone():
+        plain = llmload.load({key: value for key, value in spec.items() if key != "parallel"}).model
+    model, files = result.model, result.report.facts["streaming"]["files"].values()
+    named = dict(model.named_parameters())
+    held = [*named.values(), *model.buffers()]
+    said = " ".join(str(step) for step in result.plan.steps)
+    found = {
+        "whole": [n for n, p in named.items() if p.shape[0] > 1 and local(p).shape == p.shape],
+        "elements": sum(local(p).numel() for p in named.values()),
+        "elements of the model": sum(p.numel() for p in named.values()),
+        "not finite": [str(t.shape) for t in held if not local(t).isfinite().all()],
+        "buffers": {n: digest(b) for n, b in model.named_buffers()},
+        "buffers there": {n: digest(b) for n, b in plain.named_buffers()},
+        "adapter": {n: digest(whole(p)) for n, p in named.items() if "lora_" in n},
+        "adapter there": {n: digest(p) for n, p in plain.named_parameters() if "lora_" in n},
+        "frozen dtypes": sorted({str(p.dtype) for p in named.values() if not p.requires_grad}),
+        "trained dtypes": sorted({str(p.dtype) for p in named.values() if p.requires_grad}),
+        "rows": model.get_input_embeddings().weight.shape[0],
+        "rows there": plain.get_input_embeddings().weight.shape[0],
+        "unlike": unlike(model, plain),
+        "bytes read": sum(file["bytes_read"] for file in files),
+        "bytes there": sum(file["tensor_bytes"] for file in files),
+        "bytes planned": int(re.search(r"read ([\d,]+) of", said)[1].replace(",", "")),
+    }
+    losses(model, 2)
+    return found | {"ties": ties(model), "ties there": ties(plain)}
+
+
+def without_streaming(folder: str) -> dict[str, Any]:
+    """Load where no loader asks for rows: from_pretrained loads the whole on every rank."""
+    registry = llmload.create_registry(block={"streaming"})
+    result = llmload.load({"model": folder, "parallel": {}}, registry=registry)
+    with alone():
+        plain = llmload.load({"model": folder}).model
+    warned = [str(warning) for warning in result.plan.warnings]
+    return {"unlike": unlike(result.model, plain), "warnings": warned}
+
+
+def lost_rank(folder: str) -> str:
+    """Load, where a plugin fails on rank 1 alone; return what each rank is told."""
+
+    class Disk:
+        name = "disk"
+        stage = "model"
+
+        @llmload.hookimpl
+        def post_load(self, ctx: Any, model: Any) -> Any:
+            if dist.get_rank() == 1 and not ctx.rehearsing:
+                raise OSError("the disk of this rank is gone")
+            return model
+
+    registry = llmload.create_registry([Disk()])
+    try:
+        llmload.load({"model": folder, "parallel": {"deadline": 20.0}}, registry=registry)
+    except llmload.LoadFailedError as error:
+        return str(error)
+    return "it loaded"
