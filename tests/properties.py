@@ -17,6 +17,7 @@ from typing import Any
 import architectures
 import torch
 from safetensors.torch import load_file, save_file
+from stacks import IS_MODERN
 from torch import nn
 
 import llmload
@@ -287,9 +288,15 @@ PROPERTIES = {
 }
 
 
-_ODD = (("causal_lm", "megatron-bert"), ("causal_lm", "prophetnet"), ("seq2seq_lm", "marian"))
+_ODD = (
+    ("causal_lm", "megatron-bert"),
+    ("causal_lm", "prophetnet"),
+    ("seq2seq_lm", "marian"),
+    *((("causal_lm", "deepseek_v3"), ("causal_lm", "laguna")) if IS_MODERN else ()),
+)
 FEW = list(dict.fromkeys([*TYPES[::29], *_ODD]))
-"""Those that are asked in every run; the last have ties of their own and positions of no file."""
+"""Those that are asked in every run; the last have ties of their own, positions of no file, and
+adapters whose names patterns for older ones match."""
 
 
 def faults(name: str, kind: str, model_type: str, place: Path) -> list[str]:

@@ -325,6 +325,39 @@ def test_merged_and_tied_weights_are_shared_as_the_plan_says_and_written_apart(
     assert bytes_of(loaded["two"].model) == expected
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("how", ["merge", "merge_first", "pissa"])
+def test_weights_that_a_load_itself_writes_to_are_not_counted_as_shared(
+    how: str, dtype: str, folder: Path, tmp_path: Path
+) -> None:
+    lora: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
+    trained = llmload.load({"model": str(folder), "lora": lora | {"init_lora_weights": False}})
+    trained.model.save_pretrained(tmp_path)
+    section = {
+        "merge": {"adapter": str(tmp_path), "merge": True},
+        "merge_first": {"merge_first": [str(tmp_path)], **lora},
+        "pissa": lora | {"init_lora_weights": "pissa"},
+    }[how]
+    spec = group(folder, {"dtype": dtype, "lora": section}, reference=REFERENCE)
+    loaded = llmload.load_group(spec)
+    assert loaded.plan.shared == loaded.report.shared
+    model = loaded["reference"].model
+    written = sum(p.nbytes for name, p in model.named_parameters() if "q_proj" in name)
+    assert loaded.report.saved_bytes == sum(p.nbytes for p in model.parameters()) - written
+
+
+def test_a_reference_without_the_policys_adapter_keeps_what_was_merged_first(
+    folder: Path, tmp_path: Path
+) -> None:
+    lora = {"r": 2, "target_modules": ["q_proj"]}
+    trained = llmload.load({"model": str(folder), "lora": lora | {"init_lora_weights": False}})
+    trained.model.save_pretrained(tmp_path)
+    policy = {"lora": {"merge_first": [str(tmp_path)], **lora}}
+    loaded = llmload.load_group(group(folder, policy, reference={"adapter_of": "policy"}))
+    merged = llmload.load({"model": str(folder), "lora": {"adapter": str(tmp_path), "merge": True}})
+    assert torch.equal(logits_of(loaded["reference"].model), logits_of(merged.model))
+
+
 # --- no step reaches another member ---------------------------------------------------------------
 
 POLICIES = {

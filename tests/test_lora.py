@@ -430,8 +430,19 @@ REFUSED = {
     ),
     "a pattern that matches nothing": (
         {"target_modules": r"encoder\..*"},
-        "lora.target_modules: no module of LlamaForCausalLM is called 'encoder\\\\..*'. Names are"
-        " down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj.",
+        "lora.target_modules: no module of LlamaForCausalLM is called 'encoder\\\\..*'. A text"
+        " is a regular expression for the whole name, such as 'model.layers.0.self_attn.q_proj'.",
+    ),
+    "a whole name that is wrong": (
+        {"target_modules": "model.layer.0.self_attn.q_proj"},
+        "lora.target_modules: no module of LlamaForCausalLM is called"
+        " 'model.layer.0.self_attn.q_proj'. A text is a regular expression for the whole name, such"
+        " as 'model.layers.0.self_attn.q_proj'.",
+    ),
+    "a name with dots that is wrong": (
+        {"target_modules": ["self_atn.q_proj"]},
+        "lora.target_modules: no module of LlamaForCausalLM is called 'self_atn.q_proj'. The"
+        " nearest: self_attn.q_proj, self_attn.v_proj.",
     ),
     "modules to save that are not there": (
         QV | {"modules_to_save": ["lm_hed"]},

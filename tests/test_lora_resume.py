@@ -404,3 +404,41 @@ def test_rules_that_undo_wrappers_reach_an_adapter(
     assert "the model has no place for" in refusal(llama, {"adapter": str(trained)})
     result = load(llama, {"adapter": str(trained)}, key_rules=[rule])
     assert same_state(result.model, expected)
+
+
+# --- names that its file has and the model has not ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stale",
+    [
+        {"target_modules": ["q_proj", "query"]},
+        {"rank_pattern": {"query": 4}},
+        {"modules_to_save": ["score"]},
+        {"target_parameters": ["experts.gate_up_proj"]},
+    ],
+    ids=lambda stale: next(iter(stale)),
+)
+@needs_peft("0.17.0")
+def test_stale_names_of_a_file_are_not_refused_as_if_the_spec_had_them(
+    stale: dict[str, Any], llama: Path, tmp_path: Path
+) -> None:
+    model = load(llama, {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}).model
+    model.save_pretrained(tmp_path)
+    configure(tmp_path, **stale)
+    again = load(llama, {"adapter": str(tmp_path)}).model
+    wanted = dict(model.named_parameters())
+    assert all(torch.equal(p, wanted[name]) for name, p in again.named_parameters())
+
+
+def test_a_file_of_whose_targets_the_model_has_none_is_told_as_the_files(
+    llama: Path, tmp_path: Path
+) -> None:
+    load(llama, {"r": 2, "target_modules": ["q_proj"]}).model.save_pretrained(tmp_path)
+    configure(tmp_path, target_modules=["query"])
+    with pytest.raises(llmload.PlanError) as caught:
+        load(llama, {"adapter": str(tmp_path)})
+    assert str(caught.value) == (
+        f"lora.adapter: the adapter in '{tmp_path}' is for modules called query, and"
+        " LlamaForCausalLM has none of them. Check that model and adapter belong together."
+    )

@@ -159,6 +159,7 @@ class LoadContext:
     unexpected: _ReadOnly[list[str]] = _ReadOnly("records")
     left_out: _ReadOnly[dict[str, str]] = _ReadOnly("records")
     changed_base: _ReadOnly[dict[str, str]] = _ReadOnly("records")
+    merged_into: _ReadOnly[dict[str, str]] = _ReadOnly("records")
     adapter_switch: _Stated[AdapterSwitch | None] = _Stated("records")
     facts: _ReadOnly[dict[str, dict[str, Any]]] = _ReadOnly("records")
     lines: _ReadOnly[list[Line]] = _ReadOnly("records")

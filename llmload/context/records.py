@@ -69,6 +69,11 @@ class Records:
     what changed it: with the adapter off it is not the base model. Written by the hook that changed
     it and taken by the host, as ``newly_initialised``; read by groups, and by audits, for which the
     host puts it back under the final names."""
+    merged_into: dict[str, str] = field(default_factory=dict)
+    """Parameter of the finished model that the load writes to for good, as a merge does -> why: it
+    is no longer the checkpoint's, with an adapter off either. Written by the hook that does it, in
+    the rehearsal too, and taken by the host, as ``newly_initialised``; read by groups, whose
+    members have it each for itself."""
     adapter_switch: AdapterSwitch | None = None
     """Turns off the adapter of this model. Written in ``wrap_adapter``, in the rehearsal too, by a
     plugin whose adapter is not PEFT's; read by groups, for members with ``adapter_of``."""

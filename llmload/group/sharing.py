@@ -64,6 +64,8 @@ class Entry:
     """The final one; modules that stay float32 considered."""
     kept: bool
     """The finished model has it as it was loaded, and does not train it."""
+    written: bool
+    """The load itself writes to it, as a merge does, or puts another in its place."""
 
     def same_as(self, other: Entry) -> bool:
         """Say whether both hold the same values, dtypes apart."""
@@ -139,7 +141,7 @@ def _entries(ctx: LoadContext, loader: str, rehearsal: Rehearsal) -> dict[str, E
     aliases: dict[int, list[str]] = {}
     for name, parameter in rehearsal.base.items():
         aliases.setdefault(id(parameter), []).append(name)
-    kept = rehearsal.kept()
+    kept, written = rehearsal.kept(), rehearsal.written()
     on_pages = loader in ctx.providing("mapped_pages")
     fetched = {file.path for file in ctx.checkpoint.fetched}
     prefix = f"{ctx.model_class.base_model_prefix}."
@@ -171,6 +173,7 @@ def _entries(ctx: LoadContext, loader: str, rehearsal: Rehearsal) -> dict[str, E
             ),
             dtype=dtype_name(dtype),
             kept=names[0] in kept,
+            written=names[0] in written,
         )
     return entries
 
@@ -234,9 +237,14 @@ def _common(
         for one in left
         if one in theirs.entries and mine.entries[one].same_as(theirs.entries[one])
     }
-    # Pages of a file are shared even where one member trains: copy-on-write gives it its own. A
-    # cast is made for it, so it is worth sharing only where both keep it.
-    pages = {one for one in both if mine.entries[one].mapped and theirs.entries[one].mapped}
+    # Pages of a file are shared even where one member trains: copy-on-write gives it its own. What
+    # a load writes to is its own from the start. A cast is made for it, so it is worth sharing only
+    # where both keep it.
+    pages = {
+        one
+        for one in both
+        if all(w.entries[one].mapped and not w.entries[one].written for w in (mine, theirs))
+    }
     others = both - pages
     casts = {
         one

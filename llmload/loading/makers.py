@@ -1,6 +1,7 @@
 """What hooks say of single parameters, followed to the finished model, and who made each.
 
-The one owner of ``newly_initialised`` and ``changed_base``: hooks state, and nobody renames.
+The one owner of ``newly_initialised``, ``changed_base`` and ``merged_into``: hooks state, and
+nobody renames.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class Ledger:
     """Follows parameters and buffers through the hands that a model passes through.
 
     They are told apart by identity and held weakly: one that a plugin replaced is freed. Hooks
-    state names in ``ctx.newly_initialised`` and ``ctx.changed_base``, as they are in the model that
-    they return; from then on it is the tensor that counts, so that whoever wraps the model has
-    nothing to rename.
+    state names in ``ctx.newly_initialised``, ``ctx.changed_base`` and ``ctx.merged_into``, as they
+    are in the model that they return; from then on it is the tensor that counts, so that whoever
+    wraps the model has nothing to rename.
     """
 
     def __init__(self, ctx: LoadContext) -> None:
@@ -44,6 +45,7 @@ class Ledger:
         self._makers: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
         self._new: list[_Stated] = []
         self._changed: list[_Stated] = []
+        self._merged: list[_Stated] = []
 
     def take_stock(self, plugin: str, model: nn.Module) -> None:
         """Enter what a plugin made and what it said, after each of its steps.
@@ -56,6 +58,7 @@ class Ledger:
                 self._makers[id(parameter)] = weakref.ref(parameter), plugin
         self._new = _taken(self._new, self._ctx.newly_initialised, model, plugin)
         self._changed = _taken(self._changed, self._ctx.changed_base, model, plugin)
+        self._merged = _taken(self._merged, self._ctx.merged_into, model, plugin)
 
     def follow(self, moved: Mapping[int, torch.Tensor]) -> None:
         """Go on with what took the place of parameters and buffers, by their identities."""
@@ -102,6 +105,10 @@ class Ledger:
     def changed_base(self) -> dict[str, str]:
         """Return what of the finished model hooks changed for an adapter's sake -> what did it."""
         return {stated.name: stated.why for stated in self._changed}
+
+    def merged_into(self) -> dict[str, str]:
+        """Return what of the finished model hooks wrote to for good -> what did it."""
+        return {stated.name: stated.why for stated in self._merged}
 
 
 def _taken(

@@ -33,14 +33,26 @@ class Rehearsal:
     """Every name in the base model, tied ones included -> its parameter as the loader made it."""
     changed_base: dict[str, str]
     """What the hooks said of the parameters that they change: see ``ctx.changed_base``."""
+    merged_into: dict[str, str]
+    """What the hooks said of the parameters that they write to: see ``ctx.merged_into``."""
     switch: AdapterSwitch | None
     """Turns off an adapter that is not PEFT's: see ``ctx.adapter_switch``."""
 
     def kept(self) -> set[str]:
-        """Return the names in the base model of the parameters that the finished model still has,
-        and does not train."""
+        """Return the names in the base model of the parameters that the finished model still has as
+        they were, and does not train."""
         frozen = {id(p) for p in self.model.parameters() if not p.requires_grad}
-        return {name for name, parameter in self.base.items() if id(parameter) in frozen}
+        still = {name for name, parameter in self.base.items() if id(parameter) in frozen}
+        return still - self.written()
+
+    def written(self) -> set[str]:
+        """Return the names in the base model of the parameters that the load itself writes to, or
+        puts others in place of."""
+        changed = self.changed_base.keys() | self.merged_into.keys()
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        touched = {id(named[name]) for name in changed if name in named}
+        untouched = {id(parameter) for parameter in named.values()} - touched
+        return {name for name, parameter in self.base.items() if id(parameter) not in untouched}
 
 
 def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
@@ -122,7 +134,11 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
     by_loader = {name: plan.loader for name in unique if name in ctx.to_initialise}
     plan.new_parameters = by_loader | ledger.foretold(model, plan.loader)
     return Rehearsal(
-        model=model, base=base, changed_base=ledger.changed_base(), switch=ctx.adapter_switch
+        model=model,
+        base=base,
+        changed_base=ledger.changed_base(),
+        merged_into=ledger.merged_into(),
+        switch=ctx.adapter_switch,
     )
 
 

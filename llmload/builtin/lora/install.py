@@ -14,7 +14,7 @@ from torch import nn
 from llmload.builtin.lora import resume, targets, ties
 from llmload.builtin.lora.dispatch import Dispatcher, record
 from llmload.builtin.lora.gathering import gathering
-from llmload.builtin.lora.layers import adapter_parameters, lora_layers, own_name
+from llmload.builtin.lora.layers import adapter_parameters, lora_layers, merged_into, own_name
 from llmload.builtin.lora.names import translate_targets
 from llmload.builtin.lora.outlines import dequantised_by_shape, is_quantised
 from llmload.builtin.lora.request import (
@@ -52,16 +52,23 @@ def carry_out(ctx: LoadContext, model: PreTrainedModel) -> PeftModel | PreTraine
     """
     with matching_within_budget():
         merged: dict[str, list[str]] = {}
+        changed: list[nn.Parameter] = []
         for request in merged_first(ctx):
             with blamed_on("lora.merge_first"):
-                model = _merge(ctx, request, _install(ctx, request, model))
+                wrapped = _install(ctx, request, model)
+                changed += merged_into(wrapped, request.section.adapter_name)
+                model = _merge(ctx, request, wrapped)
             merged[str(request.section.adapter)] = ctx.facts["lora"]["targets"]
         request = resolve(ctx)
         wrapped = _install(ctx, request, model)
         if merged:
             ctx.record("lora", {"merged_first": merged})
         if request.section.merge:
-            return _merge(ctx, request, wrapped)
+            changed += merged_into(wrapped, request.section.adapter_name)
+            model = _merge(ctx, request, wrapped)
+            ctx.merged_into.update(_named(changed, model))
+            return model
+        ctx.merged_into.update(_named(changed, wrapped))
         if merged:
             record(
                 wrapped.peft_config[request.section.adapter_name],
@@ -166,6 +173,13 @@ def _merge(ctx: LoadContext, request: Request, model: PeftModel) -> PreTrainedMo
         ctx.record("lora", {"merged": True})
     merged.requires_grad_(False)
     return merged.eval()
+
+
+def _named(changed: list[nn.Parameter], model: nn.Module) -> dict[str, str]:
+    """Return the names in ``model`` of the weights that an adapter was added to -> why."""
+    ids = {id(parameter) for parameter in changed}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: "an adapter is merged into it" for name, p in named if id(p) in ids}
 
 
 def _account(

@@ -44,6 +44,18 @@ def token_wrappers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def merged_into(model: PeftModel, adapter: str) -> Iterator[nn.Parameter]:
+    """Yield the parameters of the base that a merge of the adapter changes."""
+    for layer in lora_layers(model, adapter).values():
+        base = layer.get_base_layer()
+        # PEFT's layer around one parameter of a module, such as merged experts, knows its name.
+        yield getattr(base, getattr(layer, "parameter_name", "weight"))
+        if getattr(layer, "lora_bias", {}).get(adapter):
+            yield base.bias
+    for _, wrapper in token_wrappers(model):
+        yield wrapper.token_adapter.get_base_layer().weight
+
+
 def own_name(name: str) -> str:
     """Return the name that a module or parameter has without the adapter's layers around it."""
     return re.sub(

@@ -6,6 +6,8 @@ are held against the model as PEFT will see them. Versions without a translation
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,11 +36,17 @@ def translate_targets(config: LoraConfig, model: nn.Module) -> None:
 
 
 def translate_weights(
-    model: PeftModel, tensors: dict[str, torch.Tensor], adapter: str
+    model: PeftModel, tensors: dict[str, torch.Tensor], adapter: str, known: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """Return a saved adapter's tensors under today's names, without the adapter's name."""
+    """Return a saved adapter's tensors under today's names, without the adapter's name.
+
+    Names that all fit stay: a pattern for old ones may match one of today's, as that of Laguna
+    for ``mlp.shared_expert.`` does.
+
+    :param known: the names that the model has a place for.
+    """
     translation = _translation()
-    if translation is None:
+    if translation is None or tensors.keys() <= set(known):
         return tensors
     converted: dict[str, torch.Tensor] = (
         translation.convert_peft_adapter_state_dict_for_transformers(
@@ -49,3 +57,19 @@ def translate_weights(
         )
     )
     return converted
+
+
+@contextmanager
+def names_taken_as_they_are() -> Iterator[None]:
+    """Keep PEFT from translating names of weights once more."""
+    translation = _translation()
+    if translation is None:
+        yield
+        return
+    name = "convert_peft_adapter_state_dict_for_transformers"
+    theirs = getattr(translation, name)
+    setattr(translation, name, lambda adapter_state_dict, **_: adapter_state_dict)
+    try:
+        yield
+    finally:
+        setattr(translation, name, theirs)

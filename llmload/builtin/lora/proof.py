@@ -133,7 +133,8 @@ def _start_values(
 def _saved_values(request: Request, model: PeftModel, adapter: str) -> Iterator[Problem]:
     """Hold every value against the file's, bit by bit after the cast."""
     assert request.saved is not None
-    saved = translate_weights(model, request.saved.read(), adapter)
+    known = resume.allowed(model, adapter).keys()
+    saved = translate_weights(model, request.saved.read(), adapter, known)
     replaced = saved.keys() - resume.required(model, adapter).keys()
     with partitions.whole(resume.embeddings(model) if replaced else ()):
         held = resume.allowed(model, adapter)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-from llmload.builtin.lora.names import translate_weights
+from llmload.builtin.lora.names import names_taken_as_they_are, translate_weights
 from llmload.builtin.lora.request import heard
 from llmload.plugin import WRAPPERS, CheckpointError, Problem, partitions, some, unwrapped
 
@@ -32,14 +32,17 @@ def restore(ctx: LoadContext, saved: SavedAdapter, model: PeftModel, adapter: st
     :returns: names of base parameters that were saved with the adapter, and replaced by it.
     :raises CheckpointError: a key is missing or left over, or a shape differs.
     """
-    outline = translate_weights(model, saved.outline(), adapter)
+    known = allowed(model, adapter).keys()
+    outline = translate_weights(model, saved.outline(), adapter, known)
     replaced = sorted(outline.keys() - required(model, adapter).keys())
     with partitions.whole(embeddings(model) if replaced else ()):
         problems = [*_mismatches(saved, model, adapter, outline)]
         if problems:
             raise CheckpointError(problems)
         if not ctx.rehearsing:
-            set_peft_model_state_dict(model, saved.read(), adapter_name=adapter)
+            values = translate_weights(model, saved.read(), adapter, known)
+            with names_taken_as_they_are():
+                set_peft_model_state_dict(model, values, adapter_name=adapter)
     return replaced
 
 

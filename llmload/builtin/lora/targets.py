@@ -55,20 +55,46 @@ def hold_to_names(request: Request, config: LoraConfig, model: nn.Module) -> lis
         }.get(field, modules)
         misses = [entry for entry in asked if not any(matches(entry, name) for name in among)]
         unmatched += [f"{field}: {entry}" for entry in misses]
-        from_file = request.saved is not None and len(misses) < len(asked)
-        if misses and field != "exclude_modules" and not from_file:
+        if misses and field != "exclude_modules" and request.saved is None:
             what = "parameter" if among is parameters else "module"
             problems.append(
                 Problem(
                     where=f"lora.{field}",
                     message=f"no {what} of {type(model).__name__} is called"
                     f" {' or '.join(map(repr, misses))}",
-                    fix=_way_out(field, misses, model),
+                    fix=_way_out(field, misses, model, whole=matches is _whole),
                 )
             )
     if problems:
         raise RequestError(problems)
+    if request.saved is not None:
+        _hold_file(request, config, model, unmatched)
     return unmatched
+
+
+def _hold_file(
+    request: Request, config: LoraConfig, model: nn.Module, unmatched: list[str]
+) -> None:
+    """Refuse a saved adapter of whose targets the model has none.
+
+    Some may be stale, of other layers or of another version: it is held to its weights.
+    """
+    targets = {
+        f"{field}: {entry}"
+        for field, entries, _ in _named(config)
+        for entry in entries
+        if field.startswith("target_") and entry in _listed(request.fields.get(field) or ())
+    }
+    if targets and targets <= set(unmatched):
+        names = sorted({target.partition(": ")[2] for target in targets})
+        raise RequestError(
+            Problem(
+                where="lora.adapter",
+                message=f"the adapter in {request.section.adapter!r} is for modules called"
+                f" {', '.join(names[:_SHOWN])}, and {type(model).__name__} has none of them",
+                fix="Check that model and adapter belong together.",
+            )
+        )
 
 
 def hold_to_layers(request: Request, model: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
@@ -221,25 +247,36 @@ def _pattern(entry: str, name: str) -> bool:
     return patterns.match(rf"(.*\.)?({entry})$", name) is not None
 
 
-def _way_out(field: str, misses: list[str], model: nn.Module) -> str:
-    """Return the nearest names, or the form in which a name would have matched."""
+def _way_out(field: str, misses: list[str], model: nn.Module, *, whole: bool) -> str:
+    """Return the nearest names, or the form in which a name would have matched.
+
+    :param whole: the one entry is a text, which stands for whole names.
+    """
     if field == "target_parameters":
-        ends = sorted({".".join(name.split(".")[-2:]) for name, _ in model.named_parameters()})
+        names = [name for name, _ in model.named_parameters()]
     else:
-        ends = sorted(
-            {
-                name.rpartition(".")[2]
-                for name, module in model.named_modules()
-                if isinstance(module, _ADAPTABLE)
-            }
-        )
+        names = [n for n, module in model.named_modules() if isinstance(module, _ADAPTABLE)]
+    ends = _ends(names, 2 if field == "target_parameters" else 1)
     if field in ("target_modules", "exclude_modules") and misses[0] in ends:
         return f"A text is a regular expression for the whole name; write [{misses[0]}]."
-    near = [name for entry in misses for name in closest(entry, ends, _NEAREST)]
+    if whole:
+        example = next(iter([*closest(misses[0], names, 1), *linear_layers(model), *names]), "")
+        return f"A text is a regular expression for the whole name, such as {example!r}."
+    near = [name for entry in misses for name in _near(entry, names, ends)]
     if near:
         return f"The nearest: {', '.join(dict.fromkeys(near))}."
     more = ", ..." if len(ends) > _SHOWN else ""
     return f"Names are {', '.join(ends[:_SHOWN])}{more}."
+
+
+def _near(entry: str, names: list[str], ends: list[str]) -> list[str]:
+    """Return the names most like an entry: of one with dots, those of as many parts."""
+    among = _ends(names, entry.count(".") + 1) if "." in entry else ends
+    return closest(entry, among, _NEAREST) or closest(entry.rpartition(".")[2], ends, _NEAREST)
+
+
+def _ends(names: Iterable[str], parts: int) -> list[str]:
+    return sorted({".".join(name.split(".")[-parts:]) for name in names})
 
 
 def linear_layers(model: nn.Module) -> list[str]:
