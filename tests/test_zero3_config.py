@@ -453,3 +453,58 @@ def test_rows_to_train_need_a_gpu_to_be_shared_among_ranks(tmp_path: Path) -> No
         "lora.trainable_token_indices: under ZeRO-3 PEFT shares rows to train among the ranks by a"
         " GPU, and there is none. Load without `zero3`, or where there are GPUs."
     )
+
+
+@needs_peft("0.18.0")
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["embed_tokens"]])
+def test_tied_adapters_cannot_be_parted_and_what_the_refusal_says_can(
+    targets: list[str], tmp_path: Path
+) -> None:
+    folder = testing.tiny_llama(tmp_path, tied=True)
+    section = {"r": 2, "target_modules": targets, "ensure_weight_tying": True}
+    zero3 = {"config": with_zero() | {"train_micro_batch_size_per_gpu": 1}}
+    assert refusal(folder, section, zero3=zero3) == (
+        "lora.ensure_weight_tying: `zero3` keeps a part of each parameter on each rank, and the"
+        " adapter of 'lm_head' is a transposed view of the embedding's, whose parts are others."
+        " Write `tied_weights: separate` or `untie` in its place, or name the embedding in"
+        " `modules_to_save`."
+    )
+    for way in (
+        {"target_modules": targets, "tied_weights": "separate"},
+        {"target_modules": targets, "tied_weights": "untie"},
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+    ):
+        spec = {"model": str(folder), "zero3": zero3, "lora": {"r": 2, **way}}
+        assert llmload.plan(spec).errors == []
+
+
+PLAIN = {"train_micro_batch_size_per_gpu": 1}
+
+
+@pytest.mark.parametrize("auto_class", ["sequence_classification", "token_classification"])
+def test_a_classifiers_head_and_an_adapter_of_another_dtype_are_refused_in_the_plan(
+    auto_class: str, tmp_path: Path
+) -> None:
+    model = testing.tiny_model("bert", auto_class=auto_class, dtype=torch.bfloat16)
+    spec = {
+        "model": str(testing.save_checkpoint(model, tmp_path)),
+        "auto_class": auto_class,
+        "zero3": {"config": with_zero() | PLAIN | {"bf16": {"enabled": True}}},
+        "lora": {"r": 2, "target_modules": ["query"]},
+    }
+    words = "trainable parameters are bfloat16 and float32, and DeepSpeed keeps them in one buffer"
+    assert words in str(llmload.plan(spec).errors[0])
+    mended = spec | {"lora": spec["lora"] | {"adapter_dtype": "base"}}  # type: ignore[operator]
+    assert llmload.plan(mended).errors == []
+
+
+def test_biases_that_an_adapter_trains_are_refused_in_another_dtype_too(tmp_path: Path) -> None:
+    model = testing.tiny_model("gpt2", dtype=torch.bfloat16)
+    lora = {"r": 2, "target_modules": ["c_attn"], "bias": "all"}
+    zero3 = {"config": with_zero() | {"train_micro_batch_size_per_gpu": 1}}
+    found = refusal(testing.save_checkpoint(model, tmp_path), lora, zero3=zero3)
+    assert "trainable parameters are bfloat16 and float32" in found

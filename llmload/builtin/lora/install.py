@@ -100,7 +100,9 @@ def _install(ctx: LoadContext, request: Request, model: PreTrainedModel) -> Peft
         record(config, llmload_tied_weights="untie")
     _set_dtype(ctx, request, wrapped)
     if section.ensure_weight_tying:
-        ties.tie_again(wrapped, section.adapter_name)
+        tied_again = ties.tie_again(wrapped, section.adapter_name)
+        if ctx.splits and not section.merge:
+            ties.refuse_parted(ctx.placed_by, tied_again)
     layers = lora_layers(wrapped, section.adapter_name)
     targets.hold_to_layers(request, model, layers)
     targets.refuse_ranks_beyond(request, layers, section.adapter_name)

@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from llmload.builtin.lora.layers import lora_layers, own_name, token_wrappers
-from llmload.plugin import Problem, RequestError, partitions
+from llmload.plugin import Problem, RequestError, partitions, some
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -138,20 +138,40 @@ def refuse_undecided(request: Request, reached: list[str], tied: dict[str, nn.Mo
         )
 
 
-def tie_again(model: PeftModel, adapter: str) -> None:
-    """Share the storage of tied adapters anew.
+def tie_again(model: PeftModel, adapter: str) -> list[str]:
+    """Share the storage of tied adapters anew; return the layers that have one of another's.
 
     PEFT makes the head's A the transpose of the embedding's B, and likewise B of A, as views of one
     storage, and parts them again where it casts them (0.21.2, base in bfloat16 or float16).
     """
     source = model.get_base_model().get_input_embeddings()
+    tied: list[str] = []
     if not isinstance(source, LoraLayer):
-        return
-    for layer in lora_layers(model, adapter).values():
+        return tied
+    for name, layer in lora_layers(model, adapter).items():
         if layer is not source and layer.get_base_layer().weight is source.get_base_layer().weight:
             for mine, its in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
                 parameter = getattr(layer, mine)[adapter].weight
                 parameter.data = getattr(source, its)[adapter].data.t()
+            tied.append(name)
+    return tied
+
+
+def refuse_parted(by: str | None, tied: list[str]) -> None:
+    """Refuse tied adapters where each rank is to keep a part of every parameter.
+
+    :param by: the plugin that splits parameters.
+    :raises RequestError: there are some. DeepSpeed 0.19 fails over the transposed view
+        (``stride(-1) must be 1``), and of two orientations the parts would not be the same.
+    """
+    if tied:
+        raise RequestError(
+            f"`{by}` keeps a part of each parameter on each rank, and the adapter of"
+            f" {some(tied)} is a transposed view of the embedding's, whose parts are others",
+            fix="Write `tied_weights: separate` or `untie` in its place, or name the embedding in"
+            " `modules_to_save`.",
+            where="lora.ensure_weight_tying",
+        )
 
 
 # --- trained rows -------------------------------------------------------------------------------

@@ -110,10 +110,10 @@ class Zero3Plugin:
         rows to train where PEFT cannot share them among the ranks."""
         from llmload.builtin.zero3.loading_session import mixed_dtypes
 
-        copies = fields.get("modules_to_save")
         resolved = ctx.handed_on.get(self.name)
         mixed = section.adapter_dtype == "auto" and dtype_name(ctx.dtype) != "float32"
-        if resolved is not None and resolved.stage == 3 and copies and mixed:
+        beside = _trained_beside(ctx, fields) and not section.merge
+        if resolved is not None and resolved.stage == 3 and beside and mixed:
             yield mixed_dtypes(("float32", dtype_name(ctx.dtype)))
         if resolved is not None and resolved.stage == 3 and fields.get("trainable_token_indices"):
             yield from _rows_without_gpu()
@@ -171,6 +171,19 @@ class Zero3Plugin:
         if self._presence is not None:
             self._presence.stop()
             self._presence = None
+
+
+def _trained_beside(ctx: LoadContext, fields: Mapping[str, Any]) -> bool:
+    """Say whether an adapter brings parameters of the base to train, which keep its dtype.
+
+    Of classifiers PEFT trains the head, whether ``modules_to_save`` names it or not.
+    """
+    biases = fields.get("bias", "none") != "none"
+    return (
+        bool(fields.get("modules_to_save"))
+        or fields.get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
+        or (biases and any(n.endswith(".bias") for n, _ in ctx.blank.named_parameters()))
+    )
 
 
 def _rows_without_gpu() -> Iterator[Problem]:
