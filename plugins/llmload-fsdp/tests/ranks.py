@@ -97,6 +97,7 @@ def ours(spec: dict[str, Any], steps: int = 3) -> dict[str, Any]:
     found["report"] = result.report.facts["parallel"]
     files = result.report.facts["streaming"]["files"]
     found["bytes read"] = sum(file["bytes_read"] for file in files.values())
+    found["bytes there"] = sum(file["tensor_bytes"] for file in files.values())
     said = " ".join(str(step) for step in result.plan.steps)
     found["bytes planned"] = int(re.search(r"read ([\d,]+) of", said)[1].replace(",", ""))
     found["losses"] = losses(result.model, steps) if steps else []

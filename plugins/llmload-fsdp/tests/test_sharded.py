@@ -91,6 +91,9 @@ def test_each_rank_reads_what_the_plan_says_and_nothing_twice(plain: list[dict[s
     for found in plain:
         for ours, _ in found.values():
             assert ours["bytes read"] == ours["bytes planned"]
+        # Merged experts too: each rank reads the rows that it keeps of each of them.
+        experts = found["mixtral"][0]
+        assert experts["bytes read"] <= 1.05 * experts["bytes there"] / len(plain)
 
 
 @pytest.fixture(scope="module")
