@@ -31,6 +31,7 @@ PAGES: Final = {
     "benchmarks/README.md": "benchmarks.md",
     "benchmarks/results/equality.md": "equality.md",
     "benchmarks/results/simulated.md": "simulated.md",
+    "benchmarks/results/memory.md": "memory-measured.md",
     "examples/README.md": "examples.md",
     "examples/plugins/README.md": "example-plugins.md",
     "plugins/llmload-fsdp/README.md": "llmload-fsdp.md",

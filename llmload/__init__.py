@@ -18,6 +18,7 @@ from llmload import leaving
 
 if TYPE_CHECKING:
     from llmload.context.context import LoadContext as LoadContext
+    from llmload.context.machine import Machine as Machine
     from llmload.errors import AuditError as AuditError
     from llmload.errors import CheckpointError as CheckpointError
     from llmload.errors import Conflict as Conflict
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "LoadContext": "context.context",
+    "Machine": "context.machine",
     **dict.fromkeys(
         (
             "AuditError",

@@ -93,6 +93,8 @@ way of one load::
               check         each plugin, in order         Problems, Notes and Declines
               post_load     rehearsed on the meta device  (ctx.rehearsing is true)
               wrap_adapter  rehearsed on the meta device
+              cost          each plugin, in order         memory, before it is taken
+              relieve       every installed plugin        where there is too little
     load      init_context  each plugin, in order         contexts entered on one ExitStack
               load          loaders, in order             the first that does not decline
               post_load     each plugin, in order         sees the model the previous one left
@@ -127,6 +129,7 @@ if TYPE_CHECKING:
 
     from llmload.checkpoint import Checkpoint
     from llmload.context.context import LoadContext
+    from llmload.context.forecast import Cost, Forecast
     from llmload.errors import Decline, Note, Problem
     from llmload.spec.loadspec import LoadSpec
 
@@ -386,6 +389,84 @@ def map_keys(ctx: LoadContext, keys: tuple[str, ...]) -> Mapping[str, str | None
                 if not ctx.rehearsing:
                     model.scorer.weight = nn.Parameter(ctx.read("scorer.weight").to(ctx.dtype))
                 return model
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def cost(ctx: LoadContext, forecast: Forecast) -> Iterable[Cost]:
+    """Say what memory this plugin takes, and how it changes what weights take.
+
+    Called once per load for each plugin in order, after the rehearsal; also of a plan for a machine
+    that is only described (``ctx.machine``), so that nothing of this one may be asked for that
+    ``forecast`` and ``ctx.machine`` say. ``forecast.weights`` has every parameter of the rehearsed
+    model, counted as plain tensors: a plugin that stores, divides or moves some of them says so
+    there (:class:`llmload.plugin.Weight`). What it takes beside them it yields: buffers, copies,
+    scratch. The host adds gradients and optimizer of what is trained. Activations are nobody's.
+
+    :param ctx: the load as it was rehearsed: ``ctx.handed_on`` has what ``check`` and the rehearsal
+        left there.
+    :param forecast: to be corrected in place; ``forecast.replaced`` are weights of the base model
+        in whose place the finished model has others.
+    :returns: any number of :class:`llmload.plugin.Cost`.
+
+    Example: a copy of every trained weight, kept for later, and a buffer while it is made::
+
+        import llmload
+        from llmload.plugin import Cost
+
+        class Before:
+            name = "before_training"
+
+            class Section(llmload.Section):
+                pass
+
+            @llmload.hookimpl
+            def post_load(self, ctx, model):
+                if not ctx.rehearsing:
+                    trained = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+                    ctx.keep_alive(trained)
+                return model
+
+            @llmload.hookimpl
+            def cost(self, ctx, forecast):
+                kept = [w.part(w.itemsize) for w in forecast.weights.values() if w.trained]
+                yield Cost(what="copies", nbytes=sum(kept), phase="finish", lasting=True)
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def relieve(ctx: LoadContext, forecast: Forecast) -> Iterable[str]:
+    """Say what of this plugin would make a load fit for which there is too little memory.
+
+    Called for every installed plugin, whether or not the spec asks for it (``ctx.active``), where a
+    load or its training does not fit the machine. ``forecast.supposing()`` is a copy to try
+    things on, and ``forecast.suffices()`` says whether they do.
+
+    :param ctx: the load as it was rehearsed.
+    :param forecast: what it will take, with every plugin's ``cost``.
+    :returns: sentences for the problem's way out, each without a condition: it is known to do.
+        What it raises is dropped.
+
+    Example: load the weights in half as many bytes::
+
+        import llmload
+
+        class Narrow:
+            name = "narrow"
+
+            class Section(llmload.Section):
+                pass
+
+            @llmload.hookimpl
+            def relieve(self, ctx, forecast):
+                narrow = forecast.supposing()
+                for weight in narrow.weights.values():
+                    weight.itemsize = min(weight.itemsize, 2)
+                    weight.loaded = min(weight.loaded, 2)
+                if narrow.suffices():
+                    yield "Add `narrow: {}`."
     """
     raise NotImplementedError
 
@@ -653,6 +734,8 @@ HELPERS = (
     "open_checkpoint",
     "map_keys",
     "check",
+    "cost",
+    "relieve",
     "audit",
     "stopped",
 )

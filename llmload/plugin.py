@@ -50,6 +50,13 @@ Files of a checkpoint:
 - ``main_file``: the file that another library wants to be pointed to.
 - ``filesystem``: on what kind of file system a file lies, and whether other machines write to it.
 
+Memory that a load takes:
+
+- ``Forecast``: what the hook ``cost`` corrects and ``relieve`` tries things on; ``Weight`` is one
+  parameter in it, ``Cost`` what a plugin takes beside them, ``PHASES`` when, ``Room`` what there
+  is.
+- ``Machine``: what a plan is made for, as ``ctx.machine`` has it.
+
 Where and how a weight is stored:
 
 - ``Placement``: what ``ctx.placement`` answers; ``Splitting``: one that keeps a part of each value.
@@ -125,6 +132,12 @@ if TYPE_CHECKING:
     from llmload.checkpoint.untrusted import local_path as local_path
     from llmload.checkpoint.untrusted import read_file as read_file
     from llmload.context.context import LoadContext as LoadContext
+    from llmload.context.forecast import PHASES as PHASES
+    from llmload.context.forecast import Cost as Cost
+    from llmload.context.forecast import Forecast as Forecast
+    from llmload.context.forecast import Room as Room
+    from llmload.context.forecast import Weight as Weight
+    from llmload.context.machine import Machine as Machine
     from llmload.context.peers import ABILITIES as ABILITIES
     from llmload.context.switch import AdapterSwitch as AdapterSwitch
     from llmload.errors import AuditError as AuditError
@@ -155,8 +168,6 @@ if TYPE_CHECKING:
     from llmload.loading.audit import MISSING as MISSING
     from llmload.loading.loaders import account as account
     from llmload.loading.loaders import from_pretrained as from_pretrained
-    from llmload.loading.wording import alike as alike
-    from llmload.loading.wording import size_text as size_text
     from llmload.model import partitions as partitions
     from llmload.model.dry_run import ProbeResult as ProbeResult
     from llmload.model.dry_run import probe as probe
@@ -193,6 +204,8 @@ if TYPE_CHECKING:
     from llmload.spec.suggest import nearest as nearest
     from llmload.spec.values import dtype_name as dtype_name
     from llmload.spec.values import replacements as replacements
+    from llmload.spec.wording import alike as alike
+    from llmload.spec.wording import size_text as size_text
     from llmload.spec.words import AUTO_CLASSES as AUTO_CLASSES
     from llmload.spec.words import Dtype as Dtype
     from llmload.spec.yaml_read import parse as parse_yaml
@@ -202,6 +215,7 @@ __all__ = [
     "AUTO_CLASSES",
     "DTYPE_WORDS",
     "MISSING",
+    "PHASES",
     "WRAPPERS",
     "Accounting",
     "AdapterSwitch",
@@ -210,8 +224,10 @@ __all__ = [
     "CheckpointError",
     "CheckpointFile",
     "Conflict",
+    "Cost",
     "Decline",
     "Dtype",
+    "Forecast",
     "InvalidValueError",
     "KeyRule",
     "Keys",
@@ -219,6 +235,7 @@ __all__ = [
     "LoadContext",
     "LoadFailedError",
     "LoadSpec",
+    "Machine",
     "MappedCheckpoint",
     "Note",
     "Part",
@@ -236,6 +253,7 @@ __all__ = [
     "Removal",
     "Renaming",
     "RequestError",
+    "Room",
     "Section",
     "Sentence",
     "Source",
@@ -247,6 +265,7 @@ __all__ = [
     "TensorInfo",
     "Transformers",
     "UntrustedFolder",
+    "Weight",
     "account",
     "alike",
     "cache_dir",
@@ -312,6 +331,8 @@ _HOME = {
     **dict.fromkeys(("LoadSpec", "Section"), "spec.loadspec"),
     "InvalidValueError": "spec.refusals",
     "ABILITIES": "context.peers",
+    **dict.fromkeys(("PHASES", "Cost", "Forecast", "Room", "Weight"), "context.forecast"),
+    "Machine": "context.machine",
     "AdapterSwitch": "context.switch",
     "Accounting": "checkpoint.accounting",
     **dict.fromkeys(("Checkpoint", "CheckpointFile"), "checkpoint.contents"),
@@ -337,7 +358,7 @@ _HOME = {
     **dict.fromkeys(("locate_files", "read_config"), "hf.locating"),
     "MISSING": "loading.audit",
     **dict.fromkeys(("account", "from_pretrained"), "loading.loaders"),
-    **dict.fromkeys(("alike", "size_text"), "loading.wording"),
+    **dict.fromkeys(("alike", "size_text"), "spec.wording"),
     "filesystem": "checkpoint.filesystem",
     "partitions": "model.partitions",
     "patterns": "spec.patterns",

@@ -92,8 +92,19 @@ OPTIONS = {
     "lock": ["--json", "--output", "--plugin", "--set", "-o", "-p", "SPEC"],
     "new-plugin": ["--dir", "--json", "--kind", "name"],
     "verify": ["--json", "--lock", "--plugin", "--set", "-p", "SPEC"],
-    "load": ["--json", "--plugin", "--set", "-p", "SPEC"],
-    "plan": ["--json", "--plugin", "--set", "-p", "SPEC"],
+    "load": ["--json", "--plugin", "--report", "--set", "-p", "SPEC"],
+    "plan": [
+        "--device-memory",
+        "--host-memory",
+        "--json",
+        "--optimizer",
+        "--plugin",
+        "--ranks",
+        "--ranks-per-host",
+        "--set",
+        "-p",
+        "SPEC",
+    ],
     "validate": ["--json", "--plugin", "--set", "-p", "SPEC"],
     "plugins": ["--hooks", "--json", "--plugin", "-p"],
     "doctor": ["--json", "--plugin", "-p", "names"],
@@ -118,6 +129,7 @@ PUBLIC = [
     "LoadFailedError",
     "LoadResult",
     "LoadSpec",
+    "Machine",
     "Note",
     "Plan",
     "PlanError",
@@ -275,7 +287,7 @@ def test_built_in_plugins_are_listed_like_others() -> None:
         "status": "active",
         "reason": "",
         "section": True,
-        "hooks": ["check", "audit", "wrap_adapter"],
+        "hooks": ["check", "cost", "audit", "wrap_adapter"],
     }
 
 
@@ -391,7 +403,12 @@ class Around:
 
 def test_hooks_that_plugins_declare_are_told_and_what_a_plugin_implements() -> None:
     assert "coati" in [entry["plugin"] for entry in implementing("lora_layer")]
-    assert [entry["hook"] for entry in implementing("lora")] == ["check", "audit", "wrap_adapter"]
+    assert [entry["hook"] for entry in implementing("lora")] == [
+        "check",
+        "cost",
+        "audit",
+        "wrap_adapter",
+    ]
     for entry in implementing("coati"):
         file, _, line = entry["code"].rpartition(":")
         assert "@hookimpl" in Path(file).read_text().splitlines()[int(line) - 1]

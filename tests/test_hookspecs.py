@@ -18,8 +18,9 @@ import llmload
 import llmload.plugin
 from llmload import hookspecs
 from llmload.builtin.lora.hooks import Hooks
-from llmload.cli import doctor, show
+from llmload.cli import doctor
 from llmload.errors import PlanError, SpecError
+from llmload.loading import printed
 from llmload.testing import tiny_checkpoint
 
 HOOKS = (*hookspecs.HELPERS, *hookspecs.SPINE)
@@ -81,12 +82,12 @@ def test_what_a_plugin_shows_is_printed_with_plan_and_report(folder: Path) -> No
     result = llmload.load({"model": str(folder)}, registry=registry)
     console = Console(width=100)
     for part, text in (
-        (show.plan(result.plan), "planned with joy"),
-        (show.report(result.report), "done with joy"),
+        (printed.plan(result.plan), "planned with joy"),
+        (printed.report(result.report), "done with joy"),
     ):
-        with console.capture() as printed:
+        with console.capture() as captured:
             console.print(part)
-        assert re.search(rf"^mood +{text} *$", printed.get(), re.MULTILINE)
+        assert re.search(rf"^mood +{text} *$", captured.get(), re.MULTILINE)
     (line,) = result.report.lines
     assert (line.plugin, line.label) == ("shows", "mood")
 
@@ -161,6 +162,23 @@ def test_example_of_check_stops_a_load_over_the_budget(folder: Path) -> None:
         r" Choose a smaller model or raise the budget\.",
         str(caught.value),
     )
+
+
+def test_example_of_cost_counts_copies_of_what_is_trained(folder: Path) -> None:
+    registry = llmload.create_registry([example_of("cost")], environ={})
+    plan = llmload.plan({"model": str(folder), "before_training": {}}, registry=registry)
+    assert plan.memory is not None
+    (item,) = (item for item in plan.memory.items if item.plugin == "before_training")
+    assert (item.what, item.nbytes, item.lasting) == ("copies", plan.parameter_bytes, True)
+
+
+def test_example_of_relieve_offers_narrower_weights_where_they_do(folder: Path) -> None:
+    registry = llmload.create_registry([example_of("relieve")], block=["kbit", "zero3"], environ={})
+    spec = {"model": str(folder), "streaming": {"mapped": False}}
+    size = llmload.plan(spec, registry=registry).parameter_bytes
+    machine = llmload.Machine(host_memory=size - 1, optimizer="none")
+    (problem,) = llmload.plan(spec, registry=registry, machine=machine).errors
+    assert problem.fix == "Add `narrow: {}`."
 
 
 def test_example_of_init_context_acts_on_the_build_and_is_over_afterwards(folder: Path) -> None:

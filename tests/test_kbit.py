@@ -28,9 +28,9 @@ import llmload
 from llmload import hookimpl
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Plain
-from llmload.cli import show
 from llmload.errors import AuditError, PlanError, SpecError
 from llmload.host.registry import create_registry
+from llmload.loading import printed
 from llmload.testing import edit_config, save_checkpoint, tiny_checkpoint, tiny_model
 
 pytestmark = needs_bitsandbytes
@@ -532,7 +532,7 @@ def test_what_a_choice_costs_in_the_plan_is_what_it_costs_in_memory(
 def test_the_plan_shows_what_everything_takes(folder: Path) -> None:
     console = Console(width=120, file=io.StringIO())
     spec = {"model": str(folder), "dtype": "bfloat16", "kbit": {"prepare": "legacy"}}
-    console.print(show.plan(llmload.plan(spec)))
+    console.print(printed.plan(llmload.plan(spec)))
     lines = [line.strip() for line in console.file.getvalue().splitlines() if "k-bit" in line]
     assert lines == [
         "k-bit       86,016 values in 42.0 KiB, and 5.2 KiB of statistics",

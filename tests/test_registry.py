@@ -271,7 +271,7 @@ def test_a_section_is_built_only_where_it_is_looked_at() -> None:
 def test_hooks_of_other_plugins_are_listed_after_those_of_the_manual() -> None:
     registry = create_registry(environ={})
     assert info(registry, "coati", builtin=True).hooks == ("check", "check_lora", "lora_layer")
-    assert info(registry, "lora", builtin=True).hooks == ("check", "audit", "wrap_adapter")
+    assert info(registry, "lora", builtin=True).hooks == ("check", "cost", "audit", "wrap_adapter")
 
 
 # --- broken plugins -----------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def said(folder: Path, spare: int, **keys: object) -> str:
 def test_embeddings_beyond_the_limit_of_the_process_are_refused_by_the_plan(folder: Path) -> None:
     found = said(folder, 200 * MIB, embeddings={"pad_to_multiple_of": 2**20})
     if IS_MODERN:
-        assert found.startswith("PlanError the parameters take at least ")
+        assert found.startswith("PlanError the load takes ")
         assert "(by `ulimit -v`)" in found
     else:  # which reserves memory for each parameter before it puts it on the meta device
         assert found.startswith("PlanError model: ")

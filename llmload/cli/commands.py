@@ -150,45 +150,93 @@ def _write_text(text: RenderableType) -> None:
 
 @_command
 def load(
-    *, spec: Spec, settings: Settings = None, plugin: Plugins = None, json: Json = False
+    *,
+    spec: Spec,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", metavar="FILE.html", help="Write a page of it too, and JSON beside that."
+        ),
+    ] = None,
+    settings: Settings = None,
+    plugin: Plugins = None,
+    json: Json = False,
 ) -> Answer:
     """Load the model of a spec, or all of a group, prove that it is right, and report."""
-    from llmload.cli import show
+    from llmload.cli import reporting, show
     from llmload.cli.progress import is_wanted, progress
     from llmload.group import loading
-    from llmload.loading import pipeline
+    from llmload.loading import pipeline, printed
     from llmload.spec.groupspec import GroupSpec
 
+    reporting.require(page)
     registry = _registry(plugin)
     wanted = _wanted(spec, settings, registry)
     with progress(shown=is_wanted(json=json)):
         if isinstance(wanted, GroupSpec):
-            report = loading.load_group(wanted, registry=registry).report
+            group = loading.load_group(wanted, registry=registry)
+            report = group.report
+            reporting.write(page, group)
             return Answer(report, lambda: show.group_report(report))
         result = pipeline.load(wanted, registry=registry)
-    return Answer(result.report, lambda: show.report(result.report))
+    reporting.write(page, {"": result})
+    return Answer(result.report, lambda: printed.report(result.report))
 
 
 @_command
 def plan(
-    *, spec: Spec, settings: Settings = None, plugin: Plugins = None, json: Json = False
+    *,
+    spec: Spec,
+    settings: Settings = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Plan for so many processes, wherever they run."),
+    ] = None,
+    ranks_per_host: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="How many share a host's memory; by default at most 8."),
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of each host they run on, such as 512GB."),
+    ] = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory of each one's accelerator, such as 80GB."),
+    ] = None,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", help="For the training's memory: transformers' `optim`, or `none`."
+        ),
+    ] = "adamw_torch_fused",
+    plugin: Plugins = None,
+    json: Json = False,
 ) -> Answer:
-    """Say what `load` would do and what stands in its way, reading no weight."""
+    """Say what `load` would do and take, and what stands in its way, reading no weight."""
     from llmload.cli import show
     from llmload.cli.progress import is_wanted, progress
+    from llmload.context.machine import Machine
     from llmload.group import loading
-    from llmload.loading import pipeline
+    from llmload.loading import pipeline, printed
     from llmload.spec.groupspec import GroupSpec
 
+    machine = Machine(
+        ranks=ranks,
+        ranks_per_host=ranks_per_host,
+        host_memory=host_memory,
+        device_memory=device_memory,
+        optimizer=optimizer,
+    )
     registry = _registry(plugin)
     wanted = _wanted(spec, settings, registry)
     with progress(shown=is_wanted(json=json)):
         if isinstance(wanted, GroupSpec):
-            plans = loading.plan_group(wanted, registry=registry)
+            plans = loading.plan_group(wanted, registry=registry, machine=machine)
             code = RequestError.exit_code if plans.errors else 0
             return Answer(plans, lambda: show.group_plan(plans), code)
-        made = pipeline.plan(wanted, registry=registry)
-    return Answer(made, lambda: show.plan(made), RequestError.exit_code if made.errors else 0)
+        made = pipeline.plan(wanted, registry=registry, machine=machine)
+    return Answer(made, lambda: printed.plan(made), RequestError.exit_code if made.errors else 0)
 
 
 @_command

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from llmload.hf import installed_transformers
 from llmload.loading import planning
-from llmload.loading.wording import pattern
+from llmload.spec.wording import pattern
 
 if TYPE_CHECKING:
     from torch import nn

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from llmload.loading.wording import pattern, size_text
+from llmload.loading import printed
+from llmload.spec.wording import pattern, size_text
 
 if TYPE_CHECKING:
     from llmload.cli.demo import Demonstration, FineTuning
@@ -20,12 +19,9 @@ if TYPE_CHECKING:
     from llmload.cli.environment import Environment, HookList, PluginList
     from llmload.cli.explaining import Explanation
     from llmload.cli.inspecting import Inspection, StoredTensor, Targets
-    from llmload.errors import Problem
     from llmload.group.loading import GroupReport
     from llmload.group.planning import GroupPlan
     from llmload.group.sharing import Sharing
-    from llmload.loading.plan import Plan
-    from llmload.loading.report import Report
 
 _SHARED = {
     "checkpoint pages": "{member} and {of} lie on the checkpoint's own pages",
@@ -40,70 +36,9 @@ _COLOURS = {
 }
 
 
-def plan(plan: Plan) -> RenderableType:
-    """Render what a load will do."""
-    facts = _pairs()
-    facts.add_row("model", f"{plan.model_class}, {plan.dtype}")
-    facts.add_row("folder", plan.folder)
-    if plan.checkpoint_tensors:
-        size = f"{plan.checkpoint_tensors} tensors, {size_text(plan.checkpoint_bytes)}"
-        facts.add_row("checkpoint", size)
-    if plan.to_fetch:
-        size = size_text(sum(plan.to_fetch.values()))
-        facts.add_row("to fetch", f"{len(plan.to_fetch)} files, {size}")
-    for line in plan.keys:
-        facts.add_row("keys", line)
-    if plan.loader:
-        facts.add_row("loader", plan.loader)
-    for name, reason in plan.declined.items():
-        facts.add_row("declined", f"{name}: {reason}")
-    if plan.parameters:
-        facts.add_row("parameters", f"{plan.parameters:,}, {size_text(plan.parameter_bytes)}")
-        facts.add_row("trainable", _trainable(plan))
-    for shown in plan.lines:
-        facts.add_row(shown.label, shown.text)
-    for name in _made_by(plan.new_parameters):
-        facts.add_row("new", name)
-
-    steps = _table("step", "plugin", last="what it does")
-    for step in plan.steps:
-        steps.add_row(step.hook, step.plugin, Text("\n".join(step.notes)))
-    return Group(facts, *([steps] if plan.steps else []), *_problems(plan.problems))
-
-
-def report(report: Report) -> RenderableType:
-    """Render what a load did."""
-    phases = Table(box=box.SIMPLE_HEAD, show_footer=True)
-    phases.add_column("phase", "all", no_wrap=True)
-    phases.add_column("plugin", no_wrap=True)
-    phases.add_column("seconds", f"{report.seconds:.2f}", justify="right")
-    peak = max((phase.peak_rss_mib for phase in report.phases), default=0.0)
-    phases.add_column("peak RSS, MiB", f"{peak:.0f}", justify="right")
-    for phase in report.phases:
-        phases.add_row(
-            phase.name, phase.plugin, f"{phase.seconds:.2f}", f"{phase.peak_rss_mib:.0f}"
-        )
-
-    facts = _pairs()
-    if report.loader:
-        facts.add_row("loader", report.loader)
-    for name, reason in report.declined.items():
-        facts.add_row("declined", f"{name}: {reason}")
-    facts.add_row("parameters", f"{report.parameters:,}, {size_text(report.parameter_bytes)}")
-    for name in _made_by(report.newly_initialised):
-        facts.add_row("new", name)
-    for shown in report.lines:
-        facts.add_row(shown.label, shown.text)
-    for name in _made_by(report.left_out):
-        facts.add_row("left out", name)
-    for line in report.audit:
-        facts.add_row("proved", line)
-    return Group(phases, facts, Text(report.trainable_line()))
-
-
 def inspection(found: Inspection, *, every: bool) -> RenderableType:
     """Render what lies in the folder of a model, names that differ in their numbers once."""
-    facts = _pairs()
+    facts = printed.pairs()
     facts.add_row("model", found.model)
     facts.add_row("folder", found.folder)
     for key, value in found.config.items():
@@ -113,7 +48,7 @@ def inspection(found: Inspection, *, every: bool) -> RenderableType:
         facts.add_row("file", f"{name}, {size_text(size)}{here}")
     for dtype, (elements, nbytes) in found.by_dtype().items():
         facts.add_row("weights", f"{elements:,} of {dtype}, {size_text(nbytes)}")
-    table = _table("dtype", "shape", "size", last="tensors")
+    table = printed.table("dtype", "shape", "size", last="tensors")
     groups: dict[tuple[str, str, tuple[int, ...]], list[StoredTensor]] = {}
     for tensor in found.tensors:
         name = tensor.name if every else pattern(tensor.name)
@@ -126,7 +61,7 @@ def inspection(found: Inspection, *, every: bool) -> RenderableType:
 
 def targets(found: Targets) -> RenderableType:
     """Render the modules that an adapter could go on."""
-    table = _table("class", "weight", "size", "lora", last="modules")
+    table = printed.table("class", "weight", "size", "lora", last="modules")
     for modules in found.modules:
         shapes = modules.shapes.get("weight") or next(iter(modules.shapes.values()))
         count = len(modules.names)
@@ -154,24 +89,27 @@ def group_plan(plans: GroupPlan) -> RenderableType:
     members = [
         part
         for name, made in plans.members.items()
-        for part in (_heading(name), plan(made.model_copy(update={"problems": []})))
+        for part in (_heading(name), printed.plan(made.model_copy(update={"problems": []})))
     ]
     facts = _shared(plans.shared)
     for name, reason in plans.apart.items():
         facts.add_row("not shared", f"{name}: {reason}")
-    return Group(*members, facts, *_problems(plans.problems))
+    memory = [printed.memory(plans.memory)] if plans.memory else []
+    return Group(*members, _heading("together"), facts, *memory, *printed.problems(plans.problems))
 
 
 def group_report(reports: GroupReport) -> RenderableType:
     """Render what a load of several models did."""
     members = [
-        part for name, made in reports.members.items() for part in (_heading(name), report(made))
+        part
+        for name, made in reports.members.items()
+        for part in (_heading(name), printed.report(made))
     ]
     return Group(*members, _heading("together"), _shared(reports.shared))
 
 
 def _shared(shared: Iterable[Sharing]) -> Table:
-    facts = _pairs()
+    facts = printed.pairs()
     for found in shared:
         what = _SHARED[found.how].format(member=found.member, of=found.of)
         until = "" if found.lasting else ", until a training step writes them"
@@ -181,7 +119,7 @@ def _shared(shared: Iterable[Sharing]) -> Table:
 
 def plugins(listed: PluginList) -> RenderableType:
     """Render the plugins as a table, the active ones in plan order."""
-    table = _table("plugin", "distribution", "key", "status", last="hooks, or what is wrong")
+    table = printed.table("plugin", "distribution", "key", "status", last="hooks, or what is wrong")
     for entry in listed.plugins:
         table.add_row(
             entry.name,
@@ -190,7 +128,7 @@ def plugins(listed: PluginList) -> RenderableType:
             Text(entry.status, _COLOURS.get(entry.status, "")),
             Text(entry.reason or ", ".join(entry.hooks)),
         )
-    return Group(table, *_problems(listed.problems))
+    return Group(table, *printed.problems(listed.problems))
 
 
 def hooks(listed: HookList) -> RenderableType:
@@ -205,20 +143,20 @@ def hooks(listed: HookList) -> RenderableType:
 
 def diagnoses(found: Diagnoses) -> RenderableType:
     """Render what works here, and the way to what does not."""
-    versions = _pairs()
+    versions = printed.pairs()
     for name, version in found.versions.items():
         versions.add_row(name, version)
-    table = _table("plugin", "here", last="what works, and how to get the rest")
+    table = printed.table("plugin", "here", last="what works, and how to get the rest")
     for diagnosis in found.plugins:
         lines = [*diagnosis.works, *map(str, diagnosis.problems)]
         health = Text(diagnosis.health, _COLOURS.get(diagnosis.health, ""))
         table.add_row(diagnosis.name, health, Text("\n".join(lines)))
-    return Group(versions, table, *_problems(found.problems))
+    return Group(versions, table, *printed.problems(found.problems))
 
 
 def explanation(found: Explanation) -> RenderableType:
     """Render what a key means, and the keys in it."""
-    facts = _pairs()
+    facts = printed.pairs()
     for label, text in (
         ("key", found.key),
         ("takes", found.takes),
@@ -233,7 +171,7 @@ def explanation(found: Explanation) -> RenderableType:
         facts.add_row("not with", conflict)
     parts: list[RenderableType] = [facts, Text(f"\n{_prose(found.meaning)}")]
     if found.keys:
-        table = _table("key", "default", last="what it takes, and what it does")
+        table = printed.table("key", "default", last="what it takes, and what it does")
         for key in found.keys:
             table.add_row(key.name, key.default, Text(f"{key.takes}\n{_prose(key.meaning)}"))
         parts.append(table)
@@ -272,9 +210,9 @@ def demonstration(shown: Demonstration) -> RenderableType:
         _heading("2 The spec by which it is loaded"),
         Text(shown.spec),
         _heading("3 The plan"),
-        plan(shown.plan),
+        printed.plan(shown.plan),
         _heading("4 The report"),
-        report(shown.report),
+        printed.report(shown.report),
         _heading("\n5 The adapter, fine-tuned on the Zen of Python"),
         Text(
             f"{tuned.steps} steps in {tuned.seconds:.1f} s:"
@@ -292,50 +230,11 @@ def demonstration(shown: Demonstration) -> RenderableType:
 
 
 def _written(tuned: FineTuning) -> Table:
-    table = _table("before", last="after")
+    table = printed.table("before", last="after")
     for before, after in zip(tuned.written_before, tuned.written_after, strict=True):
         table.add_row(" ".join(before.split()), " ".join(after.split()))
     return table
 
 
-def _problems(problems: Iterable[Problem]) -> list[Text]:
-    return [
-        Text(f"{problem.severity}: {problem}", _COLOURS[problem.severity]) for problem in problems
-    ]
-
-
 def _heading(text: str) -> Text:
     return Text(text, "bold")
-
-
-def _pairs() -> Table:
-    pairs = Table.grid(padding=(0, 2))
-    pairs.add_column(style="bold", no_wrap=True)
-    pairs.add_column(overflow="fold")
-    return pairs
-
-
-def _table(*names: str, last: str) -> Table:
-    """Return a table of which the widest column is folded first, and the first one never."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in names:
-        table.add_column(name, overflow="fold", no_wrap=name == names[0])
-    table.add_column(last, overflow="fold")
-    return table
-
-
-def _trainable(plan: Plan) -> str:
-    if plan.trainable_parameters is None:
-        return "not known: the load could not be rehearsed"
-    share = 100 * plan.trainable / plan.parameters
-    return f"{plan.trainable:,} ({share:.2f} %)"
-
-
-def _made_by(makers: Mapping[str, Any]) -> list[str]:
-    """Return one line per maker: how many tensors are new, and the names of a few."""
-    counts = Counter(str(maker) for maker in makers.values())
-    lines = []
-    for maker, count in counts.items():
-        names = [name for name, by in makers.items() if str(by) == maker]
-        lines.append(f"{count} tensors: {maker}" if count > 3 else f"{', '.join(names)}: {maker}")
-    return lines

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmload.errors import RequestError
-from llmload.loading.wording import size_text
+from llmload.spec.wording import size_text
 
 
 @contextmanager

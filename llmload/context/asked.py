@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from llmload.checkpoint import Checkpoint
     from llmload.checkpoint.untrusted import UntrustedFolder
+    from llmload.context.machine import Machine
     from llmload.context.peers import Hooks, Peer
     from llmload.spec.loadspec import LoadSpec
 
@@ -43,5 +44,7 @@ class Asked:
     """The floating-point dtype of the model; ``dtype: auto`` is resolved."""
     stored: Checkpoint | None
     """All tensors as they are stored; None with ``weights: random``."""
+    machine: Machine
+    """What the load is planned for; of a load itself the one that it runs on."""
     wraps_adapter: bool
     """Whether an active plugin will wrap the model in an adapter."""

@@ -18,6 +18,7 @@ from llmload import leaving
 from llmload.context.asked import Asked
 from llmload.context.blanks import Blanks
 from llmload.context.found import Found
+from llmload.context.machine import HERE, Machine
 from llmload.context.records import Records, Scope
 from llmload.errors import AuditError, Line
 
@@ -129,6 +130,7 @@ class LoadContext:
     files: _ReadOnly[UntrustedFolder] = _ReadOnly("asked")
     model_class: _ReadOnly[type[PreTrainedModel]] = _ReadOnly("asked")
     dtype: _ReadOnly[torch.dtype] = _ReadOnly("asked")
+    machine: _ReadOnly[Machine] = _ReadOnly("asked")
     wraps_adapter: _ReadOnly[bool] = _ReadOnly("asked")
 
     # --- found while the plan is made -------------------------------------------------------------
@@ -182,6 +184,7 @@ class LoadContext:
         wraps_adapter: bool,
         engine: Engine,
         peers: Mapping[str, Peer] = MappingProxyType({}),
+        machine: Machine = HERE,
     ) -> None:
         self.asked = Asked(
             spec=spec,
@@ -194,6 +197,7 @@ class LoadContext:
             model_class=model_class,
             dtype=dtype,
             stored=checkpoint,
+            machine=machine,
             wraps_adapter=wraps_adapter,
         )
         self._engine = engine

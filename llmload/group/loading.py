@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 from pydantic import BaseModel, Field
 
+from llmload.context.machine import HERE, Machine
 from llmload.context.records import Scope
 from llmload.group.planning import (
     GroupPlan,
@@ -64,18 +65,23 @@ class Group(Mapping[str, LoadResult]):
         return len(self._members)
 
 
-def plan_group(source: files.SpecLike, *, registry: Registry | None = None) -> GroupPlan:
+def plan_group(
+    source: files.SpecLike, *, registry: Registry | None = None, machine: Machine = HERE
+) -> GroupPlan:
     """Say what a load of the group would do, and what its members would share.
 
     :param source: path of a YAML or JSON file, a mapping, or a :class:`GroupSpec`.
     :param registry: the plugins to use; by default all installed ones.
+    :param machine: what the load is to run on, where that is another one than this.
     :raises RequestError: the spec, a folder or a plugin it names is wrong. What else stands in the
         way is in ``plan.problems``.
     """
     registry = registry or create_registry()
     spec = registry.validate_group(source)
     with turns.taken("the plan of a group"):
-        return prepare_group(spec, registry, _reports(spec), download=Download.NOTHING).plan
+        return prepare_group(
+            spec, registry, _reports(spec), download=Download.NOTHING, machine=machine
+        ).plan
 
 
 def load_group(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field
 
+from llmload.context.forecast import PHASES
+from llmload.context.machine import HERE, Machine
 from llmload.errors import PlanError, Problem, some
 from llmload.group import sharing
 from llmload.group.sharing import Sharing
+from llmload.loading.memory import PhasePeak
 from llmload.loading.plan import Plan
 from llmload.loading.planning import Download, prepare
 from llmload.loading.prepared import Prepared
@@ -42,6 +45,14 @@ class GroupPlan(BaseModel):
         return [problem for problem in self.problems if problem.severity == "error"]
 
     @property
+    def memory(self) -> list[PhasePeak]:
+        """What one process is foretold to take for all members, what they share counted once.
+
+        Members are loaded one after the other, and trained at the same time.
+        """
+        return list(_together(self))
+
+    @property
     def saved_bytes(self) -> int:
         """Bytes that are saved once everything is loaded."""
         return sum(sharing.saved_bytes for sharing in self.shared)
@@ -50,6 +61,24 @@ class GroupPlan(BaseModel):
         """Raise :class:`PlanError` with all members' problems of severity ``error``."""
         if self.errors:
             raise PlanError(self.errors)
+
+
+def _together(plan: GroupPlan) -> Iterator[PhasePeak]:
+    """Yield the peak of each phase that any member has; what was loaded before stays."""
+    foretold = [member.memory for member in plan.members.values() if member.memory is not None]
+    pages = sum(each.saved_bytes for each in plan.shared if each.how == "checkpoint pages")
+    casts = sum(each.saved_bytes for each in plan.shared if each.how == "one cast")
+    for phase in PHASES:
+        peaks = [memory.peak(phase) or memory.peak("use") for memory in foretold]
+        found = [peak for peak in peaks if peak is not None]
+        if not found or (phase == "train" and not any(m.peak("train") for m in foretold)):
+            continue
+        yield PhasePeak(
+            phase=phase,
+            host=sum(peak.host for peak in found) - casts,
+            pages=sum(peak.pages for peak in found) - (pages if found[0].pages else 0),
+            device=sum(peak.device for peak in found),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +94,12 @@ class PreparedGroup:
 
 
 def prepare_group(
-    spec: GroupSpec, registry: Registry, reports: Mapping[str, Report], *, download: Download
+    spec: GroupSpec,
+    registry: Registry,
+    reports: Mapping[str, Report],
+    *,
+    download: Download,
+    machine: Machine = HERE,
 ) -> PreparedGroup:
     """Make the plan of a group's load, reading no weight.
 
@@ -75,7 +109,7 @@ def prepare_group(
     members: dict[str, Prepared] = {}
     for name, own in spec.own_models().items():
         with naming(name), reports[name].phase("plan"):
-            members[name] = prepare(own, registry, download=download)
+            members[name] = prepare(own, registry, download=download, machine=machine)
     plan = GroupPlan(members={})
     for name, member in spec.models.items():
         if isinstance(member, AdapterSpec):

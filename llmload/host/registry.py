@@ -337,6 +337,18 @@ class Registry:
                 if info.status == "active" and hasattr(info.plugin, "started"):
                     self._call_apart(info, "started", asked=_own(asked, info.name) or _any(asked))
 
+    def ask(self, hook: str, **kwargs: Any) -> Iterator[tuple[str, list[Any]]]:
+        """Ask every installed plugin, of a load or not; yield its name and what it found.
+
+        One that fails is left out: it is asked for advice, and the load may do without.
+        """
+        for info in self._plugins:
+            if info.status == "active" and hasattr(info.plugin, hook):
+                found: list[Any] = []
+                with suppress(Exception, SystemExit):
+                    found = list(self._called_apart(info, hook, **kwargs) or ())
+                yield info.name, found
+
     def _tell(self, asked: Mapping[str, Any], error: BaseException, begun: Collection[str]) -> None:
         for info in self._plugins:
             own = _own(asked, info.name)
@@ -345,11 +357,14 @@ class Registry:
 
     def _call_apart(self, info: PluginInfo, hook: str, **kwargs: Any) -> None:
         """Call a hook of one plugin apart from any load, and drop what it raises."""
+        with suppress(Exception, SystemExit):
+            self._called_apart(info, hook, **kwargs)
+
+    def _called_apart(self, info: PluginInfo, hook: str, **kwargs: Any) -> Any:
         manager = _Manager(GROUP)
         manager.add_hookspecs(hookspecs)
         manager.register(info.plugin, name=info.name)
-        with suppress(Exception, SystemExit):
-            manager.call_one(info.plugin, hook, **kwargs)
+        return manager.call_one(info.plugin, hook, **kwargs)
 
     def _refuse_unusable(self, keys: Iterable[str]) -> None:
         """Raise for plugins that this load names and that cannot be had."""

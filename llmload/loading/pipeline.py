@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.filesystem import FileState, file_state
+from llmload.context.machine import HERE, Machine
 from llmload.errors import CheckpointError, Decline, Problem
 from llmload.hf import installed_transformers
 from llmload.hf.constructor import Values
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from llmload.context.switch import AdapterSwitch
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LoadResult:
     """A loaded model and everything known about it."""
 
@@ -55,6 +56,17 @@ class LoadResult:
     """Turns off an adapter that is not PEFT's, where its plugin says how."""
     opened: Mapping[Path, FileState | None] = field(default_factory=dict, repr=False)
     """The files that hold the weights, as they were when the load ended."""
+
+    def __repr__(self) -> str:
+        return f"<LoadResult: {type(self.model).__name__} from {self.report!r}>"
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+    def _repr_html_(self) -> str:
+        from llmload.loading import page  # needs jinja2
+
+        return page.of_load(self.plan, [self.report])
 
     def check_files(self) -> None:
         """Make sure that no file changed on whose pages weights may lie.
@@ -79,18 +91,21 @@ class LoadResult:
             )
 
 
-def plan(source: files.SpecLike, *, registry: Registry | None = None) -> Plan:
+def plan(
+    source: files.SpecLike, *, registry: Registry | None = None, machine: Machine = HERE
+) -> Plan:
     """Say what a load of the spec would do, reading no weight.
 
     :param source: path of a YAML or JSON file, a mapping, or a :class:`LoadSpec`.
     :param registry: the plugins to use; by default all installed ones.
+    :param machine: what the load is to run on, where that is another one than this.
     :raises RequestError: the spec, the folder or a plugin it names is wrong. What else stands in
         the way is in ``plan.problems``.
     """
     registry = registry or create_registry()
     spec = registry.validate(source)
     with turns.taken(f"the plan of {spec.model!r}"):
-        return prepare(spec, registry, download=Download.NOTHING).plan
+        return prepare(spec, registry, download=Download.NOTHING, machine=machine).plan
 
 
 def load(
@@ -143,6 +158,8 @@ def execute(
     :param scope: of the group that the model is a member of, which outlasts this load.
     """
     plan, host = prepared.plan, prepared.host
+    report.memory = plan.memory
+    report.take_reading()
     ctx = prepared.ctx.for_run(rehearsing=False, placement=placement, scope=scope)
     ledger = Ledger(ctx)
     until_end = ctx.until_end if scope is None else nullcontext()
@@ -256,6 +273,10 @@ def _freeze(model: nn.Module, names: list[str]) -> None:
 
 def _fill(report: Report, prepared: Prepared, ctx: Any, model: nn.Module, ledger: Ledger) -> None:
     parameters = list(model.parameters())
+    folder = Path(prepared.plan.folder)
+    report.model, report.folder = prepared.plan.model, str(folder)
+    report.commit = folder.name if folder.parent.name == "snapshots" else ""
+    report.spec = dict(files.read(ctx.spec).data)
     report.plugins = prepared.plan.plugins
     report.versions = installed_versions()
     report.parameters = sum(partitions.values(p) for p in parameters)

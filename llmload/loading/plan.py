@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from llmload.errors import Line, PlanError, Problem
+from llmload.loading.memory import Memory
 
 
 class Step(BaseModel):
@@ -67,12 +68,28 @@ class Plan(BaseModel):
     so, though transformers 5 makes whatever it reads from a checkpoint trainable."""
     new_parameters: dict[str, str] = Field(default_factory=dict)
     """Parameters that do not come from the checkpoint as they are -> the plugin that makes them."""
+    memory: Memory | None = None
+    """What the load will take; None where it could not be rehearsed."""
     facts: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """What plugins recorded, by plugin; ``facts["lora"]["targets"]`` names the LoRA targets."""
     lines: list[Line] = Field(default_factory=list)
     """What plugins want people to see of their facts."""
     problems: list[Problem] = Field(default_factory=list)
     """Errors, which stop the load, and warnings."""
+
+    def __repr__(self) -> str:
+        found = f"{len(self.errors)} errors, {len(self.warnings)} warnings"
+        return f"<Plan of {self.model!r}: {self.model_class} by {self.loader!r}, {found}>"
+
+    def __str__(self) -> str:
+        from llmload.loading import printed  # needs rich
+
+        return printed.text(printed.plan(self))
+
+    def _repr_html_(self) -> str:
+        from llmload.loading import page  # needs jinja2
+
+        return page.of_plan(self)
 
     @property
     def errors(self) -> list[Problem]:

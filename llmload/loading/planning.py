@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llmload.checkpoint import Checkpoint
 from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.context.context import LoadContext
+from llmload.context.machine import HERE, Machine
 from llmload.context.peers import ABILITIES, EXCLUSIVE
 from llmload.errors import (
     CheckpointError,
@@ -25,11 +26,11 @@ from llmload.hf.engine import Engine
 from llmload.hf.versions import refuse_unsupported
 from llmload.hookspecs import SPINE
 from llmload.host.distributions import version_of
-from llmload.loading import fit, hook_calls, key_mapping, lock, room, ties
+from llmload.loading import fit, forecasting, hook_calls, key_mapping, lock, room, ties
 from llmload.loading.gc_pause import collection_paused
 from llmload.loading.plan import Plan, Step
 from llmload.loading.prepared import Prepared
-from llmload.loading.rehearsal import rehearse
+from llmload.loading.rehearsal import Rehearsal, rehearse
 from llmload.spec.values import dtype_name
 
 if TYPE_CHECKING:
@@ -72,8 +73,12 @@ def prepare_to_load(spec: LoadSpec, registry: Registry) -> Prepared:
 
 
 @collection_paused()
-def prepare(spec: LoadSpec, registry: Registry, *, download: Download) -> Prepared:
+def prepare(
+    spec: LoadSpec, registry: Registry, *, download: Download, machine: Machine = HERE
+) -> Prepared:
     """Make the plan of a load.
+
+    :param machine: what it is made for; of a load always the one that it runs on.
 
     :raises RequestError: folder, config or class are wrong. Problems found later are in the plan.
     """
@@ -95,6 +100,7 @@ def prepare(spec: LoadSpec, registry: Registry, *, download: Download) -> Prepar
         model_class=model_class,
         dtype=model_classes.resolve_dtype(spec, config, checkpoint),
         checkpoint=checkpoint,
+        machine=machine,
         wraps_adapter=bool(host.implementing("wrap_adapter")),
         engine=Engine(installed_transformers()),
     )
@@ -128,11 +134,22 @@ def prepare(spec: LoadSpec, registry: Registry, *, download: Download) -> Prepar
         if rehearsal is not None:
             plan.problems += fit.untrained(ctx, rehearsal.model)
             plan.problems += fit.ids_without_rows(ctx, rehearsal.model)
-            plan.problems += room.problems(ctx, plan)
+            _foresee(host, registry, plan, rehearsal)
     prepared = Prepared(plan=plan, host=host, ctx=ctx, rehearsal=rehearsal)
     if not plan.errors:
         plan.problems += lock.problems(prepared)
     return prepared
+
+
+def _foresee(host: Host, registry: Registry, plan: Plan, rehearsal: Rehearsal) -> None:
+    """Foretell the memory that the load takes, and say what is too little."""
+    try:
+        forecast = forecasting.foretell(host, plan, rehearsal)
+    except RequestError as error:
+        plan.problems += error.problems
+        return
+    plan.memory = forecasting.told(forecast)
+    plan.problems += room.problems(rehearsal.ctx, forecast, registry)
 
 
 def find(host: Host, spec: LoadSpec, download: Download) -> Found:

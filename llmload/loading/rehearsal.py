@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llmload.errors import LoadFailedError, Problem, RequestError
@@ -31,12 +32,22 @@ class Rehearsal:
     """The finished model."""
     base: dict[str, nn.Parameter]
     """Every name in the base model, tied ones included -> its parameter as the loader made it."""
+    shapes: dict[str, tuple[int, ...]]
+    """Every name in the base model -> the shape that its parameter had before any hook."""
     changed_base: dict[str, str]
     """What the hooks said of the parameters that they change: see ``ctx.changed_base``."""
     merged_into: dict[str, str]
     """What the hooks said of the parameters that they write to: see ``ctx.merged_into``."""
     switch: AdapterSwitch | None
     """Turns off an adapter that is not PEFT's: see ``ctx.adapter_switch``."""
+    ctx: LoadContext
+    """With what the rehearsal recorded."""
+    parameters: dict[str, nn.Parameter]
+    """Of the finished model by name, tied ones once."""
+    apart: set[str]
+    """Names of tied parameters that the rehearsed model, which was not tied, has of its own."""
+    wider: set[str]
+    """Names in the base model of parameters that the loader leaves in float32."""
 
     def kept(self) -> set[str]:
         """Return the names in the base model of the parameters that the finished model still has as
@@ -53,6 +64,38 @@ class Rehearsal:
         touched = {id(named[name]) for name in changed if name in named}
         untouched = {id(parameter) for parameter in named.values()} - touched
         return {name for name, parameter in self.base.items() if id(parameter) not in untouched}
+
+    def loaded_itemsize(self, names: Iterable[str], parameter: nn.Parameter) -> int:
+        """Return the bytes of an element of a base parameter as the loader leaves it."""
+        if not parameter.is_floating_point():
+            return parameter.element_size()
+        return 4 if self.wider.intersection(names) else self.ctx.dtype.itemsize
+
+    def itemsize(self, parameter: nn.Parameter) -> int:
+        """Return the bytes of an element of a base parameter in the finished model.
+
+        The blank model is all in ``ctx.dtype``. Placements with one dtype for all (DeepSpeed's)
+        undo even what a hook widened; else what stays float32 takes four bytes, unless a hook has
+        cast it.
+        """
+        dtype = self.ctx.dtype
+        if self.ctx.one_dtype and parameter.is_floating_point():
+            return dtype.itemsize
+        kept = id(parameter) in self._kept_wider
+        return 4 if kept and parameter.dtype == dtype else parameter.element_size()
+
+    @cached_property
+    def _kept_wider(self) -> set[int]:
+        return {id(self.base[name]) for name in self.wider if name in self.base}
+
+    def is_plain(self, parameter: nn.Parameter) -> bool:
+        """Whether a parameter is the base's as the loader made it, of the same shape, and plain."""
+        shape = self._shapes.get(id(parameter))
+        return shape == tuple(parameter.shape) and not partitions.wraps(parameter)
+
+    @cached_property
+    def _shapes(self) -> dict[int, tuple[int, ...]]:
+        return {id(self.base[name]): shape for name, shape in self.shapes.items()}
 
 
 def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
@@ -83,6 +126,7 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
             base = dict(model.named_parameters(remove_duplicate=False))
             still_apart = set()
             ledger.take_stock(plan.loader, model)
+        shapes = {name: tuple(parameter.shape) for name, parameter in base.items()}
         # Otherwise it is frozen at most, as the load does too: the loader may still fill it.
         # Adapters draw their first values; the caller's random stream must not move.
         # Nor may transformers or PEFT look for DeepSpeed: on meta tensors there is nothing to
@@ -110,20 +154,24 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
         for name, facts in ctx.facts.items():
             plan.facts.setdefault(name, {}).update(facts)
         plan.lines = [*found.lines, *ctx.lines]
+    unique = {name: p for name, p in model.named_parameters() if name not in still_apart}
+    rehearsal = Rehearsal(
+        model=model,
+        base=base,
+        shapes=shapes,
+        changed_base={},
+        merged_into={},
+        switch=ctx.adapter_switch,
+        ctx=ctx,
+        parameters=unique,
+        apart=still_apart,
+        wider=wider,
+    )
     # By identity: an adapter renames parameters, a resize replaces them, and one that was replaced
     # has the dtype that the hook gave it.
-    kept = {id(base[name]) for name in wider if name in base}
-    narrowed = {id(p) for p in base.values() if ctx.one_dtype and p.is_floating_point()}
-    unique = {name: p for name, p in model.named_parameters() if name not in still_apart}
     plan.parameters = sum(partitions.values(p) for p in unique.values())
-    # The blank model is all in `ctx.dtype`. Placements with one dtype for all (DeepSpeed's) undo
-    # even what a hook widened; else what stays float32 takes four bytes, unless a hook has cast it.
     plan.parameter_bytes = sum(
-        p.numel() * ctx.dtype.itemsize
-        if id(p) in narrowed
-        else p.numel() * 4
-        if id(p) in kept and p.dtype == ctx.dtype
-        else partitions.nbytes(p)
+        p.numel() * rehearsal.itemsize(p) if rehearsal.is_plain(p) else partitions.nbytes(p)
         for p in unique.values()
     )
     plan.trainable = sum(partitions.values(p) for p in unique.values() if p.requires_grad)
@@ -133,12 +181,10 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
     # call new, which goes before: a resized embedding is its plugin's.
     by_loader = {name: plan.loader for name in unique if name in ctx.to_initialise}
     plan.new_parameters = by_loader | ledger.foretold(model, plan.loader)
-    return Rehearsal(
-        model=model,
-        base=base,
+    return replace(
+        rehearsal,
         changed_base=ledger.changed_base(),
         merged_into=ledger.merged_into(),
-        switch=ctx.adapter_switch,
     )
 
 

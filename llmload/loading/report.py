@@ -6,12 +6,14 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PrivateAttr
 
 from llmload.errors import Line
+from llmload.loading.memory import Memory
 
 
 class Phase(BaseModel):
@@ -21,15 +23,41 @@ class Phase(BaseModel):
     """``plan``, a hook's name, or ``audit``."""
     plugin: str = ""
     """The plugin that did it; empty for the host's own work."""
+    start: float = 0.0
+    """Seconds after the load began."""
     seconds: float
     """Wall time."""
     peak_rss_mib: float
     """The process's highest resident set size so far, in MiB (2**20 bytes), mapped pages too."""
+    rss_mib: float = 0.0
+    """Its resident set size at the end; 0 where this system does not tell."""
+    anonymous_mib: float = 0.0
+    """What of it is no page of a file, likewise."""
+    device_mib: float = 0.0
+    """The most that torch has had on the accelerator so far, in MiB."""
+
+
+class Beside(NamedTuple):
+    """What was foretold of one place, and what a load took, in bytes."""
+
+    foretold: int
+    measured: int
+    """Above what the process had when its plan was made."""
+    rose: bool
+    """Whether it is more than the process ever had before; else the load took at most so much."""
 
 
 class Report(BaseModel):
     """What one load did. ``result.report.model_dump_json()`` is its JSON form."""
 
+    model: str = ""
+    """The spec's ``model``."""
+    folder: str = ""
+    """The local folder that was read."""
+    commit: str = ""
+    """Of the hub repository, where it is one's snapshot."""
+    spec: dict[str, Any] = Field(default_factory=dict)
+    """What was asked for."""
     phases: list[Phase] = Field(default_factory=list)
     """In the order in which they ended; a failed load's report ends with the phase that failed."""
     loader: str = ""
@@ -42,6 +70,10 @@ class Report(BaseModel):
     """Plugins in plan order -> distribution and version."""
     versions: dict[str, str] = Field(default_factory=dict)
     """Installed versions of Python and the stack's libraries."""
+    memory: Memory | None = None
+    """What the plan foretold."""
+    before: Phase | None = None
+    """What the process had when the plan was made."""
     parameters: int = 0
     """Number of elements in all parameters, tied ones once."""
     trainable: int = 0
@@ -66,6 +98,21 @@ class Report(BaseModel):
     lines: list[Line] = Field(default_factory=list)
     """What plugins want people to see of their facts."""
 
+    _began: float = PrivateAttr(default_factory=time.perf_counter)
+
+    def __repr__(self) -> str:
+        return f"<Report of {self.model!r}: {self.seconds:.2f} s, {self.parameters:,} parameters>"
+
+    def __str__(self) -> str:
+        from llmload.loading import printed  # needs rich
+
+        return printed.text(printed.report(self))
+
+    def _repr_html_(self) -> str:
+        from llmload.loading import page  # needs jinja2
+
+        return page.of_load(None, [self])
+
     @property
     def seconds(self) -> float:
         """Wall time of all phases together."""
@@ -78,14 +125,31 @@ class Report(BaseModel):
         try:
             yield
         finally:
-            self.phases.append(
-                Phase(
-                    name=name,
-                    plugin=plugin,
-                    seconds=time.perf_counter() - start,
-                    peak_rss_mib=peak_rss_mib(),
-                )
+            self.phases.append(_seen(name, plugin, start, self._began))
+
+    def take_reading(self) -> None:
+        """Note what the process has before the load takes anything."""
+        self.before = _seen("", "", time.perf_counter(), self._began)
+
+    def foretold_and_measured(self) -> dict[str, Beside]:
+        """Return, of ``host`` and ``accelerator``, what was foretold and what the load took.
+
+        Pages of files count once a load has looked at them, and it looks at few.
+        """
+        if self.memory is None or self.before is None or not self.phases:
+            return {}
+        last, before, foretold = self.phases[-1], self.before, self.memory.while_loading
+        found = {
+            "host": Beside(
+                foretold.host,
+                _bytes(last.peak_rss_mib - before.rss_mib),
+                last.peak_rss_mib > before.peak_rss_mib,
             )
+        }
+        if foretold.device or last.device_mib:
+            taken = last.device_mib - before.device_mib
+            found["accelerator"] = Beside(foretold.device, _bytes(taken), taken > 0)
+        return found
 
     def trainable_line(self) -> str:
         """Return the line that PEFT's ``print_trainable_parameters`` prints."""
@@ -94,6 +158,43 @@ class Report(BaseModel):
             f"trainable params: {self.trainable:,d} || all params: {self.parameters:,d}"
             f" || trainable%: {share:.4f}"
         )
+
+
+def _seen(name: str, plugin: str, start: float, began: float) -> Phase:
+    """Return a phase that has just ended, with what the process has now."""
+    now = _status()
+    return Phase(
+        name=name,
+        plugin=plugin,
+        start=max(0.0, start - began),
+        seconds=time.perf_counter() - start,
+        peak_rss_mib=peak_rss_mib(),
+        rss_mib=now.get("VmRSS", 0) / 2**10,
+        anonymous_mib=now.get("RssAnon", 0) / 2**10,
+        device_mib=_device_mib(),
+    )
+
+
+def _status() -> dict[str, int]:
+    """Return the KiB that Linux tells of this process."""
+    found = {}
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            key, _, text = line.partition(":")
+            if key in ("VmRSS", "RssAnon"):
+                found[key] = int(text.split()[0])
+    return found
+
+
+def _device_mib() -> float:
+    torch = sys.modules.get("torch")  # what nobody has imported has nothing there
+    if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return 0.0
+    return float(torch.cuda.max_memory_allocated()) / 2**20
+
+
+def _bytes(mib: float) -> int:
+    return max(0, round(mib * 2**20))
 
 
 def peak_rss_mib() -> float:

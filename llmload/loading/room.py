@@ -1,4 +1,4 @@
-"""Memory: how much there is, what a load takes of it at least, and what to say when it ran out."""
+"""Memory: how much there is, whether a load has room in it, and what to say when it ran out."""
 
 from __future__ import annotations
 
@@ -8,30 +8,21 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
-from llmload.checkpoint.dtypes import torch_dtype
+from llmload.context.forecast import Room
 from llmload.errors import LoadFailedError, Problem, in_one_line
-from llmload.loading.wording import size_text
+from llmload.spec.wording import size_text
 
 if TYPE_CHECKING:
     from llmload.context.context import LoadContext
-    from llmload.loading.plan import Plan
+    from llmload.context.forecast import Forecast, Peak
+    from llmload.context.machine import Machine
+    from llmload.host.registry import Registry
 
 _TORCH: Final = re.compile(r"can't allocate memory|not enough memory|out of memory", re.I)
 """What torch says in a ``RuntimeError`` when the CPU's or a device's memory ran out."""
 _FIX: Final = "Give it more, load in a narrower dtype, or onto another device with `device_map`."
-
-
-class Room(NamedTuple):
-    """Memory that this process can still get."""
-
-    nbytes: int
-    limit: str
-    """What there is no more of."""
-
-    def __str__(self) -> str:
-        return f"{size_text(self.nbytes)} of memory are free ({self.limit})"
 
 
 def free() -> Room | None:
@@ -39,23 +30,76 @@ def free() -> Room | None:
     return min(_limits(), default=None)
 
 
-def problems(ctx: LoadContext, plan: Plan) -> Iterator[Problem]:
-    """Refuse a load onto the CPU that takes more memory than there is, however it is done.
+def problems(ctx: LoadContext, forecast: Forecast, registry: Registry) -> Iterator[Problem]:
+    """Refuse a load for which there is too little memory, and warn where its training would find
+    too little; say what would do.
 
-    Weights on pages of their files take none. Placements of plugins may store less, and are not
-    judged.
+    Pages of files are given up where memory is short, and do not count.
     """
-    if ctx.spec.device_map is not None or ctx.placed_by is not None or ctx.awaiting is not None:
-        return
-    stored = () if ctx.checkpoint is None else ctx.checkpoint.tensors.values()
-    as_asked = [info.nbytes for info in stored if torch_dtype(info.dtype) == ctx.dtype]
-    needed, room = plan.parameter_bytes - sum(as_asked), free()
-    if room is not None and needed > room.nbytes:
-        yield Problem(
-            message=f"the parameters take at least {size_text(needed)} of memory beside the"
-            f" checkpoint's files, and {room}",
-            fix=_FIX,
-        )
+    for peak in forecast.peaks():
+        for where in forecast.rooms:
+            if forecast.lacking(peak, where):
+                yield _too_little(forecast, peak, where, _way_out(ctx, forecast, registry))
+                return
+
+
+def _too_little(forecast: Forecast, peak: Peak, where: str, fix: str) -> Problem:
+    """Return what is wrong; of a training or a first use, for which there may be another machine, a
+    warning."""
+    loading = peak.phase in ("load", "finish")
+    what = "the load" if loading else "the loaded model"
+    if peak.phase == "train":
+        what = f"a training with {forecast.machine.optimizer}"
+    before = "" if loading else " before any activation"
+    return Problem(
+        severity="error" if loading else "warning",
+        message=f"{what} takes {_needed(forecast, peak, where)}{before}, and"
+        f" {forecast.rooms[where]}",
+        fix=fix,
+    )
+
+
+def _needed(forecast: Forecast, peak: Peak, where: str) -> str:
+    nbytes: int = getattr(peak, where)
+    of = "the accelerator's memory" if where == "device" else "memory"
+    ranks = forecast.sharing(where)
+    if ranks == 1:
+        return f"{size_text(nbytes)} of {of}"
+    together = size_text(nbytes * ranks)
+    return f"{size_text(nbytes)} of {of} in each of {ranks} processes, {together} together"
+
+
+def rooms(machine: Machine) -> dict[str, Room]:
+    """Return what there is on the host and on each accelerator, as far as it is known."""
+    found: dict[str, Room] = {}
+    supposed = "as the plan supposes"
+    if machine.host_memory is not None:
+        found["host"] = Room(int(machine.host_memory), supposed, shared=True)
+    elif not machine.is_elsewhere:
+        here = free()
+        if here is not None:
+            found["host"] = here
+    if machine.device_memory is not None:
+        found["device"] = Room(int(machine.device_memory), supposed)
+    elif machine.is_accelerated:
+        found |= _on_device()
+    return found
+
+
+def _on_device() -> dict[str, Room]:
+    import torch
+
+    if not torch.cuda.is_available():  # other kinds do not tell
+        return {}
+    nbytes, _ = torch.cuda.mem_get_info()
+    return {"device": Room(nbytes, "on the accelerator")}
+
+
+def _way_out(ctx: LoadContext, forecast: Forecast, registry: Registry) -> str:
+    """Return what plugins say would make it fit, else what always helps."""
+    asked = registry.ask("relieve", ctx=ctx, forecast=forecast)
+    said = [text.rstrip(".") for _, found in asked for text in found]
+    return f"{'. Or: '.join(said)}." if said else _FIX
 
 
 def ran_out(error: BaseException) -> bool:
@@ -84,7 +128,7 @@ def _limits() -> Iterator[Room]:
     with suppress(OSError, ValueError, KeyError):
         found = _numbers("/proc/meminfo")
         swap = found["SwapFree:"]
-        yield Room(1024 * (found["MemAvailable:"] + swap), "by what the machine has")
+        yield Room(1024 * (found["MemAvailable:"] + swap), "by what the machine has", shared=True)
     with suppress(OSError, ValueError, ImportError):
         import resource
 
@@ -100,7 +144,7 @@ def _limits() -> Iterator[Room]:
         used = int((group / "memory.current").read_text())
         # Pages of files are given up when memory is short.
         cached = _numbers(group / "memory.stat")["file"]
-        yield Room(most - used + cached, "by the container's limit")
+        yield Room(most - used + cached, "by the container's limit", shared=True)
 
 
 def _numbers(path: str | Path) -> dict[str, int]:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from llmload.builtin.cast.section import CastSection
 from llmload.hookspecs import hookimpl
-from llmload.plugin import Conflict, Note, PlanError, Problem, dtype_name, patterns
+from llmload.plugin import Conflict, Cost, Note, PlanError, Problem, dtype_name, patterns
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from llmload.plugin import LoadContext
+    from llmload.plugin import Forecast, LoadContext
 
 
 class CastPlugin:
@@ -66,6 +66,18 @@ class CastPlugin:
         ctx.handed_on[self.name] = cast
         ctx.record(self.name, {"tensors": counts})
         return model
+
+    @hookimpl
+    def cost(self, ctx: LoadContext, forecast: Forecast) -> Iterator[Cost]:
+        """Say which weights are cast once they are loaded, one after the other."""
+        cast = {id(reference()) for _, reference, _ in ctx.handed_on[self.name]}
+        before = [0]
+        for weight in forecast.weights.values():
+            if id(weight.parameter) in cast and weight.parameter.dtype != ctx.dtype:
+                weight.route, weight.on_pages = "cast", False
+                weight.why = f"the section `cast` has it in {dtype_name(weight.parameter.dtype)}"
+                before.append(weight.part(weight.loaded))
+        yield Cost(what="one weight while it is cast", nbytes=max(before), phase="finish")
 
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterable[Problem]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload.plugin import LoadContext
+    from llmload.plugin import Forecast, LoadContext
 
 _LAZY_ONLY = (
     "Install it with `pip install --no-deps colossalai==0.5.0`: what it asks for would replace"
@@ -130,6 +130,16 @@ class ColossalaiPlugin:
 
         if not ctx.section(ColossalaiSection).materialize:
             yield from booster.adapter_problems(section.adapter_name, fields, changes_base)
+
+    @hookimpl
+    def cost(self, ctx: LoadContext, forecast: Forecast) -> None:
+        """Say that weights come later where they do."""
+        if ctx.section(ColossalaiSection).materialize:
+            return
+        for weight in forecast.weights.values():
+            if weight.since == "load":
+                weight.since, weight.on_pages = "use", False
+                weight.route, weight.why = "lazy", "Booster.boost loads it"
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from llmload.plugin import LoadContext
+    from llmload.plugin import Forecast, LoadContext
 
 
 _CHUNK = 8192
@@ -42,6 +42,13 @@ class EmbeddingsPlugin:
         rows = getattr(ctx.config.get_text_config(), "vocab_size", None)
         if rows is not None:
             yield Note(text=_explained(rows, ctx))
+
+    @hookimpl
+    def cost(self, ctx: LoadContext, forecast: Forecast) -> None:
+        """Own up to what was resized."""
+        for weight in forecast.weights.values():
+            if weight.route == "resized" and not weight.by:
+                weight.by, weight.why = self.name, "as many rows as the tokenizer needs"
 
     @hookimpl
     def post_load(self, ctx: LoadContext, model: PreTrainedModel) -> PreTrainedModel:

@@ -44,6 +44,8 @@ def finish(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> No
     if ctx.rehearsing:
         rehearse(ctx, section, model)
     layers = dict(quantised_layers(model))
+    if ctx.rehearsing:
+        ctx.handed_on["kbit"] = layers
     _refuse_unquantised(ctx, section, model, layers)
     casting = Casting(section, model)
     if ctx.one_dtype:
@@ -173,7 +175,7 @@ def _facts(
         "layers": len(layers),
         "parameters": sum(layer.in_features * layer.out_features for layer in layers.values()),
         "bytes": sum(map(_code_bytes, layers.values())),
-        "statistics_bytes": sum(map(_statistics_bytes, layers.values())),
+        "statistics_bytes": sum(map(statistics_bytes, layers.values())),
         "unquantised": left,
     }
 
@@ -199,7 +201,7 @@ def _code_bytes(layer: QuantisedLayer) -> int:
     return partitions.elements(layer.weight) * size
 
 
-def _statistics_bytes(layer: QuantisedLayer) -> int:
+def statistics_bytes(layer: QuantisedLayer) -> int:
     """Count what a layer keeps beside its codes, constant tables apart."""
     weight = layer.weight
     if isinstance(weight, Int8Params):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from llmload.plugin import LoadContext, Problem
+    from llmload.plugin import Cost, Forecast, LoadContext, Problem
 
 
 @contextmanager
@@ -75,6 +75,25 @@ class KbitPlugin:
         """Hold the adapter to the preparation and the bits that were asked for."""
         yield from check.adapter(ctx.section(KbitSection), section.adapter_dtype)
         yield from check.dora(ctx, ctx.section(KbitSection), fields)
+
+    @hookimpl
+    def cost(self, ctx: LoadContext, forecast: Forecast) -> Iterator[Cost]:
+        """Count codes and statistics, and the one weight that is being quantised."""
+        from llmload.builtin.kbit import costs
+
+        layers = ctx.handed_on[self.name]
+        yield from costs.correct(ctx, ctx.section(KbitSection), layers, forecast)
+
+    @hookimpl
+    def relieve(self, ctx: LoadContext, forecast: Forecast) -> Iterator[str]:
+        """Offer 4 bits."""
+        from llmload.builtin.kbit import costs
+
+        if ctx.providing("quantisation") or check.stored_quantisation(ctx) is not None:
+            return
+        if costs.in_4_bits(ctx, forecast).suffices():
+            adapter = "" if ctx.wraps_adapter or not ctx.spec.trainable else " and train an adapter"
+            yield f"Quantise to 4 bits with `kbit: {{}}`{adapter}"
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> AbstractContextManager[None] | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmload.builtin.lora.request import Request
-    from llmload.plugin import LoadContext
+    from llmload.plugin import Cost, Forecast, LoadContext
 
 __all__ = ["LoraPlugin", "LoraSection"]
 
@@ -95,6 +95,13 @@ class LoraPlugin:
         if problems:  # said in `check` already; PEFT's words for it would come on top
             raise RequestError(problems)
         return carry_out(ctx, model)
+
+    @hookimpl
+    def cost(self, ctx: LoadContext, forecast: Forecast) -> Iterator[Cost]:
+        """Say which weights of the base are written to, and what the adapter's part takes then."""
+        from llmload.builtin.lora.costs import costs
+
+        yield from costs(ctx, forecast)
 
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:

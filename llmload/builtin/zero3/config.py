@@ -173,6 +173,12 @@ def _made(section: Zero3Section) -> dict[str, Any]:
     return {"zero_optimization": zero, **precision, "train_micro_batch_size_per_gpu": AUTO}
 
 
+def plain(dtype: str) -> DeepSpeedConfig:
+    """Return the config of stage 3 that is made where a spec says no more, for a model's dtype."""
+    precision = {key: {"enabled": name == dtype} for key, name in _PRECISIONS.items()}
+    return DeepSpeedConfig({"zero_optimization": {"stage": 3}, **precision})
+
+
 def stage_of(section: Zero3Section) -> int:
     """Return the ZeRO stage that a section asks for.
 

@@ -20,6 +20,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
 from torch import nn
 
+from llmload.builtin.zero3.costs import WORTH_MAPPING
 from llmload.builtin.zero3.parts import dtype_of, own_span
 from llmload.plugin import Part, Span
 
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmload.plugin import Ranks, Source, Target
-
-_WORTH_MAPPING = 2**16
-"""Bytes below which mapping a part takes longer than copying it."""
 
 
 class Partitioned:
@@ -112,7 +110,7 @@ class Partitioned:
             or self._pins(parameter)
             or source.dtype != parameter.dtype
             or span.length != span.size
-            or span.size * parameter.element_size() < _WORTH_MAPPING
+            or span.size * parameter.element_size() < WORTH_MAPPING
         ):
             return None
         return source.mapped(span.start, span.stop)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from llmload.builtin.zero3.config import DeepSpeedConfig
     from llmload.builtin.zero3.loading_session import Session
-    from llmload.plugin import LoadContext, Presence
+    from llmload.plugin import Cost, Forecast, LoadContext, Presence
 
 
 _EXAMPLES = (2, 4, 8)
@@ -99,7 +99,7 @@ class Zero3Plugin:
             for loader in ctx.providing("placement"):
                 yield Decline(f"DeepSpeed partitions: {reason}", loader=loader)
         elif ctx.checkpoint is not None and not ctx.providing("quantisation"):  # which says it
-            for text in _forecasts(ctx, rank(), world_size()):
+            for text in _forecasts(ctx, rank(), ctx.machine.ranks or world_size()):
                 yield Note(text=text)
 
     @hookimpl
@@ -117,6 +117,31 @@ class Zero3Plugin:
             yield mixed_dtypes(("float32", dtype_name(ctx.dtype)))
         if resolved is not None and resolved.stage == 3 and fields.get("trainable_token_indices"):
             yield from _rows_without_gpu()
+
+    @hookimpl
+    def cost(self, ctx: LoadContext, forecast: Forecast) -> Iterator[Cost]:
+        """Divide the weights, and count what DeepSpeed gathers and lays out."""
+        from llmload.builtin.zero3 import costs
+
+        resolved: DeepSpeedConfig = ctx.handed_on[self.name]
+        if resolved.stage < 3:
+            return
+        by_us = resolved.beyond_us() is None and _nobody_asks_for_it(ctx) is None
+        costs.divide(forecast, resolved, ctx.machine.processes, by_us=by_us)
+        yield from costs.costs(forecast, resolved)
+
+    @hookimpl
+    def relieve(self, ctx: LoadContext, forecast: Forecast) -> Iterator[str]:
+        """Offer as many ranks as it takes."""
+        from llmload.builtin.zero3 import costs
+
+        resolved = ctx.handed_on.get(self.name) or config.plain(dtype_name(ctx.dtype))
+        if resolved.stage < 3 or (ctx.placed_by not in (None, self.name) and not ctx.splits):
+            return
+        ranks = costs.fewest_ranks(forecast, resolved)
+        if ranks is not None:
+            asked = "" if self.name in ctx.active else " with `zero3: {}`"
+            yield f"Load{asked} on {ranks} ranks"
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> AbstractContextManager[Session]:

@@ -1,0 +1,73 @@
+"""What ZeRO-3 takes: each rank's parts, what is gathered, and what ``initialize`` lays out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from llmload.plugin import Cost, Forecast, Machine, Span, Weight
+
+if TYPE_CHECKING:
+    from llmload.builtin.zero3.config import DeepSpeedConfig
+
+WORTH_MAPPING: Final = 2**16
+"""Bytes below which mapping a part takes longer than copying it."""
+_MOST_RANKS: Final = 4096
+
+
+def divide(forecast: Forecast, config: DeepSpeedConfig, ranks: int, *, by_us: bool) -> None:
+    """Let every weight be divided among so many ranks, where and as DeepSpeed would have it.
+
+    :param by_us: whether each rank reads its own part and nothing else.
+    """
+    offload: Mapping[str, Any] = config.zero.get("offload_param") or {}
+    on_host = offload.get("device", "none") != "none"
+    pinned = on_host and bool(offload.get("pin_memory"))
+    for weight in (*forecast.weights.values(), *forecast.replaced.values()):
+        weight.parts = ranks
+        weight.stays = on_host
+        weight.place = "device" if forecast.accelerated and not on_host else "host"
+        stays = weight.place == "host" and not pinned and _is_worth_mapping(weight)
+        weight.on_pages = weight.on_pages and by_us and stays
+        if weight.since == "load" and weight.route in ("mapped", "copied", "cast", "assembled"):
+            weight.route = "mapped part" if weight.on_pages else "part"
+            weight.why = f"1 of {ranks} parts, {weight.why}"
+    forecast.in_float32 = config.dtype != "float32"
+
+
+def _is_worth_mapping(weight: Weight) -> bool:
+    span = Span.of(weight.elements, 0, weight.parts)
+    return weight.elements % weight.parts == 0 and span.size * weight.loaded >= WORTH_MAPPING
+
+
+def costs(forecast: Forecast, config: DeepSpeedConfig) -> Iterator[Cost]:
+    """Yield what is gathered to be used, and DeepSpeed's buffers of a training."""
+    place: Any = "device" if forecast.accelerated else "host"
+    weights = list(forecast.weights.values())
+    whole = [weight.elements * weight.itemsize for weight in weights]
+    live = int(config.zero.get("stage3_max_live_parameters", 1e9))
+    itemsize = max((weight.itemsize for weight in weights), default=2)
+    gathered = min(sum(whole), max(live * itemsize, max(whole, default=0)))
+    for phase in ("use", "train"):
+        yield Cost(what="gathered weights", nbytes=gathered, phase=phase, place=place)
+
+
+def fewest_ranks(forecast: Forecast, config: DeepSpeedConfig) -> int | None:
+    """Return the smallest power of two of ranks for which there is room, or None."""
+    ranks = forecast.machine.processes
+    while ranks <= _MOST_RANKS:
+        machine = forecast.machine
+        wider = Machine(
+            ranks=ranks,
+            ranks_per_host=machine.ranks_per_host,
+            host_memory=machine.host_memory,
+            device_memory=machine.device_memory,
+            optimizer=machine.optimizer,
+        )
+        tried = forecast.supposing(machine=wider)
+        divide(tried, config, ranks, by_us=True)
+        if tried.suffices():
+            return ranks
+        ranks = 2 ** (math.floor(math.log2(ranks)) + 1)
+    return None
