@@ -1,4 +1,7 @@
-"""Plan and report as a page: one file that needs no other, for a browser or a notebook's cell."""
+"""Plan and report as a page: one file that needs no other, for a browser or a notebook's cell.
+
+Both show themselves by it, so that here their types are not known.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,18 @@ from llmload.spec.wording import pattern, size_text
 if TYPE_CHECKING:
     from jinja2 import Template
 
-    from llmload.loading.plan import Plan
-    from llmload.loading.report import Report
 
 _LARGEST: Final = 20
 _WIDTH, _HEIGHT = 720, 150
 """Of the drawing of a load, in its own units."""
 
 
-def of_plan(plan: Plan) -> str:
+def of_plan(plan: Any) -> str:
     """Return a plan as a part of a page."""
     return _template("plan.html.j2").render(plan=plan, **_words(plan))
 
 
-def of_load(plan: Plan | None, reports: Sequence[Report]) -> str:
+def of_load(plan: Any, reports: Sequence[Any]) -> str:
     """Return a load as a part of a page.
 
     :param reports: of every rank, in their order.
@@ -63,7 +64,7 @@ def _template(name: str) -> Template:
     return environment.get_template(name)
 
 
-def _words(of: Plan | Report) -> dict[str, Any]:
+def _words(of: Any) -> dict[str, Any]:
     """Return what templates say of memory and tensors."""
     memory = of.memory
     routes = [] if memory is None else memory.routes
@@ -82,7 +83,7 @@ def _words(of: Plan | Report) -> dict[str, Any]:
     }
 
 
-def _timeline(report: Report) -> dict[str, Any]:
+def _timeline(report: Any) -> dict[str, Any]:
     """Return what the drawing of one rank's load needs: bars of time, and a line of memory."""
     end = max((phase.start + phase.seconds for phase in report.phases), default=0) or 1e-9
     top = max((phase.peak_rss_mib for phase in report.phases), default=0) or 1
@@ -107,7 +108,7 @@ def _timeline(report: Report) -> dict[str, Any]:
     }
 
 
-def _points(report: Report, end: float, top: float) -> Iterator[str]:
+def _points(report: Any, end: float, top: float) -> Iterator[str]:
     for phase in report.phases:
         height = _HEIGHT * (1 - (phase.rss_mib or phase.peak_rss_mib) / top)
         yield f"{_WIDTH * (phase.start + phase.seconds) / end:.1f},{height:.1f}"

@@ -1,4 +1,7 @@
-"""Plan and report as people read them in a terminal: a choice of what the JSON has in full."""
+"""Plan and report as people read them in a terminal: a choice of what the JSON has in full.
+
+Both print themselves by it, so that here their types are not known.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,6 @@ from llmload.spec.wording import size_text
 if TYPE_CHECKING:
     from llmload.errors import Problem
     from llmload.loading.memory import Memory, PhasePeak
-    from llmload.loading.plan import Plan
-    from llmload.loading.report import Report
 
 _WIDTH = 100
 _LEAST = 1000
@@ -35,7 +36,7 @@ def text(rendered: RenderableType) -> str:
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
-def plan(plan: Plan) -> RenderableType:
+def plan(plan: Any) -> RenderableType:
     """Render what a load will do."""
     facts = pairs()
     facts.add_row("model", f"{plan.model_class}, {plan.dtype}")
@@ -90,7 +91,7 @@ def _items(memory: Memory) -> Table:
     return items
 
 
-def report(report: Report) -> RenderableType:
+def report(report: Any) -> RenderableType:
     """Render what a load did."""
     phases = Table(box=box.SIMPLE_HEAD, show_footer=True)
     phases.add_column("phase", "all", no_wrap=True)
@@ -127,7 +128,7 @@ def report(report: Report) -> RenderableType:
     return Group(phases, facts, Text(report.trainable_line()))
 
 
-def _beside(report: Report) -> Iterator[tuple[str, str]]:
+def _beside(report: Any) -> Iterator[tuple[str, str]]:
     """Yield what was foretold beside what was measured."""
     for where, found in report.foretold_and_measured().items():
         most = "" if found.rose else "at most "
@@ -161,7 +162,7 @@ def table(*names: str, last: str) -> Table:
     return table
 
 
-def _trainable(plan: Plan) -> str:
+def _trainable(plan: Any) -> str:
     if plan.trainable_parameters is None:
         return "not known: the load could not be rehearsed"
     share = 100 * plan.trainable / plan.parameters
