@@ -444,6 +444,11 @@ REFUSED = {
         "lora.target_modules: no module of LlamaForCausalLM is called 'self_atn.q_proj'. The"
         " nearest: self_attn.q_proj, self_attn.v_proj.",
     ),
+    "an exclusion that is misspelt": (
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_porj"]},
+        "lora.exclude_modules: no module of LlamaForCausalLM is called 'k_porj'. The nearest:"
+        " k_proj, v_proj.",
+    ),
     "modules to save that are not there": (
         QV | {"modules_to_save": ["lm_hed"]},
         "lora.modules_to_save: no module of LlamaForCausalLM is called 'lm_hed'. The nearest:"

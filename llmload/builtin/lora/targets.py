@@ -36,7 +36,7 @@ def hold_to_names(request: Request, config: LoraConfig, model: nn.Module) -> lis
         translation dropped or brought are PEFT's affair.
     :param model: the base model before it is wrapped.
     :returns: ``field: name`` for each such name that is no error: to exclude what is not there is
-        idle, and a saved adapter is held to the names of its weights.
+        idle unless it is misspelt, and a saved adapter is held to the names of its weights.
     :raises RequestError: any other name that matches nothing; PEFT itself speaks up for
         ``target_modules`` only, and where none of them matches.
     """
@@ -55,7 +55,9 @@ def hold_to_names(request: Request, config: LoraConfig, model: nn.Module) -> lis
         }.get(field, modules)
         misses = [entry for entry in asked if not any(matches(entry, name) for name in among)]
         unmatched += [f"{field}: {entry}" for entry in misses]
-        if misses and field != "exclude_modules" and request.saved is None:
+        if field == "exclude_modules":
+            misses = [entry for entry in misses if matches is _end and _is_misspelt(entry, model)]
+        if misses and request.saved is None:
             what = "parameter" if among is parameters else "module"
             problems.append(
                 Problem(
@@ -267,6 +269,12 @@ def _way_out(field: str, misses: list[str], model: nn.Module, *, whole: bool) ->
         return f"The nearest: {', '.join(dict.fromkeys(near))}."
     more = ", ..." if len(ends) > _SHOWN else ""
     return f"Names are {', '.join(ends[:_SHOWN])}{more}."
+
+
+def _is_misspelt(entry: str, model: nn.Module) -> bool:
+    """Say whether a name that is not there is much like one that is."""
+    names = [n for n, module in model.named_modules() if isinstance(module, _ADAPTABLE)]
+    return bool(_near(entry, names, _ends(names, 1)))
 
 
 def _near(entry: str, names: list[str], ends: list[str]) -> list[str]:

@@ -77,7 +77,7 @@ class TokenizerSection(Section):
     """Tokens to add at the end of the vocabulary, unless they are in it."""
     add_special_tokens: SpecialTokens = SpecialTokens()
     """Special tokens to set, by name."""
-    chat_template: str | None = None
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
     """A Jinja template, the path of a file that holds one, or a folder or hub id whose tokenizer
     has one; null keeps."""
     add_bos_token: bool | None = None
