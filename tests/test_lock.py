@@ -113,6 +113,11 @@ def test_a_single_flipped_bit_of_any_weight_is_found(
     record_property("figure", f"{FLIPS} flipped bits: {FLIPS} found")
 
 
+def test_a_lock_that_cannot_be_read_is_refused(folder: Path) -> None:
+    (message,) = refusals({"model": str(folder), "lock": "/proc/self/mem"})
+    assert message == ("the lock file cannot be read: the file cannot be read: Input/output error")
+
+
 def test_what_small_files_and_the_request_tell_is_refused_by_the_plan(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -91,6 +91,8 @@ def regular_file(path: Path) -> Iterator[tuple[int, os.stat_result]]:
     descriptor, state = open_regular(path)
     try:
         yield descriptor, state
+    except OSError as error:  # of the disk or network, and of /proc/self/mem
+        raise refuse(path, f"the file cannot be read: {error.strerror}") from None
     finally:
         os.close(descriptor)
 
