@@ -21,6 +21,8 @@ from llmload.checkpoint.open_files import OpenFiles
 SAMPLE = 256
 """Bytes read of each tensor; training moves nearly all values, in bfloat16 at least some."""
 _CHUNK = 4 * 2**20
+_BUFFER = 2**18
+"""Bytes of a local file hashed at a time: they stay in the processor's own memory meanwhile."""
 
 
 def of_samples(checkpoint: Checkpoint) -> str:
@@ -74,7 +76,7 @@ def of_file(path: Path, stop: threading.Event | None = None) -> str:
     :raises CheckpointError: it is gone, or no plain file.
     """
     digest = hashlib.sha256()
-    buffer = bytearray(_CHUNK)
+    buffer = bytearray(_BUFFER)
     with regular_file(path) as (descriptor, _), os.fdopen(os.dup(descriptor), "rb", 0) as file:
         while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
             digest.update(memoryview(buffer)[:count])

@@ -132,4 +132,12 @@ def _is_finite(flat: torch.Tensor) -> bool:
     if not (flat.is_floating_point() or flat.is_complex()):
         return True
     starts = range(0, flat.numel(), _PIECE)
-    return all(bool(flat[start : start + _PIECE].isfinite().all()) for start in starts)
+    return all(_piece_is_finite(flat[start : start + _PIECE]) for start in starts)
+
+
+def _piece_is_finite(piece: torch.Tensor) -> bool:
+    try:
+        lowest, highest = piece.aminmax()  # NaN if any is; a tenth of the time of isfinite
+    except (RuntimeError, NotImplementedError):  # complex numbers, eight bits
+        return bool(piece.isfinite().all())
+    return bool(lowest.isfinite() and highest.isfinite())
