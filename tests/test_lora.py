@@ -478,6 +478,10 @@ REFUSED = {
 }
 
 
+if not hasattr(peft.LoraConfig, "exclude_modules"):  # which came with peft 0.14
+    del REFUSED["an exclusion that is misspelt"]
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_met_is_refused_before_a_weight_is_read(llama: Path, case: str) -> None:
     section, message = REFUSED[case]
