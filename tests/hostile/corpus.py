@@ -470,13 +470,18 @@ def _adapters() -> Iterator[Row]:
         ("layer_replication", [[0, 1]] * 9000),
         ("layers_to_transform", list(range(9000))),
         ("target_modules", [f"q{n}" for n in range(20_000)]),
-        ("target_modules", "((.*)*)*!"),
         ("peft_type", 5),
         ("__class__", 5),
         ("lora_alpha", float("inf")),
     ):
         says = key if key != "peft_type" else "PEFT's type"
         yield Row(f"adapter {key}", adapter(fields(named, **{key: value})), says, resume)
+    yield Row(
+        "adapter for a sick pattern",
+        adapter(fields(named, target_modules="((.*)*)*!")),
+        "is for modules called ((.*)*)*!",
+        resume,
+    )
     yield Row(
         "adapter auto_mapping",
         adapter(fields(named, auto_mapping={"base_model_class": "X", "parent_library": "evil"})),
