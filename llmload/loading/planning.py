@@ -134,7 +134,8 @@ def prepare(
         if rehearsal is not None:
             plan.problems += fit.untrained(ctx, rehearsal.model)
             plan.problems += fit.ids_without_rows(ctx, rehearsal.model)
-            _foresee(host, registry, plan, rehearsal)
+            if not plan.errors:  # plugins count on what their checks found out
+                _foresee(host, registry, plan, rehearsal)
     prepared = Prepared(plan=plan, host=host, ctx=ctx, rehearsal=rehearsal)
     if not plan.errors:
         plan.problems += lock.problems(prepared)
