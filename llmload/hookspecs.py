@@ -397,12 +397,13 @@ def map_keys(ctx: LoadContext, keys: tuple[str, ...]) -> Mapping[str, str | None
 def cost(ctx: LoadContext, forecast: Forecast) -> Iterable[Cost]:
     """Say what memory this plugin takes, and how it changes what weights take.
 
-    Called for each plugin in order after the rehearsal, if the plan has no error; also for a machine
-    that is only described (``ctx.machine``), so that nothing of this one may be asked for that
-    ``forecast`` and ``ctx.machine`` say. ``forecast.weights`` has every parameter of the rehearsed
-    model, counted as plain tensors: a plugin that stores, divides or moves some of them says so
-    there (:class:`llmload.plugin.Weight`). What it takes beside them it yields: buffers, copies,
-    scratch. The host adds gradients and optimizer of what is trained. Activations are nobody's.
+    Called for each plugin in order after the rehearsal, if the plan has no error; also for a
+    machine that is only described (``ctx.machine``), so that nothing of this one may be asked for
+    that ``forecast`` and ``ctx.machine`` say. ``forecast.weights`` has every parameter of the
+    rehearsed model, counted as plain tensors: a plugin that stores, divides or moves some of them
+    says so there (:class:`llmload.plugin.Weight`). What it takes beside them it yields: buffers,
+    copies, scratch. The host adds gradients and optimizer of what is trained; activations are
+    nobody's.
 
     :param ctx: the load as it was rehearsed: ``ctx.handed_on`` has what ``check`` and the rehearsal
         left there.
