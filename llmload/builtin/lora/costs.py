@@ -19,8 +19,9 @@ def costs(ctx: LoadContext, forecast: Forecast) -> Iterator[Cost]:
 
     What is merged is computed for one layer after the other, in the dtype of its base.
     """
-    section = ctx.section(LoraSection)
-    facts = ctx.facts["lora"]
+    section, facts = ctx.section(LoraSection), ctx.facts.get("lora")
+    if facts is None:  # another plugin's adapter came first
+        return
     merged = list(facts.get("merged_first", {}).values())
     merged += [facts["targets"]] if section.merge else []
     written = {f"{name}.weight" for names in merged for name in names}
