@@ -140,9 +140,9 @@ def rlhf(session: nox.Session) -> None:
     _pytest_rlhf(session)
 
 
-@nox.session
+@nox.session(default=False)
 def fsdp(session: nox.Session) -> None:
-    """The plugin distribution ``llmload-fsdp`` beside the built core, as a user installs both."""
+    """The same for ``llmload-fsdp``, on 2 and 4 ranks: some minutes, by hand."""
     session.install("-c", MODERN, *GROUPS["test"], ".[hf,bitsandbytes]", f"./{FSDP}")
     with session.chdir(FSDP):
         session.run("pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
