@@ -177,7 +177,7 @@ def simulate(folder: Path, numbers: Sequence[int]) -> list[Simulated]:
     """Load the folder for every rank of each number of ranks, copying nothing."""
     registry = create_registry()
     spec = registry.validate({"model": str(folder), "dtype": "bfloat16", "zero3": {}})
-    prepared = planning.prepare(spec, registry, fetch=planning.Fetch.NOTHING)
+    prepared = planning.prepare(spec, registry, download=planning.Download.NOTHING)
     prepared.plan.raise_for_errors()
     ctx = prepared.ctx.for_run(rehearsing=False)
     assert ctx.checkpoint
