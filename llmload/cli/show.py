@@ -30,8 +30,8 @@ _SHARED = {
     "frozen copy": "{member} is {of} with a frozen copy of its adapter",
 }
 _COLOURS = {
-    **dict.fromkeys(("error", "broken", "does not work"), "red"),
-    **dict.fromkeys(("warning", "works in part"), "yellow"),
+    **dict.fromkeys(("broken", "does not work"), "red"),
+    "works in part": "yellow",
     **dict.fromkeys(("active", "works"), "green"),
 }
 

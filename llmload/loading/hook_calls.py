@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmload.errors import Decline, LlmloadError, LoadFailedError, Note, PluginError, Problem, some
 from llmload.loading import room
+from llmload.loading.makers import named
 from llmload.model import partitions
 
 if TYPE_CHECKING:
@@ -114,11 +115,11 @@ def distribute(
     """
     moved: dict[int, torch.Tensor] = {}
     for plugin in host.implementing("distribute"):
-        before = dict(_named(model))
+        before = dict(named(model))
         with on_step("distribute", plugin):
             changed = call_for_model(host, plugin, "distribute", ctx=ctx, model=model)
         assert not isinstance(changed, Decline)  # call_for_model refused it
-        model, after = changed, dict(_named(changed))
+        model, after = changed, dict(named(changed))
         _hold_to_names(host.describe(plugin), before, after)
         steps = {id(tensor): after[name] for name, tensor in before.items()}
         moved = {key: steps[id(tensor)] for key, tensor in moved.items()}
@@ -129,18 +130,13 @@ def distribute(
 def _hold_to_names(
     plugin: str, before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]
 ) -> None:
-    shapes = [{name: partitions.shape(t) for name, t in named.items()} for named in (before, after)]
+    shapes = [{name: partitions.shape(t) for name, t in side.items()} for side in (before, after)]
     differing = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
     if differing:
         raise PluginError(
             f"plugin {plugin} changed names or shapes of {some(differing)} in distribute",
             fix="What changes them belongs into post_load, which is rehearsed for the plan.",
         )
-
-
-def _named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _acting(host: Host, ctx: LoadContext, hook: str) -> list[str]:

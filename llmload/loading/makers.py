@@ -120,7 +120,7 @@ def _taken(
     """
     if not before and not new:
         return before
-    tensors = dict(_named(model))
+    tensors = dict(named(model))
     stated = list(_followed(before, tensors))
     for name, why in new.items():
         tensor = tensors.get(name)
@@ -152,7 +152,7 @@ def _followed(before: list[_Stated], tensors: dict[str, torch.Tensor]) -> Iterat
         yield stated
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def named(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield parameters and buffers, tied ones under each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)

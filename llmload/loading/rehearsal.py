@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -159,8 +159,8 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
         model=model,
         base=base,
         shapes=shapes,
-        changed_base={},
-        merged_into={},
+        changed_base=ledger.changed_base(),
+        merged_into=ledger.merged_into(),
         switch=ctx.adapter_switch,
         ctx=ctx,
         parameters=unique,
@@ -181,11 +181,7 @@ def rehearse(host: Host, ctx: LoadContext, plan: Plan) -> Rehearsal | None:
     # call new, which goes before: a resized embedding is its plugin's.
     by_loader = {name: plan.loader for name in unique if name in ctx.to_initialise}
     plan.new_parameters = by_loader | ledger.foretold(model, plan.loader)
-    return replace(
-        rehearsal,
-        changed_base=ledger.changed_base(),
-        merged_into=ledger.merged_into(),
-    )
+    return rehearsal
 
 
 def _keep_apart(model: PreTrainedModel, names: Iterable[str]) -> None:

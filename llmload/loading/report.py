@@ -7,10 +7,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, Field, PrivateAttr
+from pydantic import BaseModel, Field
 
 from llmload.errors import Line
 from llmload.loading.memory import Memory
@@ -98,7 +99,10 @@ class Report(BaseModel):
     lines: list[Line] = Field(default_factory=list)
     """What plugins want people to see of their facts."""
 
-    _began: float = PrivateAttr(default_factory=time.perf_counter)
+    @cached_property
+    def began(self) -> float:
+        """The clock when the first phase began; no part of what a report says."""
+        return time.perf_counter()
 
     def __repr__(self) -> str:
         return f"<Report of {self.model!r}: {self.seconds:.2f} s, {self.parameters:,} parameters>"
@@ -121,15 +125,15 @@ class Report(BaseModel):
     @contextmanager
     def phase(self, name: str, plugin: str = "") -> Iterator[None]:
         """Time a block and note the memory peak after it, also when it raises."""
-        start = time.perf_counter()
+        began, start = self.began, time.perf_counter()
         try:
             yield
         finally:
-            self.phases.append(_seen(name, plugin, start, self._began))
+            self.phases.append(_seen(name, plugin, start, began))
 
     def take_reading(self) -> None:
         """Note what the process has before the load takes anything."""
-        self.before = _seen("", "", time.perf_counter(), self._began)
+        self.before = _seen("", "", time.perf_counter(), self.began)
 
     def foretold_and_measured(self) -> dict[str, Beside]:
         """Return, of ``host`` and ``accelerator``, what was foretold and what the load took.

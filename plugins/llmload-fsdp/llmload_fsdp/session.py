@@ -97,7 +97,7 @@ class Session(AbstractContextManager["Session"]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._ctx.handed_on.pop("parallel.session", None)
+        """Nothing is to be given back: the ranks part when the load's scope ends."""
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """Let FSDP2 take the finished model, and mark it as transformers marks its own."""
