@@ -248,7 +248,8 @@ def test_a_plugin_that_a_notebook_installs_is_found_by_its_next_cell(
     cells = [new_code_cell(cell.format(**here)) for cell in CELLS]
     NotebookClient(new_notebook(cells=cells), kernel_name="ours", timeout=300).execute()
     said = ["".join(o.text for o in cell.outputs if o.name == "stdout") for cell in cells]
-    assert said == ["[]\n", "", "['the plugin was here']\n"]
+    # DeepSpeed of the old stack logs on standard output when it is first imported.
+    assert [text.splitlines()[-1:] for text in said] == [["[]"], [], ["['the plugin was here']"]]
 
 
 @pytest.mark.parametrize("value", ["failing:Plugin", "failing:Other", "nowhere:Plugin", "lorra"])

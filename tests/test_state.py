@@ -103,6 +103,9 @@ def load(name: str, hook: str, folder: str) -> None:
     spec = {"model": folder, **SPECS[name]}
     if (name, hook) == ("colossalai", "load"):  # else the streaming loader fills the model
         spec["colossalai"] = {"materialize": False}
+    if hook == "relieve":  # only asked where there is too little memory
+        llmload.plan(spec, machine=llmload.Machine(host_memory=1000))
+        return
     block = {"streaming"} if hook == "load" and name != "streaming" else set()
     llmload.load(spec, registry=create_registry(block=block))
 

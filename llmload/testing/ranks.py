@@ -192,6 +192,7 @@ def _call(
         torch.set_num_threads(1)
         if process_group:
             dist.init_process_group("gloo")
+            dist.barrier()  # a rank that ended now would close connections that others still make
         ended = pickle.dumps((function(*args), ""))
     except BaseException:  # an exit too is how a function ends
         ended = pickle.dumps((None, traceback.format_exc()))
