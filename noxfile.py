@@ -25,6 +25,12 @@ SWEEPS = (
     "tests/test_colossalai_architectures.py",
     "tests/test_streaming_architectures.py",
 )
+OF_EVERY_TYPE = (
+    *SWEEPS,
+    "tests/test_embeddings.py",
+    "tests/test_gradient_checkpointing.py",
+    "tests/test_kbit_architectures.py",
+)
 RLHF = "plugins/llmload-rlhf"
 FSDP = "plugins/llmload-fsdp"
 EXAMPLES = sorted(map(str, Path("examples/plugins").glob("llmload-*")))
@@ -114,8 +120,8 @@ def tests(session: nox.Session) -> None:
 def colossalai(session: nox.Session) -> None:
     """Tests on the stack that ColossalAI 0.5.0 pins: about 6 GB to install.
 
-    Without those that no stack can change, and without the sweeps over every model type, for which
-    there is ``nox -s colossalai -- tests/test_*architectures.py``.
+    Without those that no stack can change, and without loads of many model types, for which there
+    is ``nox -s architectures_colossalai``.
     """
     session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,deepspeed,bitsandbytes]")
     _pytest(session, "colossalai", *(f"--ignore={file}" for file in (*SWEEPS, *OF_NO_STACK)))
@@ -186,6 +192,26 @@ def new_plugins(session: nox.Session) -> None:
         session.run("llmload", "new-plugin", "first_try", "--kind", kind, "--dir", str(folder))
         with session.chdir(folder):
             session.run("nox", *session.posargs, env=found)
+
+
+@nox.session(default=False)
+def architectures(session: nox.Session) -> None:
+    """Every model type of transformers, where the default run takes some: half an hour, by hand."""
+    session.install("-c", MODERN, *GROUPS["test"], ".[all]")
+    session.install(*LAZY_INIT)
+    _pytest_architectures(session)
+
+
+@nox.session(default=False)
+def architectures_colossalai(session: nox.Session) -> None:
+    """The same on the colossalai stack, by hand."""
+    session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,deepspeed,bitsandbytes]")
+    _pytest_architectures(session)
+
+
+def _pytest_architectures(session: nox.Session) -> None:
+    every = ONE_THREAD | {"LLMLOAD_TEST_ARCHITECTURES": "all"}
+    session.run("pytest", "-n", "2", *(session.posargs or OF_EVERY_TYPE), env=every)
 
 
 @nox.session(default=False)

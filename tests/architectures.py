@@ -7,6 +7,7 @@ The types come from transformers' auto mappings, their configs from ``llmload.te
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
@@ -22,6 +23,16 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from llmload.testing import tiny_config
+
+ALL = os.environ.get("LLMLOAD_TEST_ARCHITECTURES") == "all"
+"""Whether tests of every type take every type; set by ``nox -s architectures``."""
+WIDELY_USED = (
+    *("bloom", "deepseek_v3", "falcon", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "gpt_oss"),
+    *("jamba", "llama", "mamba2", "mistral", "mixtral", "opt", "phi3", "qwen2", "qwen3"),
+    *("qwen3_moe", "qwen3_next", "bart", "t5", "bert", "modernbert", "roberta"),
+)
+"""Types that are always among those that are tried."""
+STRIDE = 4
 
 AUTO_CLASSES: dict[str, Any] = {
     "causal_lm": AutoModelForCausalLM,
@@ -107,6 +118,20 @@ def encoder_types() -> list[str]:
     }
     seq2seq = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
     return _types("base", {name: "" for name in names if name not in seq2seq})
+
+
+def tried() -> list[tuple[str, str]]:
+    """List kinds and model types for a test of every type.
+
+    These are the widely used ones and one of four others, or all; see ``ALL``.
+    """
+    types = {"causal_lm": causal_lm_types(), "seq2seq_lm": seq2seq_types(), "base": encoder_types()}
+    return [
+        (kind, name)
+        for kind, names in types.items()
+        for number, name in enumerate(names)
+        if ALL or name in WIDELY_USED or number % STRIDE == 0
+    ]
 
 
 def _types(kind: str, names: Mapping[str, Any]) -> list[str]:

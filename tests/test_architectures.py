@@ -75,7 +75,7 @@ class Saved(NamedTuple):
 
 @pytest.fixture(
     scope="module",
-    params=[(kind, name) for kind, types in KINDS.items() for name in types()],
+    params=architectures.tried(),
     ids=lambda param: "-".join(param),
 )
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:

@@ -541,9 +541,9 @@ NO_FORWARD = architectures.NO_FORWARD | {
 NEVER_TIED = ("causal_lm", "dbrx", 1)  # its config refuses it
 
 TYPES = [
-    *(("causal_lm", name, tied) for name in architectures.causal_lm_types() for tied in (1, 0)),
-    *(("seq2seq_lm", name, tied) for name in architectures.seq2seq_types() for tied in (1, 0)),
-    *(("base", name, 1) for name in architectures.encoder_types()),
+    (kind, name, tied)
+    for kind, name in architectures.tried()
+    for tied in ((1,) if kind == "base" else (1, 0))
 ]
 if NEVER_TIED in TYPES:  # transformers 4.51 ties it all the same, or cannot build it
     TYPES.remove(NEVER_TIED)

@@ -326,11 +326,7 @@ WRITES_INTO_EMBEDDINGS = ("blt", "git")
 """Types that change the embeddings' output in place, which torch refuses where it requires
 gradients; transformers' own ``enable_input_require_grads`` breaks them, too."""
 
-TYPES = [
-    *(("causal_lm", name) for name in architectures.causal_lm_types()),
-    *(("seq2seq_lm", name) for name in architectures.seq2seq_types()),
-    *(("base", name) for name in architectures.encoder_types()),
-]
+TYPES = architectures.tried()
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says of tiny configs is not the matter

@@ -28,7 +28,8 @@ def registry() -> llmload.Registry:
 
 
 @pytest.mark.parametrize(
-    "model_type", [name for name in architectures.causal_lm_types() if name not in EXCLUDED]
+    "model_type",
+    [name for kind, name in architectures.tried() if kind == "causal_lm" and name not in EXCLUDED],
 )
 def test_an_architecture_is_quantised_bit_equal(
     model_type: str, tmp_path: Path, registry: llmload.Registry

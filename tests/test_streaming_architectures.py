@@ -13,7 +13,6 @@ from stacks import IS_MODERN
 import llmload
 from llmload.testing import save_checkpoint
 
-CAUSAL = architectures.causal_lm_types()
 CONVERTED = ("mixtral", "qwen2_moe", "qwen3_next", "jamba", "hrm_text")
 
 
@@ -53,18 +52,7 @@ def both_folders(kind: str, model_type: str, tmp_path: Path) -> tuple[Path, Path
     )
 
 
-def test_there_are_enough_architectures_to_speak_of_all() -> None:
-    assert len(CAUSAL) >= (150 if IS_MODERN else 90)
-
-
-@pytest.mark.parametrize(
-    ("kind", "model_type"),
-    [
-        *(("causal_lm", name) for name in CAUSAL),
-        *(("seq2seq_lm", name) for name in architectures.seq2seq_types()),
-        *(("base", name) for name in architectures.encoder_types()),
-    ],
-)
+@pytest.mark.parametrize(("kind", "model_type"), architectures.tried())
 def test_an_architecture_loads_bit_equal_at_every_dtype(
     kind: str, model_type: str, tmp_path: Path, registry: llmload.Registry
 ) -> None:
