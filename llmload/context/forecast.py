@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
@@ -152,8 +152,9 @@ class Forecast:
 
     def peaks(self) -> list[Peak]:
         """Return the peak of each phase; without a training where nothing is trained."""
-        phases = [phase for phase in PHASES if phase != "train" or self.trains]
-        return [self._peak(phase) for phase in phases]
+        training = self.training()
+        phases = [phase for phase in PHASES if phase != "train" or training]
+        return [self._peak(phase, training) for phase in phases]
 
     def suffices(self) -> bool:
         """Whether what there is does for every phase, on each host for all of its processes."""
@@ -218,23 +219,21 @@ class Forecast:
             if nbytes:
                 yield *key, nbytes
 
-    def _peak(self, phase: Phase) -> Peak:
+    def _peak(self, phase: Phase, training: list[Cost]) -> Peak:
         taken: dict[str, int] = {"host": 0, "pages": 0, "device": 0}
         for _, _, _, place, on_pages, nbytes in self.sums(phase):
             if not on_pages:
                 taken[place] += nbytes
             elif phase in ("use", "train"):  # a loader lets go of the pages that it looked at
                 taken["pages"] += nbytes
-        for where in ("host", "device"):
-            taken[where] += sum(cost.nbytes for cost in self._lasting(phase, where))
-            taken[where] += max((cost.nbytes for cost in self._passing(phase, where)), default=0)
-        return Peak(phase, **taken)
-
-    def _lasting(self, phase: Phase, where: str) -> Iterable[Cost]:
         order = list(PHASES)
-        there = {each for each in order if order.index(each) <= order.index(phase)}
-        every = [*self.costs, *self.training()]
-        return (c for c in every if c.lasting and c.place == where and c.phase in there)
-
-    def _passing(self, phase: Phase, where: str) -> Iterable[Cost]:
-        return (c for c in self.costs if not c.lasting and c.place == where and c.phase == phase)
+        there = set(order[: order.index(phase) + 1])
+        passing = {"host": 0, "device": 0}
+        for cost in (*self.costs, *training):
+            if cost.lasting:
+                taken[cost.place] += cost.nbytes if cost.phase in there else 0
+            elif cost.phase == phase:
+                passing[cost.place] = max(passing[cost.place], cost.nbytes)
+        for where, nbytes in passing.items():
+            taken[where] += nbytes
+        return Peak(phase, **taken)
