@@ -32,18 +32,20 @@ class Placer(AbstractContextManager["Placer"]):
     ``with`` block no thread is left.
 
     :param model: prepared by the placement, its weights on the meta device.
-    :param devices: by the names of ``model.state_dict()``.
+    :param state: ``model.state_dict()``.
+    :param devices: by the same names.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
+        state: dict[str, torch.Tensor],
         files: MappedCheckpoint,
         placement: Placement,
         proof: Proof,
         devices: Mapping[str, int | str | torch.device],
     ) -> None:
-        self.state: dict[str, torch.Tensor] = model.state_dict()
+        self.state = state
         """The meta tensors to be replaced."""
         self.modules = dict(model.named_modules(remove_duplicate=False))
         """The modules that own them, by name."""

@@ -193,7 +193,9 @@ def fill(
         parameter = model.get_parameter(name)
         # Those that were initialised too: they had the default dtype.
         parameter.data = parameter.data.to(torch.float32)
-    with Placer(model, files, placement, proof, _devices(model, device_map)) as placer:
+    state = model.state_dict()
+    devices = _devices(list(state), device_map)
+    with Placer(model, state, files, placement, proof, devices) as placer:
         for name, info in stored.items():
             value = files.unread(info)
             _, cast = _infer_parameter_dtype(model, name, value, kept, None)
@@ -262,9 +264,8 @@ def _refuse_contradictions(
                 files.drop(info)
 
 
-def _devices(model: PreTrainedModel, device_map: DeviceMap | None) -> dict[str, Any]:
+def _devices(names: list[str], device_map: DeviceMap | None) -> dict[str, Any]:
     """Each name's device: by the entry of the device map that transformers' search finds first."""
-    names = list(model.state_dict())
     if device_map is None:
         return dict.fromkeys(names, "cpu")
     entries = re.compile("|".join(re.escape(entry) for entry in sorted(device_map, reverse=True)))

@@ -163,7 +163,8 @@ def fill(
     from transformers.integrations.accelerate import expand_device_map
     from transformers.modeling_utils import LoadStateDictConfig, caching_allocator_warmup
 
-    devices = expand_device_map(device_map, list(model.state_dict()))
+    state = model.state_dict()
+    devices = expand_device_map(device_map, list(state))
     if isinstance(placement, Plain):  # another may need far less
         caching_allocator_warmup(model, devices, None)
     taken: Taken = []
@@ -172,12 +173,12 @@ def fill(
         info.name: View(info, taken, files, computed=info.name in computed)
         for info in files.checkpoint.tensors.values()
     }
-    with Placer(model, files, placement, proof, devices) as placer:
-        dtypes = Dtypes(model._get_dtype_plan(dtype), placer.state)
+    with Placer(model, state, files, placement, proof, devices) as placer:
+        dtypes = Dtypes(model._get_dtype_plan(dtype), state)
         receiver = Receiver(placer, dtypes, taken)
         try:
             if accounting.rules is not None:
-                info = place_by_name(model, views, receiver, set(placer.state))
+                info = place_by_name(model, views, receiver, set(state))
                 model._weight_conversions = [r for r in accounting.rules if r.was_used()]
             else:
                 info = convert(model, views, receiver, "cpu")
