@@ -1,0 +1,1 @@
+"""The plugin ``signed_only`` for :mod:`llmload`. Importing this package imports no torch."""
