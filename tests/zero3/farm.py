@@ -8,6 +8,7 @@ a file.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -117,6 +118,9 @@ def main() -> None:
     # Compiled here, if it must be: a rank that is killed meanwhile would leave a lock behind, on
     # which every later run waits for good.
     importlib.import_module("deepspeed.comm.torch").build_shm_op()
+    importlib.import_module("llmload.host.registry").create_registry()  # imports every plugin
+    gc.collect()
+    gc.freeze()  # nothing of this is garbage later: ranks that search for some do it in no time
     outcomes = [[asdict(outcome) for outcome in job] for job in _all(jobs, int(sys.argv[2]))]
     Path(sys.argv[1]).write_text(json.dumps(outcomes))
 
