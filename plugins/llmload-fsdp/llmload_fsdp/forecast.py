@@ -130,7 +130,7 @@ def notes(
 ) -> Iterator[Note | Problem]:
     """Say how much of the checkpoint each rank reads, and what it keeps."""
     assert ctx.checkpoint is not None
-    reason = _nobody_asks_for_it(ctx)
+    reason = nobody_asks_for_it(ctx)
     if reason:
         yield _whole_on_every_rank(reason, ctx.checkpoint.total_bytes)
         return
@@ -163,7 +163,7 @@ def drawn_on_every_rank() -> Problem:
     )
 
 
-def _nobody_asks_for_it(ctx: LoadContext) -> str | None:
+def nobody_asks_for_it(ctx: LoadContext) -> str | None:
     """Return why no loader will ask for our placement, or None."""
     loaders = ctx.providing("placement")
     if not loaders:

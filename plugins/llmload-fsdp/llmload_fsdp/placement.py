@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from llmload.plugin import LoadFailedError, Part, Span
-from llmload_fsdp.parts import span_of
+from llmload_fsdp.parts import WORTH_MAPPING, span_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmload.plugin import Ranks, Source, Target
-
-_WORTH_MAPPING = 2**16
-"""Bytes below which mapping a part takes longer than copying it."""
 
 
 class Rows:
@@ -118,7 +115,7 @@ class Sharded:
         """Return the file's own pages, mapped for these rows alone, or None."""
         if self._home.type != "cpu" or self.device.type != "cpu" or source.dtype != dtype:
             return None
-        if span.length != span.size or span.length * dtype.itemsize < _WORTH_MAPPING:
+        if span.length != span.size or span.length * dtype.itemsize < WORTH_MAPPING:
             return None
         return source.mapped(span.start, span.stop)
 

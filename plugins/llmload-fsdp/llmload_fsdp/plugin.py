@@ -20,7 +20,7 @@ from llmload_fsdp.section import ParallelSection
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmload.plugin import LoadContext, Presence
+    from llmload.plugin import Cost, Forecast, LoadContext, Presence
     from llmload_fsdp.session import Session
 
 _EXAMPLES = (2, 4, 8)
@@ -67,13 +67,30 @@ class ParallelPlugin:
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note | Decline]:
         """Hold the sizes to the ranks and the model, and say what each rank will read and keep."""
         section = ctx.section(ParallelSection)
-        found = sizes.resolve(section, world_size())
+        found = sizes.resolve(section, ctx.machine.ranks or world_size())
         ctx.placed_by, ctx.splits = self.name, True
         if section.fsdp_mixed_precision:
             ctx.cast_later_by = "FSDP2's mixed precision"
         quantised = bool(ctx.providing("quantisation"))
         yield from sizes.dtype_problems(section, dtype_name(ctx.dtype), quantised=quantised)
         yield from _said(ctx, section, found)
+
+    @hookimpl
+    def cost(self, ctx: LoadContext, forecast: Forecast) -> Iterator[Cost]:
+        """Divide the weights by rows, and count what is gathered of them to be used."""
+        from llmload_fsdp import costs, units
+        from llmload_fsdp.forecast import nobody_asks_for_it
+
+        section = ctx.section(ParallelSection)
+        found = sizes.resolve(section, ctx.machine.processes)
+        assert found is not None  # the ranks are known
+        if not found.shards_only:
+            return  # transformers' affair: counted as whole, which no rank exceeds
+        asked = ctx.checkpoint is not None and nobody_asks_for_it(ctx) is None
+        yield from costs.divide(forecast, section, found, reads_rows=asked)
+        planned = units.plan(ctx.blank, found.config(section)).styles
+        freed = [name for name, style in planned.items() if style == units.FREE]
+        yield from costs.gathered(forecast, section, freed, found.fsdp)
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> AbstractContextManager[Session]:

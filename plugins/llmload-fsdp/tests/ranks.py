@@ -100,8 +100,16 @@ def ours(spec: dict[str, Any], steps: int = 3) -> dict[str, Any]:
     found["bytes there"] = sum(file["tensor_bytes"] for file in files.values())
     said = " ".join(str(step) for step in result.plan.steps)
     found["bytes planned"] = int(re.search(r"read ([\d,]+) of", said)[1].replace(",", ""))
+    found["kept planned"] = kept(result)
     found["losses"] = losses(result.model, steps) if steps else []
     return found
+
+
+def kept(result: llmload.LoadResult) -> int:
+    """Return the bytes of parameters that the plan foretells of the first rank, which has most."""
+    memory = result.plan.memory
+    assert memory is not None
+    return sum(route.kept_bytes for route in memory.routes)
 
 
 def many(function: Any, asked: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -151,6 +159,8 @@ def beside_unsharded(spec: dict[str, Any], steps: int = 3) -> dict[str, Any]:
         "new": sorted(sharded.report.newly_initialised),
         "new there": sorted(plain.report.newly_initialised),
         "ties": ties(sharded.model) == ties(plain.model),
+        "kept": sharded.report.facts["parallel"]["shard_bytes"],
+        "kept planned": kept(sharded),
     }
     if steps:
         found["losses"] = losses(sharded.model, steps)

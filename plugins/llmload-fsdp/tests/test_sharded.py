@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from ranks import beside_unsharded, many, ours_beside_theirs
 
+import llmload
 from llmload.testing import run_on_ranks, tiny_checkpoint
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2", "gemma2", "mixtral")
@@ -96,6 +97,27 @@ def test_each_rank_reads_what_the_plan_says_and_nothing_twice(plain: list[dict[s
         assert experts["bytes read"] <= 1.05 * experts["bytes there"] / len(plain)
 
 
+def test_the_plan_foretells_the_bytes_that_a_rank_keeps(plain: list[dict[str, Any]]) -> None:
+    for architecture in plain[0]:
+        planned = {found[architecture][0]["kept planned"] for found in plain}
+        held = [found[architecture][0]["report"]["shard_bytes"] for found in plain]
+        assert planned == {max(held)} == {held[0]}
+
+
+def test_gathered_units_are_foretold_for_ranks_that_are_not_here(tmp_path: Path) -> None:
+    """Norm and head stay, then a block, and the next one with a copy; then a unit's gradients."""
+    spec = {"model": str(tiny_checkpoint(tmp_path / "llama")), "parallel": {}, "dtype": "float32"}
+    made = llmload.plan(spec, machine=llmload.Machine(ranks=4)).memory
+    assert made is not None
+    rest, block = 4 * (128 * 16 + 16), 4 * (2 * 16 * 16 + 2 * 8 * 16 + 3 * 32 * 16 + 2 * 16)
+    gathered = {item.phase: item.nbytes for item in made.items if "gathered" in item.what}
+    assert gathered == {"use": rest + 3 * block, "train": rest + 5 * block}
+    (problem,) = llmload.plan(
+        spec | {"parallel": {"fsdp_size": 2}}, machine=llmload.Machine(ranks=4)
+    ).errors
+    assert problem.where == "parallel.fsdp_size"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Each case loaded sharded and whole, on every rank, whose random streams differ."""
@@ -116,6 +138,7 @@ def test_what_is_around_a_sharded_model_is_inside_its_units_and_equal_on_all_ran
         assert found["trainable"]
         assert found["ties"]
         assert found["new"] == found["new there"]
+        assert found["kept"] <= found["kept planned"]
         if case not in OTHERWISE_COMPUTED:
             assert found["losses"] == found["losses there"]
             assert found["unlike when trained"] == []

@@ -1,0 +1,75 @@
+"""What FSDP2 takes of memory: each rank's rows, and the units that are gathered to be used."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from llmload.plugin import Cost, Forecast, Weight
+from llmload_fsdp.parts import WORTH_MAPPING
+
+if TYPE_CHECKING:
+    from llmload_fsdp.section import ParallelSection
+    from llmload_fsdp.sizes import Sizes
+
+
+def divide(
+    forecast: Forecast, section: ParallelSection, sizes: Sizes, *, reads_rows: bool
+) -> Iterator[Cost]:
+    """Let every weight be divided by rows among the ranks that share a copy of the model.
+
+    :param reads_rows: whether each rank reads its rows and nothing else; where not, what the whole
+        takes meanwhile is yielded.
+    """
+    ranks = sizes.fsdp
+    on_device = forecast.accelerated and not section.fsdp_cpu_offload
+    whole = sum(weight.part(weight.loaded) for weight in _loaded(forecast))
+    for weight in (*forecast.weights.values(), *forecast.replaced.values()):
+        rows = weight.parameter.shape[0]
+        even = not rows % ranks
+        # A rank's rows are filled up to those of the first one, which has most.
+        weight.elements = -(-rows // ranks) * ranks * (weight.elements // rows)
+        weight.parts, weight.stays = ranks, section.fsdp_cpu_offload
+        weight.place = "device" if on_device else "host"
+        worth = even and weight.part(weight.loaded) >= WORTH_MAPPING
+        weight.on_pages = weight.on_pages and reads_rows and not forecast.accelerated and worth
+        if weight.since == "load" and weight.route in ("mapped", "copied", "cast", "assembled"):
+            weight.route = "mapped part" if weight.on_pages else "part"
+            weight.why = f"1 of {ranks} parts, {weight.why}"
+    if not reads_rows:
+        parts = sum(weight.part(weight.loaded) for weight in _loaded(forecast))
+        yield Cost(what="the whole, of which a part is kept", nbytes=whole - parts, phase="load")
+
+
+def _loaded(forecast: Forecast) -> Iterable[Weight]:
+    every = (*forecast.weights.values(), *forecast.replaced.values())
+    return (weight for weight in every if weight.since == "load")
+
+
+def gathered(
+    forecast: Forecast, section: ParallelSection, freed: Iterable[str], ranks: int
+) -> Iterator[Cost]:
+    """Yield what is gathered at a time: all that no block has, one block, and the next one, which
+    is fetched meanwhile and copied once; in training the gradients of one unit too, twice.
+
+    :param freed: names of the units whose weights are let go after their forward, in the base.
+    """
+    if ranks == 1:
+        return
+    blocks: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    names = list(freed)
+    for weight in forecast.weights.values():
+        narrow = section.fsdp_mixed_precision and weight.itemsize > 2
+        nbytes = weight.elements * (2 if narrow else weight.itemsize)
+        unit = next((name for name in names if f".{name}." in f".{weight.name}"), "")
+        blocks[unit] += nbytes
+        trained[unit] += nbytes * weight.trained
+    rest = blocks.pop("", 0)
+    largest = max(blocks.values(), default=0)
+    place: Any = "device" if forecast.accelerated else "host"
+    found = rest + (3 if len(blocks) > 1 else 2) * largest
+    yield Cost(what="gathered weights", nbytes=found, phase="use", place=place)
+    found += 2 * max(trained.values(), default=0)
+    yield Cost(what="gathered weights and gradients", nbytes=found, phase="train", place=place)
