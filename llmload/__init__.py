@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from llmload.loading.pipeline import plan as plan
     from llmload.loading.plan import Plan as Plan
     from llmload.loading.report import Report as Report
+    from llmload.saving.save import Saved as Saved
+    from llmload.saving.save import save as save
     from llmload.spec.groupspec import AdapterSpec as AdapterSpec
     from llmload.spec.groupspec import GroupSpec as GroupSpec
     from llmload.spec.loadspec import LoadSpec as LoadSpec
@@ -79,6 +81,7 @@ _HOME = {
     "Plan": "loading.plan",
     **dict.fromkeys(("Registry", "create_registry"), "host.registry"),
     "Report": "loading.report",
+    **dict.fromkeys(("Saved", "save"), "saving.save"),
     **dict.fromkeys(("LoadSpec", "Section"), "spec.loadspec"),
 }
 

@@ -92,6 +92,7 @@ OPTIONS = {
     "lock": ["--json", "--output", "--plugin", "--set", "-o", "-p", "SPEC"],
     "new-plugin": ["--dir", "--json", "--kind", "name"],
     "verify": ["--json", "--lock", "--plugin", "--set", "-p", "SPEC"],
+    "save": ["--json", "--max-shard-size", "--plugin", "--set", "--to", "-p", "SPEC"],
     "load": ["--json", "--plugin", "--report", "--set", "-p", "SPEC"],
     "plan": [
         "--device-memory",
@@ -138,6 +139,7 @@ PUBLIC = [
     "Registry",
     "Report",
     "RequestError",
+    "Saved",
     "Section",
     "SpecError",
     "create_registry",
@@ -147,6 +149,7 @@ PUBLIC = [
     "load_group",
     "plan",
     "plan_group",
+    "save",
 ]
 EXIT_CODES = {
     "AuditError": 1,

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from llmload.cli import writing
 from llmload.errors import RequestError
+from llmload.saving import writing
 from llmload.testing import tiny_checkpoint
 
 UNSHARE = ("unshare", "--mount", "--user", "--map-root-user")
@@ -87,6 +87,18 @@ def test_a_lock_that_has_no_room_is_refused(spec: Path, tmp_path: Path) -> None:
     said, listing = done.stderr.splitlines()[-2:]
     assert said.startswith("disk/lock: it cannot be written: No space left on device; 0 B are free")
     assert listing == "full"
+
+
+@on_a_small_disk
+def test_a_saved_model_that_has_no_room_is_refused_before_it_is_loaded(
+    spec: Path, tmp_path: Path
+) -> None:
+    done = run_on_disk(tmp_path, f"save {spec} --to disk/out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == (
+        "disk/out: it cannot be written: 32.0 MiB are needed; 256.0 KiB are free there."
+        " Name a place that can be written to, with room."
+    )
 
 
 @on_a_small_disk

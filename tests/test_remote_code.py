@@ -105,6 +105,17 @@ def test_a_trusted_folders_own_class_is_streamed_as_from_pretrained_loads_it(
     assert result.report.audit[0] == "no tensor is on the meta device"
 
 
+def test_the_code_goes_with_a_model_that_is_saved(folder: Path, tmp_path: Path) -> None:
+    spec = {"model": str(folder), "trust_remote_code": True, "dtype": "float32"}
+    result = llmload.load(spec)
+    llmload.save(result, tmp_path / "out")
+    options = {"trust_remote_code": True, "dtype": "float32"}
+    plain = from_pretrained(AutoModelForCausalLM, tmp_path / "out", **options)
+    mine, theirs = result.model.state_dict(), plain.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
 def test_an_untrusted_folders_code_does_not_run(folder: Path, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     code = f"open({str(ran)!r}, 'w').close()\n" + CONFIGURATION

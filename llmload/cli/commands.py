@@ -240,6 +240,36 @@ def plan(
 
 
 @_command
+def save(
+    *,
+    spec: Spec,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="A new or an empty folder.")],
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of one file of weights, such as 500MB.")
+    ] = "5GB",
+    settings: Settings = None,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> Answer:
+    """Load the model of a spec and save it: an adapter, or with `lora.merge` the merged model.
+
+    The folder has safetensors, tokenizer, chat template, generation config and a model card to go
+    on from, and loads in plain transformers or PEFT. It is there whole, or not at all.
+    """
+    from llmload.cli import show
+    from llmload.cli.progress import is_wanted, progress
+    from llmload.saving import writing
+    from llmload.saving.save import save as write
+
+    writing.require_new(to)
+    registry = _registry(plugin)
+    wanted = _one_model(spec, settings, registry)
+    with progress(shown=is_wanted(json=json)):
+        saved = write(wanted, to, max_shard_size=max_shard_size, registry=registry)
+    return Answer(saved, lambda: show.saved(saved))
+
+
+@_command
 def inspect(
     *,
     spec: Spec,
@@ -296,8 +326,8 @@ def lock(
 
     Set `lock: FILE` in the spec, and a load that differs in anything is refused.
     """
-    from llmload.cli.writing import refused, require_place
     from llmload.loading import lock as locking
+    from llmload.saving.writing import refused, require_place
 
     registry = _registry(plugin)
     wanted = _one_model(spec, settings, registry)
@@ -468,7 +498,7 @@ def demo(
     from llmload.cli import demo as demonstration
     from llmload.cli import show
     from llmload.cli.progress import is_wanted, progress, tell
-    from llmload.cli.writing import new_folder
+    from llmload.saving.writing import new_folder
 
     registry = _registry(plugin)
     demonstration.require_new(directory)

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import BaseModel
 
 from llmload.cli.progress import Track
-from llmload.cli.writing import refused
 from llmload.errors import RequestError
 from llmload.host.registry import Registry
 from llmload.loading import pipeline
 from llmload.loading.plan import Plan
 from llmload.loading.planning import require_stack
 from llmload.loading.report import Report
+from llmload.saving.writing import refused
 
 if TYPE_CHECKING:
     import torch

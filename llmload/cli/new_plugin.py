@@ -7,9 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from llmload.cli.writing import new_folder, refused
 from llmload.errors import RequestError
 from llmload.host.distributions import version_of
+from llmload.saving.writing import new_folder, refused
 from llmload.spec.loadspec import LoadSpec
 from llmload.spec.suggest import nearest
 

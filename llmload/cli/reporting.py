@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmload.cli.writing import refused, require_place
 from llmload.errors import RequestError
+from llmload.saving.writing import refused, require_place
 
 if TYPE_CHECKING:
     from llmload.loading.pipeline import LoadResult

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmload.group.loading import GroupReport
     from llmload.group.planning import GroupPlan
     from llmload.group.sharing import Sharing
+    from llmload.saving.save import Saved
 
 _SHARED = {
     "checkpoint pages": "{member} and {of} lie on the checkpoint's own pages",
@@ -34,6 +35,15 @@ _COLOURS = {
     "works in part": "yellow",
     **dict.fromkeys(("active", "works"), "green"),
 }
+
+
+def saved(written: Saved) -> RenderableType:
+    """Render which files were written."""
+    facts = printed.pairs()
+    facts.add_row(written.kind, f"{written.folder}, {size_text(written.size)}")
+    for file in written.files:
+        facts.add_row("file", f"{file.name}, {size_text(file.size)}")
+    return facts
 
 
 def inspection(found: Inspection, *, every: bool) -> RenderableType:

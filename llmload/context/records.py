@@ -52,8 +52,9 @@ class Records:
     """Makes the context under which the streaming loader builds the model that it fills; None for
     the meta device. Written in ``init_context`` by one plugin; read by ``model_to_fill``."""
     awaiting: str | None = None
-    """Who will load the weights after this load. Written by a loader that leaves them out, and
-    then proves in its ``audit`` that they will all be found; read by the host's audit."""
+    """Who will load the weights after this load. Written by a loader that leaves them out, in
+    its ``check`` already, and then proves in its ``audit`` that they will all be found; read by the
+    host's audit, and by who would save the model."""
     newly_initialised: dict[str, str] = field(default_factory=dict)
     """Name of each parameter or buffer that has no value from the checkpoint -> why, by its name in
     the model that the hook returns. Written by the hook that initialised it. The host takes the

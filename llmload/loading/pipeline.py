@@ -56,6 +56,8 @@ class LoadResult:
     """Turns off an adapter that is not PEFT's, where its plugin says how."""
     opened: Mapping[Path, FileState | None] = field(default_factory=dict, repr=False)
     """The files that hold the weights, as they were when the load ended."""
+    awaiting: str | None = None
+    """Who has yet to load the weights, where the model was handed out without them."""
 
     def __repr__(self) -> str:
         return f"<LoadResult: {type(self.model).__name__} from {self.report!r}>"
@@ -127,7 +129,20 @@ def load(
     threads of yours do meanwhile with torch's default dtype or random stream is in
     :mod:`llmload.loading.turns`.
     """
-    registry = registry or create_registry()
+    return load_held(source, registry=registry or create_registry(), prove=prove)
+
+
+def load_held(
+    source: files.SpecLike,
+    *,
+    registry: Registry,
+    prove: bool = True,
+    agree: Callable[[Prepared], None] = lambda prepared: None,
+) -> LoadResult:
+    """Load as :func:`load` does, if whoever asks agrees with the plan.
+
+    :param agree: sees a plan without errors before a weight is read; what it raises ends the load.
+    """
     report, begun = Report(), set[str]()
     with registry.telling(source, begun):
         spec = registry.validate(source)
@@ -137,6 +152,7 @@ def load(
                 prepared = prepare_to_load(spec, registry)
                 warned.say(prepared.plan.warnings)
                 prepared.plan.raise_for_errors()
+                agree(prepared)
             result = execute(prepared, report, begun, prove=prove)
             warned.say_rest(report, prepared.plan.warnings)
             return result
@@ -227,6 +243,7 @@ def execute(
         kept_alive=tuple(ctx.kept_alive),
         adapter_switch=ctx.adapter_switch,
         opened={file.path: file_state(file.path) for file in _files(ctx)},
+        awaiting=ctx.awaiting,
     )
 
 

@@ -16,6 +16,13 @@ def dump_inline(data: object) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
+def dump(data: object) -> str:
+    """Return plain data as YAML on lines of their own, as a file has it; empty for an empty one."""
+    if not data and isinstance(data, dict):
+        return ""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes text that either version of YAML would take for something else."""
 

@@ -31,6 +31,8 @@ _WHOLE_STACK = (
     " install -c constraints/colossalai.txt '.[colossalai]'`, or use `materialize: true`."
 )
 
+_BOOSTER = "Booster.boost"
+
 
 def _stays_lazy(section: Any, other: Any) -> bool:
     return not section.materialize
@@ -118,6 +120,7 @@ class ColossalaiPlugin:
             yield Note(text="build under LazyInitContext; the streaming loader fills each tensor")
             yield Decline("`materialize: true` leaves the filling to the streaming loader")
             return
+        ctx.awaiting = _BOOSTER
         yield from booster.check(ctx, section)
         yield Note(text="build under LazyInitContext; Booster.boost loads the weights")
 
@@ -155,7 +158,7 @@ class ColossalaiPlugin:
         from llmload.builtin.colossalai import booster
 
         assert ctx.checkpoint is not None
-        ctx.awaiting = "Booster.boost"
+        ctx.awaiting = _BOOSTER
         nothing = dict.fromkeys((file.path for file in ctx.checkpoint.files), 0)
         ctx.record(self.name, {"files": ctx.checkpoint.reads_per_file(nothing, nothing)})
         return booster.hand_over(ctx, ctx.model_to_fill())

@@ -1,4 +1,4 @@
-"""Files that commands write: all of them or none, and a refusal where the disk has no place."""
+"""Files that are written: all of them or none, and a refusal where the disk has no place."""
 
 from __future__ import annotations
 
@@ -35,6 +35,62 @@ def new_folder(folder: Path, *, room: int = 0) -> Iterator[None]:
                 with suppress(OSError):
                     path.unlink(missing_ok=True)
         raise
+
+
+def require_new(folder: Path, *, room: int = 0) -> None:
+    """Refuse a folder that could not be made, or that has files.
+
+    :param room: bytes that will be written.
+    :raises RequestError: see above.
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RequestError(
+            f"the folder {str(folder)!r} has files in it, and nothing is written over",
+            fix="Name a new or an empty folder.",
+        )
+    with refused(folder):
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        _hold_to(next(p for p in (folder, *folder.absolute().parents) if p.is_dir()), room)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give the block a folder to write to, which gets its name when all is written.
+
+    Until then it lies beside it under a hidden name, on the same file system. It is removed where
+    the block fails or is interrupted, together with the folders that were made for it.
+
+    :raises RequestError: it cannot be made, or another process has put files there meanwhile.
+    """
+    folder = folder.absolute()
+    made = [path for path in folder.parents if not path.exists()]
+    building = folder.parent / f".{folder.name}.llmload-{os.getpid()}"
+    try:
+        with refused(folder):
+            building.mkdir(parents=True)
+        yield building
+        with refused(folder):
+            _settle(building)
+            building.replace(folder)  # of an empty folder too; one with files makes it fail
+            _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(made[-1] if made else building, ignore_errors=True)
+        raise
+
+
+def _settle(folder: Path) -> None:
+    """Have all that lies in a folder reach the disk, before it gets its name."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def require_place(path: Path) -> None:
