@@ -340,3 +340,13 @@ def test_a_recorded_dtype_outlives_the_load(tmp_path: Path) -> None:
     lazy_models.lazy_init().LazyInitContext.materialize(model)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert installed_transformers().config_dtype(model.config) == torch.bfloat16
+
+
+def test_a_model_that_stays_lazy_is_not_saved(tmp_path: Path) -> None:
+    spec = {"model": str(tiny_llama(tmp_path)), **LAZY}
+    with pytest.raises(llmload.PlanError) as caught:
+        llmload.save(spec, tmp_path / "out")
+    assert str(caught.value) == (
+        "the model has no weights to save: they come with Booster.boost. Save it after"
+        " Booster.boost, by its own means, or load it without."
+    )

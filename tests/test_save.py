@@ -365,6 +365,14 @@ def test_what_has_no_weights_of_its_own_is_refused_before_any_is_read(
     assert nothing_left(tmp_path)
 
 
+def test_a_model_that_deepspeed_keeps_in_parts_is_refused(llama: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    assert refused({"model": str(llama), "zero3": {}}, tmp_path / "out") == (
+        "zero3: the weights are kept in parts, of which no process has all. Load it for saving"
+        " without `zero3`: merging needs no GPU."
+    )
+
+
 def test_a_result_that_waits_for_its_weights_is_refused(llama: Path, tmp_path: Path) -> None:
     result = replace(llmload.load({"model": str(llama)}), awaiting="Booster.boost")
     with pytest.raises(llmload.PlanError, match="they come with Booster"):
