@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stacks import IS_MODERN
+from stacks import IS_MODERN, needs_transformers_5
+from transformers import LlamaForCausalLM
 
 import llmload
 from llmload.testing import edit_config, tiny_llama
@@ -35,6 +36,63 @@ def quantised(folder: Path, **content: Any) -> Path:
 
 
 # --- quantised folders --------------------------------------------------------------------------
+
+
+@needs_transformers_5
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"quant_method": "sinq"}, "No module named 'sinq'"),
+        ({"quant_method": "metal"}, "it takes the device 'mps', which is not here"),
+    ],
+    ids=["sinq", "metal"],
+)
+def test_a_method_that_fails_only_when_it_prepares_the_model_is_refused_by_the_plan_too(
+    content: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    (text,) = said(quantised(tiny_llama(tmp_path), **content))
+    assert f"transformers cannot load that here: {reason}. Install what it asks for" in text
+
+
+@needs_transformers_5
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"attention": True}, "Unknown fusion type: attention"),
+        ({"patch_embeddings": 3}, "Invalid fusion config for patch_embeddings: expected `True`"),
+        (["patch_embeddings"], "it is no mapping of names"),
+        ("all", "it is no mapping of names"),
+    ],
+    ids=str,
+)
+def test_fusions_that_transformers_does_not_know_are_refused(
+    asked: Any, reason: str, tmp_path: Path
+) -> None:
+    (text,) = said(edit_config(tiny_llama(tmp_path), fusion_config=asked))
+    assert text.startswith(
+        f"model: the config's `fusion_config` asks for fusions that transformers refuses: {reason}"
+    )
+    assert text.endswith(
+        "Remove `fusion_config` from config.json: it changes how a model computes, not what."
+    )
+
+
+@pytest.mark.refused_late  # what no rehearsal finds, from_pretrained says
+def test_whatever_from_pretrained_refuses_before_it_reads_a_weight_is_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise AttributeError("'list' object has no attribute 'items'")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", refuse)
+    registry = llmload.create_registry(block={"streaming"})
+    with pytest.raises(llmload.RequestError) as caught:
+        llmload.load({"model": str(tiny_llama(tmp_path))}, registry=registry)
+    assert str(caught.value) == (
+        "model: transformers refuses the folder before it reads a weight: AttributeError: 'list'"
+        " object has no attribute 'items'. Check what config.json asks for; `llmload inspect` shows"
+        " it."
+    )
 
 
 @pytest.mark.parametrize(

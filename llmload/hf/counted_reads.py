@@ -104,6 +104,11 @@ class CountedReads(AbstractContextManager["CountedReads"]):
             self._opened.add(info.file)
             self.count(info.file, info.nbytes)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that were read of all files."""
+        return sum(self._bytes.values())
+
     def facts(self) -> dict[str, Any]:
         """Return what was read, for the report: a file that was never seen open has None."""
         seen = {path: n if path in self._opened else None for path, n in self._bytes.items()}

@@ -245,6 +245,16 @@ class Transformers(Protocol):
         """Say whether bitsandbytes is given one weight after the other, on a CPU too."""
         ...
 
+    def prepare_quantised(
+        self, quantiser: Any, model: PreTrainedModel, dtype: torch.dtype, device_map: Any
+    ) -> None:
+        """Have a quantiser of transformers change a model as it does before weights are read.
+
+        :param quantiser: whose ``validate_environment`` was called.
+        :param model: without storage; it is changed.
+        """
+        ...
+
     def modules_left_unquantised(self, model: PreTrainedModel) -> list[str]:
         """Return the modules that are not quantised where no list says which: the output head,
         what is tied, the last one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from llmload.spec.values import dtype_name
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from llmload.spec.loadspec import LoadSpec
 
@@ -48,10 +49,13 @@ def by_bitsandbytes(content: Mapping[str, Any]) -> bool:
     return bool(content.get("load_in_4bit") or content.get("load_in_8bit"))
 
 
-def examine(config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype) -> Stored | Problem:
-    """Ask transformers' quantiser whether it can work here, as ``from_pretrained`` would.
+def examine(
+    blank: PreTrainedModel, config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype
+) -> Stored | Problem:
+    """Have transformers' quantiser do all that it does before weights are read, on a copy.
 
-    For a config that :func:`declared` finds something in.
+    For a config that :func:`declared` finds something in. Some import the package that they need
+    only when they prepare the model's modules.
     """
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
@@ -75,6 +79,13 @@ def examine(config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype) -> Sto
             weights_only=True,
             **installed_transformers().dtype_option(dtype),
         )
+        devices = quantiser.update_device_map(spec.device_map)
+        _try_devices(devices, spec.device_map)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the load itself gives them again
+            installed_transformers().prepare_quantised(
+                quantiser, copy.deepcopy(blank), dtype, devices
+            )
         settings = quantiser.quantization_config
         dequantised = bool(getattr(settings, "dequantize", False))
         return Stored(method, dequantised, dequantised or bool(_is_trainable(quantiser)))
@@ -87,9 +98,29 @@ def examine(config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype) -> Sto
         )
 
 
-def problems(config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype) -> Iterator[Problem]:
-    """Yield why a quantised folder cannot be loaded, or not be trained as the spec wants."""
-    found = examine(config, spec, dtype)
+def _try_devices(chosen: Any, asked: object) -> None:
+    """Use each device that a quantiser chose by itself.
+
+    :raises ValueError: there is none.
+    """
+    import torch
+
+    if chosen != asked and isinstance(chosen, Mapping):
+        for device in chosen.values():
+            try:
+                torch.empty(1, device=device)
+            except Exception as error:  # torch raises several kinds, at length
+                raise ValueError(f"it takes the device {device!r}, which is not here") from error
+
+
+def problems(
+    blank: PreTrainedModel, config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype
+) -> Iterator[Problem]:
+    """Yield why a quantised folder cannot be loaded, or not be trained as the spec wants.
+
+    :param blank: the model that the config describes, without storage.
+    """
+    found = examine(blank, config, spec, dtype)
     name = dtype_name(dtype)
     if isinstance(found, Problem):
         yield found

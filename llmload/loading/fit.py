@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmload.checkpoint.accounting import as_quantised
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.errors import CheckpointError, Problem, some
-from llmload.hf import generation, installed_transformers, quantised, token_ids
+from llmload.hf import fusions, generation, installed_transformers, quantised, token_ids
 from llmload.loading import audit
 from llmload.spec.suggest import closest
 from llmload.spec.values import dtype_name
@@ -44,7 +44,8 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
     config = ctx.config
     stored = quantised.declared(config)
     if stored is not None and not quantised.by_bitsandbytes(stored):  # which has its own section
-        yield from quantised.problems(config, ctx.spec, ctx.dtype)
+        yield from quantised.problems(ctx.blank, config, ctx.spec, ctx.dtype)
+    yield from fusions.problems(config)
     yield from generation.problems(ctx.folder, ctx.model_class)
     if installed_transformers().unsuited() is not None:
         if stored is None:

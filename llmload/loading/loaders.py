@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint import Checkpoint
-from llmload.errors import CheckpointError
+from llmload.errors import CheckpointError, in_one_line
 from llmload.hf import installed_transformers
-from llmload.loading import audit
+from llmload.loading import audit, room
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
     from llmload.checkpoint.accounting import Accounting
     from llmload.context.context import LoadContext
+
+
+_MISFIT = ("size", "shape")
+"""What transformers' error of weights that do not fit speaks of."""
 
 
 def account(ctx: LoadContext, accounting: Accounting) -> None:
@@ -79,8 +83,18 @@ def _pretrained(ctx: LoadContext) -> PreTrainedModel:
             model, info = _from_tensors(ctx, checkpoint, options)
             left = {*info["unexpected_keys"]}
             counts.count_tensors(t for n, t in checkpoint.tensors.items() if n not in left)
-    except RuntimeError as error:
-        if "size" not in str(error) and "shape" not in str(error):
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if not counts.nbytes and not room.ran_out(error):
+            raise CheckpointError(
+                f"transformers refuses the folder before it reads a weight: {type(error).__name__}:"
+                f" {in_one_line(error)}",
+                fix="Check what config.json asks for; `llmload inspect` shows it.",
+                where="model",
+            ) from error
+        misfit = isinstance(error, RuntimeError) and any(w in str(error) for w in _MISFIT)
+        if not misfit:
             raise
         raise CheckpointError(
             f"the checkpoint does not fit {ctx.model_class.__name__}: {error}",

@@ -26,6 +26,7 @@ from llmload.hf.v5.configs import config_dtype, config_for, dtype_option, valida
 from llmload.hf.v5.quantising import (
     leaves_unquantised,
     modules_left_unquantised,
+    prepare_quantised,
     quantises_weight_by_weight,
 )
 from llmload.hf.v5.relied_on import unsuited
@@ -61,6 +62,7 @@ __all__ = [
     "leaves_unquantised",
     "modules_left_unquantised",
     "no_init_weights",
+    "prepare_quantised",
     "quantises_weight_by_weight",
     "require_input_gradients",
     "resolve_device_map",
