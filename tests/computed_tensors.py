@@ -6,6 +6,7 @@ the CPU, under the model's dtype, gives every tensor the value that a load must 
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,6 +153,42 @@ class FromSmallParameters(LlamaForCausalLM):
         self.post_init()
 
 
+@functools.lru_cache
+def steps(number: int) -> torch.Tensor:
+    return torch.arange(float(number))
+
+
+tables: dict[int, torch.Tensor] = {}
+
+
+class FromCaches(LlamaForCausalLM):
+    """Buffers from a cache of the class's module, which its forward asks again, and expanded."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("steps", steps(5), persistent=False)
+        self.register_buffer("table", tables.setdefault(3, torch.ones(3)), persistent=False)
+        self.register_buffer("position_ids", torch.arange(3.0).expand(2, 3), persistent=False)
+        self.post_init()
+
+    def forward(self, *args: Any, **others: Any) -> Any:
+        output = super().forward(*args, **others)
+        output.logits = output.logits + (steps(5) + self.steps).sum() + tables[3].sum()
+        return output
+
+
+class InFunctions(LlamaForCausalLM):
+    """Tensors in hooks, and in functions that take some of their arguments along."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        shift, scale = torch.arange(5.0), torch.full((2,), 3.0)
+        self.lm_head.register_forward_pre_hook(lambda module, args: shift.sum() and None)
+        self.added = functools.partial(torch.add, scale, other=torch.ones(2))
+        self.default = lambda value, by=torch.full((3,), 4.0): value + by  # noqa: B008
+        self.post_init()
+
+
 class NoPostInit(PreTrainedModel):
     """A model that is none of transformers', and never calls ``post_init``."""
 
@@ -195,6 +232,8 @@ RIGHT = (
     Views,
     InitialisesInPart,
     FromSmallParameters,
+    FromCaches,
+    InFunctions,
     NoPostInit,
 )
 """Those that a load must get right in every way of loading."""

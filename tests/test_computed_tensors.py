@@ -97,6 +97,18 @@ def test_an_adapter_sees_the_same_values(loader: str, folders: dict[str, Path]) 
     )
 
 
+def test_a_cache_of_the_code_holds_no_tensor_without_values_after_a_load(
+    folders: dict[str, Path],
+) -> None:
+    computed_tensors.steps.cache_clear()
+    computed_tensors.tables.clear()
+    model = load(folders, "FromCaches", lora={"target_modules": ["q_proj"]}).model
+    assert not any(table.is_meta for table in computed_tensors.tables.values())
+    ids = torch.arange(4)[None]
+    right = computed_tensors.reference(folders["FromCaches"], "FromCaches")
+    assert torch.equal(model(ids).logits, right(ids).logits)
+
+
 def test_the_members_of_a_group_have_the_same_values(folders: dict[str, Path]) -> None:
     spec = computed_tensors.spec(folders["OfManyModules"], "OfManyModules")
     group = llmload.load_group({"models": {"policy": spec, "reference": spec}})

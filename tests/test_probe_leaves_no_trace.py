@@ -6,12 +6,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import architectures
 import computed_tensors
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -160,6 +162,140 @@ def test_what_a_forward_keeps_is_gone_after_the_probe(place: str, values: bool) 
     before = everything(model)
     assert probe(model).method == ("real" if values else "meta")
     assert changes(before, everything(model)) == []
+
+
+_by_length: dict[int, torch.Tensor] = {}
+_mask: torch.Tensor | None = None
+
+
+class Kept:
+    """An object of a module's own."""
+
+    def __init__(self) -> None:
+        self.cache: dict[int, torch.Tensor] = {}
+
+
+class Attributed(dict[str, Any]):
+    """A dict with attributes."""
+
+
+_kept = Kept()
+
+
+class Keeps(nn.Module):
+    """Adds a vector that it makes once, on the device of its first input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 4)
+        self.entries = Attributed()
+        self.config = LlamaConfig()
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embedding(input_ids) + self.once(input_ids.device)
+
+    def once(self, device: torch.device) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class InAGlobalDict(Keeps):
+    def once(self, device: torch.device) -> torch.Tensor:
+        return _by_length.setdefault(4, torch.ones(4, device=device))
+
+
+class InAGlobal(Keeps):
+    def once(self, device: torch.device) -> torch.Tensor:
+        global _mask
+        if _mask is None:
+            _mask = torch.ones(4, device=device)
+        return _mask
+
+
+class InAGlobalObject(Keeps):
+    def once(self, device: torch.device) -> torch.Tensor:
+        return _kept.cache.setdefault(4, torch.ones(4, device=device))
+
+
+class InACachedMethod(Keeps):
+    @functools.lru_cache  # noqa: B019 - what is tested
+    def ones(self, number: int) -> torch.Tensor:
+        return torch.ones(number, device=self.embedding.weight.device)
+
+    def once(self, device: torch.device) -> torch.Tensor:
+        return self.ones(4)
+
+
+class InADefault(Keeps):
+    def once(self, device: torch.device, cache: dict[int, torch.Tensor] = {}) -> torch.Tensor:  # noqa: B006
+        return cache.setdefault(4, torch.ones(4, device=device))
+
+
+class InAKeywordsDefault(Keeps):
+    def once(self, device: torch.device, *, cache: dict[int, torch.Tensor] = {}) -> torch.Tensor:  # noqa: B006
+        return cache.setdefault(4, torch.ones(4, device=device))
+
+
+def _helper(device: torch.device) -> torch.Tensor:
+    if not hasattr(_helper, "ones"):
+        _helper.ones = torch.ones(4, device=device)  # type: ignore[attr-defined]
+    return _helper.ones  # type: ignore[attr-defined,no-any-return]
+
+
+class InAFunction(Keeps):
+    def once(self, device: torch.device) -> torch.Tensor:
+        return _helper(device)
+
+
+class InADictsAttribute(Keeps):
+    def once(self, device: torch.device) -> torch.Tensor:
+        if not hasattr(self.entries, "ones"):
+            self.entries.ones = torch.ones(4, device=device)  # type: ignore[attr-defined]
+        return self.entries.ones  # type: ignore[attr-defined,no-any-return]
+
+
+class InTheConfig(Keeps):
+    def once(self, device: torch.device) -> torch.Tensor:
+        if not hasattr(self.config, "ones"):
+            self.config.ones = torch.ones(4, device=device)
+        return self.config.ones  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", Keeps.__subclasses__(), ids=lambda kind: kind.__name__)
+def test_what_the_code_of_a_model_keeps_is_gone_after_the_probe(kind: type[Keeps]) -> None:
+    model = kind()
+    assert probe(model).method == "meta"
+    ids = torch.arange(4)[None]
+    assert torch.equal(model(ids), model.embedding(ids) + 1)
+    assert probe(model).method != "unavailable"  # with what the first forward has left
+    assert torch.equal(model(ids), model.embedding(ids) + 1)
+
+
+class Draws(nn.Module):
+    """Draws from generators of its own, and counts in an array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 4)
+        self.torch = torch.Generator().manual_seed(0)
+        self.python = random.Random(0)
+        self.numpy = np.random.default_rng(0)
+        self.older = np.random.RandomState(0)
+        self.count = np.zeros(2)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        drawn = self.python.random() + self.numpy.random() + self.older.rand()
+        return self.embedding(input_ids) * drawn * float(torch.rand((), generator=self.torch))
+
+    def draws(self) -> list[Any]:
+        numbers = [self.python.random(), self.numpy.random(), self.older.rand()]
+        return [*numbers, float(torch.rand((), generator=self.torch)), list(self.count)]
+
+
+def test_generators_and_arrays_of_a_model_are_as_they_were_after_the_probe() -> None:
+    model = Draws()
+    assert probe(model).method == "meta"
+    assert model.draws() == Draws().draws()
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])

@@ -214,8 +214,10 @@ class Values:
         """Let what transformers gives memory to get values too, whichever loader asks it to."""
         from transformers import PreTrainedModel
 
+        from llmload.model.reachable import Surroundings
         from llmload.model.uninitialised import Tracker
 
+        around = Surroundings(self._model_class)
         give_memory = installed_transformers().gives_memory()
         give = getattr(PreTrainedModel, give_memory, None)
         initialise = getattr(PreTrainedModel, "_initialize_missing_keys", None)
@@ -225,6 +227,7 @@ class Values:
         trackers: dict[int, Tracker] = {}
 
         def give_noted(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            around.put_back_what_has_no_values()  # it is built, and its constructor may run again
             with trackers.setdefault(id(model), Tracker()):
                 return give(model, *args, **kwargs)
 
@@ -241,8 +244,11 @@ class Values:
             return initialised
 
         patched = {give_memory: give_noted, "_initialize_missing_keys": initialise_all}
-        with replaced(PreTrainedModel, patched):
-            yield
+        try:
+            with replaced(PreTrainedModel, patched):
+                yield
+        finally:
+            around.put_back_what_has_no_values()
 
     @contextmanager
     def _filled_from_here(
@@ -315,8 +321,17 @@ class Values:
     def computed(self, wanted: Set[str] = frozenset()) -> Computed:
         """Return what the constructor computes."""
         if self._computed is None or wanted:
-            self._computed = compute(self._build, wanted)
+            self._computed = self._compute(wanted)
         return self._computed
+
+    def _compute(self, wanted: Set[str], *, other_stream: bool = False) -> Computed:
+        from llmload.model.reachable import Surroundings
+
+        around = Surroundings(self._model_class)
+        try:
+            return compute(self._build, wanted, other_stream=other_stream)
+        finally:
+            around.put_back_what_has_no_values()
 
     def complete(self, model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
         """Give each tensor of a loaded model that is still on the meta device what it should be.
@@ -378,7 +393,7 @@ class Values:
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         wanted = parameters & tensors.keys()
         computed = self.computed(wanted)
-        again = compute(self._build, wanted, other_stream=True) if computed.drew else computed
+        again = self._compute(wanted, other_stream=True) if computed.drew else computed
         wrong = []
         for path, tensor in tensors.items():
             value, other, owner = computed.value(path), again.value(path), computed.owner(path)

@@ -39,7 +39,10 @@ class Engine:
             implementation it does not have; the config asks for far more than is stored; or the
             class does not finish its construction as transformers needs it.
         """
+        from llmload.model.reachable import Surroundings  # needs torch
+
         build = self._transformers.blank
+        around = Surroundings(model_class)
         try:
             with bounds.while_building(len(stored)), deepspeed.hidden():
                 blank = build(model_class, config, dtype, stored=stored, asked=asked)
@@ -51,6 +54,8 @@ class Engine:
                 fix=_way_out(config, error),
                 where="model",
             ) from error
+        finally:
+            around.put_back_what_has_no_values()
         if not self._transformers.is_post_initialised(blank):
             raise CheckpointError(
                 f"the constructor of {model_class.__name__} does not call"

@@ -316,7 +316,7 @@ def _put_stand_ins(model: nn.Module, *, on_meta: bool, dtype: torch.dtype | None
             made[id(tensor)] = (_stand_in if on_meta else _copy)(tensor, dtype)
         return made[id(tensor)]
 
-    reachable.replace_tensors(model, stand_in)
+    reachable.replace_tensors(model, stand_in, code=True)
 
 
 def _stand_in(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -361,7 +361,8 @@ def fill(tensor: Any, value: torch.Tensor) -> None:
         # DeepSpeed's is whole beside its part while it is gathered.
         gathered = hasattr(tensor, "ds_tensor") and tensor.numel() == elements(tensor)
         if gathered or not is_partitioned(tensor):
-            tensor.data.copy_(value)
+            once = tuple(slice(1) if step == 0 else slice(None) for step in tensor.data.stride())
+            tensor.data[once].copy_(value[once])  # an expanded one holds each value once
         if is_partitioned(tensor):
             part = held(tensor)
             assert part is not None  # load_state_dict saw to it

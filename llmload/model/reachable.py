@@ -4,6 +4,10 @@ Models keep tensors as plain attributes, in lists and dicts, in objects of their
 their hooks and in containers of their classes. ``state_dict`` and ``named_buffers`` know none of
 them, and each of them can be on the meta device, uninitialised, or changed by a forward.
 
+The code of a model keeps some too: in globals of its modules, in defaults of arguments and in
+``functools.lru_cache``. They belong to every model of that code, and are looked at only where
+something is to be as it was afterwards.
+
 Imported lazily, by functions: this module needs torch.
 """
 
@@ -19,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmload.model import holders
+
 Visit = Callable[[str, torch.Tensor], torch.Tensor]
 """Takes a tensor's path and the tensor; returns what is to be in its place, most often itself."""
 
@@ -29,22 +35,11 @@ _PLAIN = frozenset(
 """Types of values that hold nothing. Asked for by identity: most of what there is are these."""
 _EMPTY = frozenset((dict, OrderedDict, list, tuple, set))
 _OPAQUE = (
-    torch.Generator,
     types.ModuleType,
     types.BuiltinFunctionType,
     torch.autograd.graph.Node,
 )
 """Objects that keep no tensor of a model, and have much else inside."""
-_LIBRARIES = (
-    "torch",
-    "transformers",
-    "peft",
-    "accelerate",
-    "deepspeed",
-    "bitsandbytes",
-    "builtins",
-)
-"""Packages whose classes keep no tensors of a model in attributes of the class."""
 
 
 def registered(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -91,28 +86,33 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from found
 
 
-def replace_tensors(model: nn.Module, visit: Visit) -> None:
-    """Put what ``visit`` returns in the place of each tensor that a model can reach."""
-    _Walk(visit, lambda holder: None).value("", model)
+def replace_tensors(model: nn.Module, visit: Visit, *, code: bool = False) -> None:
+    """Put what ``visit`` returns in the place of each tensor that a model can reach.
+
+    :param code: those too that its code keeps.
+    """
+    _Walk(visit, lambda holder: None, code=code).value("", model)
 
 
 @contextmanager
 def kept(model: nn.Module) -> Iterator[None]:
-    """Restore afterwards what everything that a model can reach consists of.
+    """Restore afterwards what everything that a model can reach consists of, its code included.
 
-    Entries of modules, dicts, lists, sets, objects, closures and of the classes' own containers are
-    put back, those that came anew are removed. What is inside a tensor is not looked at.
+    Entries of modules, dicts, lists, sets, objects, closures, namespaces and of the classes' own
+    containers are put back, those that came anew are removed; generators of random numbers and
+    NumPy's arrays get their state back, and caches that took something in are emptied. What is
+    inside a tensor is not looked at.
     """
-    restore: list[Callable[[], None]] = []
+    restore: list[Callable[[], Any]] = []
     empty: list[Any] = []
 
     def take(holder: Any) -> None:
         if type(holder) in _EMPTY and not holder:  # most of what a module has, such as its hooks
             empty.append(holder)
         else:
-            restore.append(_contents(holder))
+            restore.append(holders.contents(holder))
 
-    _Walk(lambda path, tensor: tensor, take).value("", model)
+    _Walk(lambda path, tensor: tensor, take, code=True).value("", model)
     try:
         yield
     finally:
@@ -123,15 +123,38 @@ def kept(model: nn.Module) -> Iterator[None]:
             put_back()
 
 
+class Surroundings:
+    """What the code of a class keeps outside of every model, as it was before one is built.
+
+    Built on the meta device, a model leaves tensors there that have no values: in a cache from
+    which the next model, or the first real forward, takes them.
+    """
+
+    def __init__(self, owner: type) -> None:
+        self._restore: list[tuple[Any, Callable[[], Any]]] = []
+        _Walk(lambda path, tensor: tensor, self._take, code=True).value("", owner)
+
+    def _take(self, holder: Any) -> None:
+        self._restore.append((holder, holders.contents(holder)))
+
+    def put_back_what_has_no_values(self) -> None:
+        """Put back what has tensors on the meta device, and empty caches that took something in."""
+        for holder, put_back in self._restore:
+            if holders.may_hold_meta(holder):
+                put_back()
+
+
 class _Walk:
     """Goes through all that a model can reach, each object once.
 
     :param enter: is given each object that holds others and can change, before what is in it.
+    :param code: go through what the code keeps, too.
     """
 
-    def __init__(self, visit: Visit, enter: Callable[[Any], None]) -> None:
+    def __init__(self, visit: Visit, enter: Callable[[Any], None], *, code: bool = False) -> None:
         self._visit = visit
         self._enter = enter
+        self._code = code
         self._seen: dict[int, Any] = {}
         self._classes: set[type] = set()
 
@@ -148,9 +171,14 @@ class _Walk:
             self._seen[id(value)] = value  # kept, so that no other object has its id
             if isinstance(value, nn.Module):
                 self._module(path, value)
-            elif not (isinstance(value, _OPAQUE) or hasattr(value, "to_diff_dict")):  # a config
+            elif holders.has_state(value):
+                self._enter(value)
+            elif not (isinstance(value, _OPAQUE) or self._is_config(value)):
                 self._inside(path, value)
         return value
+
+    def _is_config(self, value: Any) -> bool:
+        return hasattr(value, "to_diff_dict") and not self._code
 
     def _rebuilt(self, path: str, value: Any) -> Any:
         items = [self.value(f"{path}[{at}]", item) for at, item in enumerate(value)]
@@ -159,32 +187,47 @@ class _Walk:
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
     def _inside(self, path: str, value: Any) -> None:
-        if isinstance(value, dict):
-            self._entries(path, value, "[{}]")
-        elif isinstance(value, list | deque):
-            self._enter(value)
-            for at, item in enumerate(value):
-                new = self.value(f"{path}[{at}]", item)
-                if new is not item:
-                    value[at] = new
-        elif isinstance(value, set):
-            self._enter(value)
-            new = {self.value(f"{path}[{at}]", item) for at, item in enumerate(value)}
-            if {*map(id, new)} != {*map(id, value)}:
-                value.clear()
-                value.update(new)
+        if isinstance(value, dict | list | deque | set):
+            self._container(path, value)
         elif isinstance(value, types.FunctionType):
             self._function(path, value)
         elif isinstance(value, types.MethodType):
             self.value(path, value.__self__)
             self.value(path, value.__func__)
         elif isinstance(value, functools.partial):
-            for part in (value.func, value.args, value.keywords):
-                self.value(path, part)
+            self._partial(path, value)
+        elif isinstance(value, holders.LRU_CACHE):
+            self._enter(value)
+            self.value(path, value.__wrapped__)
         elif isinstance(value, type):
             self._class(path, value)
         else:
             self._object(path, value)
+
+    def _container(self, path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            self._entries(path, value, "[{}]")
+        elif isinstance(value, set):
+            self._enter(value)
+            new = {self.value(f"{path}[{at}]", item) for at, item in enumerate(value)}
+            if {*map(id, new)} != {*map(id, value)}:
+                value.clear()
+                value.update(new)
+        else:
+            self._enter(value)
+            for at, item in enumerate(value):
+                new = self.value(f"{path}[{at}]", item)
+                if new is not item:
+                    value[at] = new
+        if type(value) not in _EMPTY and type(value) is not deque:  # attributes of its own
+            self._object(path, value)
+
+    def _partial(self, path: str, value: functools.partial[Any]) -> None:
+        self._enter(value)
+        old = (value.func, value.args, value.keywords)
+        new = tuple(self.value(path, part) for part in old)
+        if any(one is not other for one, other in zip(new, old, strict=True)):
+            value.__setstate__((*new, vars(value)))  # type: ignore[attr-defined]
 
     def _module(self, path: str, module: nn.Module) -> None:
         attributes = vars(module)
@@ -198,6 +241,9 @@ class _Walk:
                     self._enter(value)
             elif name in ("_parameters", "_buffers", "_modules"):
                 self._entries(dotted, value, "{}")
+            elif name.endswith("_hooks") and isinstance(value, dict):
+                # Its keys count all hooks that there ever were.
+                self._entries(dotted + name, value, "[{}]", numbered=True)
             else:
                 new = self.value(dotted + name, value)
                 if new is not value:
@@ -205,12 +251,16 @@ class _Walk:
         if type(module) not in self._classes:
             self._class(path, type(module))
 
-    def _entries(self, path: str, holder: dict[Any, Any], key: str) -> None:
+    def _entries(
+        self, path: str, holder: dict[Any, Any], key: str, *, numbered: bool = False
+    ) -> None:
         self._enter(holder)
-        for name, value in holder.items():
+        for at, (name, value) in enumerate(holder.items()):
             if type(value) in _PLAIN:
                 continue
-            new = self.value(path + key.format(name), value)
+            # A path is the same for every model of one class: no address of an object is in it.
+            label = name if type(name) in _PLAIN and not numbered else at
+            new = self.value(path + key.format(label), value)
             if new is not value:
                 holder[name] = new  # no entry comes or goes
 
@@ -222,9 +272,38 @@ class _Walk:
                 new = self.value(f"{path}.closure", content)
                 if new is not content:
                     cell.cell_contents = new
-        if vars(function):
+        of_user = self._code and not holders.is_of_a_library(function)
+        if vars(function) or of_user:
             self._entries(path, vars(function), ".{}")
-        self.value(f"{path}.defaults", function.__defaults__)
+        self._defaults(f"{path}.defaults", function)
+        if of_user:
+            self._globals(function)
+
+    def _defaults(self, path: str, function: types.FunctionType) -> None:
+        if function.__kwdefaults__:
+            self._entries(path, function.__kwdefaults__, "[{}]")
+        if function.__defaults__:
+            self._enter(function)
+            new = self.value(path, function.__defaults__)
+            if new is not function.__defaults__:
+                function.__defaults__ = new
+
+    def _globals(self, function: types.FunctionType) -> None:
+        """Go through what a function's code names, in its module and in others of the user's."""
+        names = holders.names_in(function.__code__)
+        spaces = [(function.__module__, function.__globals__)]
+        for name in names & function.__globals__.keys():
+            module = function.__globals__[name]
+            if isinstance(module, types.ModuleType) and not holders.is_foreign(module, function):
+                spaces.append((module.__name__, vars(module)))
+        for path, space in spaces:
+            self._enter(holders.Names(space, sorted(names & space.keys())))
+            for name in names & space.keys():
+                value = space[name]
+                if holders.is_looked_into(value, function):
+                    new = self.value(f"{path}.{name}", value)
+                    if new is not value:
+                        space[name] = new
 
     def _class(self, path: str, owner: type) -> None:
         # Once for each class, however many modules are of it: a model has hundreds of a kind.
@@ -232,22 +311,25 @@ class _Walk:
             if base in self._classes:
                 continue
             self._classes.add(base)
-            if base.__module__.partition(".")[0] in _LIBRARIES:
+            if holders.is_of_a_library(base):
                 continue
             self._enter(base)
             for name, value in list(vars(base).items()):
-                if name.startswith("__"):
-                    continue
                 if isinstance(value, torch.Tensor | list | dict | set | deque):
+                    if name.startswith("__"):
+                        continue
                     new = self.value(f"{path}.{name}", value)
                     if new is not value:
                         setattr(base, name, new)
+                elif self._code:
+                    for function in holders.functions_in(value):
+                        self.value(f"{path}.{name}", function)
 
     def _object(self, path: str, value: Any) -> None:
         entries = getattr(value, "__dict__", None)
         if isinstance(entries, dict):
             self._entries(path, entries, ".{}")
-        slots = list(_slots(value))
+        slots = list(holders.slots(value))
         if slots:
             self._enter(value)
         for name in slots:
@@ -255,61 +337,5 @@ class _Walk:
             new = self.value(f"{path}.{name}", content)
             if new is not content:
                 object.__setattr__(value, name, new)
-
-
-def _slots(value: Any) -> Iterator[str]:
-    for kind in type(value).__mro__:
-        if kind.__module__.partition(".")[0] in _LIBRARIES:
-            continue
-        names = vars(kind).get("__slots__", ())
-        for name in (names,) if isinstance(names, str) else names:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                yield name
-
-
-def _contents(holder: Any) -> Callable[[], None]:
-    """Return what puts back the present contents of an object that holds others."""
-    if isinstance(holder, dict):
-        return functools.partial(_refill, holder, dict(holder))
-    if isinstance(holder, list | deque | set):
-        return functools.partial(_refill_items, holder, list(holder))
-    if isinstance(holder, types.CellType):
-        try:
-            return functools.partial(setattr, holder, "cell_contents", holder.cell_contents)
-        except ValueError:  # it is empty
-            return lambda: None
-    if isinstance(holder, type):
-        return functools.partial(_reset_class, holder, dict(vars(holder)))
-    values = {name: getattr(holder, name) for name in _slots(holder)}
-    return functools.partial(_reset_slots, holder, values)
-
-
-def _refill(holder: dict[Any, Any], entries: dict[Any, Any]) -> None:
-    # By identity: to compare tensors by value is no yes or no, and costs what they hold.
-    if [*map(id, holder)] != [*map(id, entries)] or (
-        [*map(id, holder.values())] != [*map(id, entries.values())]
-    ):
-        holder.clear()
-        holder.update(entries)
-
-
-def _refill_items(holder: Any, items: list[Any]) -> None:
-    if [*map(id, holder)] != [*map(id, items)]:
-        holder.clear()
-        (holder.update if isinstance(holder, set) else holder.extend)(items)
-
-
-def _reset_class(owner: type, attributes: dict[str, Any]) -> None:
-    for name in vars(owner).keys() - attributes.keys():
-        delattr(owner, name)
-    for name, value in attributes.items():
-        if vars(owner).get(name) is not value:
-            setattr(owner, name, value)
-
-
-def _reset_slots(holder: Any, values: dict[str, Any]) -> None:
-    for name in list(_slots(holder)):
-        if name not in values:
-            object.__delattr__(holder, name)
-    for name, value in values.items():
-        object.__setattr__(holder, name, value)
+        if self._code:
+            self._class(path, type(value))
