@@ -37,7 +37,21 @@ def without_secrets(text: str) -> str:
     return _SECRET.sub("...", text)
 
 
-_Shown: TypeAlias = Annotated[str, AfterValidator(without_secrets)]
+# Controls but for line feed and tab, and what turns the direction in which a text is read.
+_UNSEEN: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """Return a text that a terminal shows as it is: what a folder holds may have sequences that
+    colour, hide or rewrite what stands around it, or set the window's title."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _shown(text: str) -> str:
+    return visible(without_secrets(text))
+
+
+_Shown: TypeAlias = Annotated[str, AfterValidator(_shown)]
 
 
 class Problem(BaseModel):

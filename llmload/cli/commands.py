@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from pydantic import BaseModel
 
-from llmload.errors import LlmloadError, RequestError
+from llmload.errors import LlmloadError, RequestError, visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -117,7 +117,9 @@ class _ToPeople(logging.Handler):
     """Writes what llmload warns of to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.secho(f"{record.levelname.lower()}: {record.getMessage()}", err=True, fg="yellow")
+        typer.secho(
+            f"{record.levelname.lower()}: {visible(record.getMessage())}", err=True, fg="yellow"
+        )
 
 
 @contextmanager
@@ -141,11 +143,14 @@ def _write_json(data: BaseModel | dict[str, Any]) -> None:
 
 def _write_text(text: RenderableType) -> None:
     if isinstance(text, str):
-        typer.echo(text)
+        typer.echo(visible(text))
     else:
         from rich.console import Console
 
-        Console(highlight=False).print(text)
+        from llmload.loading.printed import Visible
+
+        # Names that a folder holds are no markup.
+        Console(highlight=False, markup=False, emoji=False).print(Visible(text))
 
 
 @_command

@@ -10,11 +10,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from llmload.context.forecast import PHASES
+from llmload.errors import visible
 from llmload.spec.wording import size_text
 
 if TYPE_CHECKING:
@@ -28,11 +30,22 @@ _LEAST = 1000
 _COLOURS = {"error": "red", "warning": "yellow"}
 
 
+class Visible:
+    """Renders something with every control character in it shown as an escape."""
+
+    def __init__(self, rendered: RenderableType) -> None:
+        self._rendered = rendered
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self._rendered, options):
+            yield Segment(visible(segment.text), segment.style, segment.control)
+
+
 def text(rendered: RenderableType) -> str:
     """Return what is rendered as plain text, for ``str`` and ``print``."""
-    console = Console(width=_WIDTH, no_color=True, force_terminal=False)
+    console = Console(width=_WIDTH, no_color=True, force_terminal=False, markup=False, emoji=False)
     with console.capture() as captured:
-        console.print(rendered)
+        console.print(Visible(rendered))
     return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
