@@ -42,6 +42,7 @@ VALUES: dict[str, list[Any]] = {
     "fp16": [True],
     "local_dirs": [["/scr", ".cache"]],
     "key_mapping": [{"^module\\.": ""}],
+    "overrides_of_model_config": [{"attention_dropout": 0.1}],
     "archive": [f"{HERE}/policy.pt"],
     "flash_attn": ["auto", "disabled", "sdpa"],
     "attn_impl": ["eager", "sdpa"],

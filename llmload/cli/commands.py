@@ -317,6 +317,43 @@ def validate(
 
 
 @_command
+def convert(
+    *,
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="YAML or JSON; `-` for standard input.")
+    ],
+    tool: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="TOOL",
+            help="Whose it is: axolotl, llama-factory or trl; by default told by its keys.",
+        ),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", metavar="FILE", help="Write the spec there, not to standard output."),
+    ] = None,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> Answer:
+    """Write a config of axolotl, LLaMA-Factory or TRL as a spec, and name what it leaves out.
+
+    What is left out, and why, is said on standard error. The spec is checked; look at it with
+    `plan`.
+    """
+    from llmload.cli import converting
+
+    made = converting.convert(file, tool, _registry(plugin))
+    text = converting.spec_text(made, file)
+    if to is not None:
+        converting.write(text, to)
+    if not json:
+        typer.echo(converting.explained(made, to), err=True)
+    return Answer(made, lambda: text if to is None else str(to))
+
+
+@_command
 def lock(
     *,
     spec: Spec,

@@ -57,22 +57,28 @@ class Spelling:
 
     def fix(self, value: object) -> str:
         """Return what to do instead of writing their key with ``value``, in one sentence."""
-        if self.instead:
-            return self.instead
-        if value is None:
-            return Removal.DEFAULT.value
-        if value is HIDDEN:
+        if value is HIDDEN and not self.instead:
             return self._moved()
-        found = self.convert(value)
+        found = self.answer(value)
         if isinstance(found, Removal):
             return str(found.value)
         if isinstance(found, Sentence):
             return found.text
-        keys = found.keys if isinstance(found, Keys) else self._nested(found)
-        written = [f"{key}: {dump_inline(part)}" for key, part in keys.items()]
+        written = [f"{key}: {dump_inline(part)}" for key, part in found.keys.items()]
         if sum(map(len, written)) > _SHOWN:
             return self._moved()
         return f"Write {' and '.join(f'`{text}`' for text in written)}."
+
+    def answer(self, value: object) -> Keys | Removal | Sentence:
+        """Return what their key with ``value`` is here: our keys, nothing, or what else to do."""
+        if self.instead:
+            return Sentence(self.instead)
+        if value is None:
+            return Removal.DEFAULT
+        found = self.convert(value)
+        if isinstance(found, Keys | Removal | Sentence):
+            return found
+        return Keys(self._nested(found))
 
     def _nested(self, value: object) -> Mapping[str, Any]:
         """Return our key with a value, as a spec has it."""
@@ -182,6 +188,11 @@ VALUES: Final[Mapping[str, str]] = {
 
 _TOKEN: Final = "Remove it and set the environment variable HF_TOKEN: a spec holds no secrets."
 _TRAINER: Final = "Remove it and give it to the trainer: llmload only loads the model."
+_PATCH: Final = "Remove it and apply it to `result.model`: what is loaded is not patched."
+_OTHER_MODEL: Final = "Remove it: each model has a spec of its own, or is a member of a group."
+_FREEZING: Final = (
+    "Remove it and set `requires_grad` on `result.model`: `trainable` freezes the whole model."
+)
 _MIXED: Final = "Write `dtype: {}` for the weights; mixed precision belongs to the trainer."
 
 _CORE: Final = {
@@ -222,6 +233,7 @@ _CORE: Final = {
     "sdp_attention": Spelling("axolotl", "attn_implementation", switch("sdpa")),
     "flex_attention": Spelling("axolotl", "attn_implementation", switch("flex_attention")),
     "eager_attention": Spelling("axolotl", "attn_implementation", switch("eager")),
+    "overrides_of_model_config": Spelling("axolotl", "config"),
 }
 
 _WITHOUT_COUNTERPART: Final = {
@@ -246,23 +258,132 @@ _WITHOUT_COUNTERPART: Final = {
         "transformers", instead="Remove it: the report always says what was loaded."
     ),
     **dict.fromkeys(
+        ("model_init_kwargs", "overrides_of_model_kwargs"),
+        Spelling("TRL and axolotl", instead="Remove it and write its keys beside `model`."),
+    ),
+    **dict.fromkeys(
+        ("tokenizer_type", "processor_type", "is_llama_derived_model", "is_mistral_derived_model",
+         "is_falcon_derived_model", "is_qwen_derived_model"),
+        Spelling("axolotl", instead="Remove it: the folder's files say which class it is."),
+    ),
+    **dict.fromkeys(
+        ("plugins", "lora_mlp_kernel", "lora_o_kernel", "lora_qkv_kernel", "s2_attention",
+         "xformers_attention", "cut_cross_entropy", "liger_rope", "liger_rms_norm", "liger_swiglu",
+         "liger_glu_activation", "liger_fused_linear_cross_entropy", "liger_layer_norm",
+         "unsloth_lora_mlp", "unsloth_lora_qkv", "unsloth_lora_o", "unsloth_cross_entropy_loss"),
+        Spelling("axolotl", instead=_PATCH),
+    ),
+    **dict.fromkeys(
+        ("enable_liger_kernel", "mixture_of_depths", "shift_attn", "use_unsloth"),
+        Spelling("LLaMA-Factory", instead=_PATCH),
+    ),
+    "use_liger_kernel": Spelling("transformers' trainer and TRL", instead=_PATCH),
+    "unfrozen_parameters": Spelling("axolotl", instead=_FREEZING),
+    **dict.fromkeys(
+        ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules",
+         "freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model"),
+        Spelling("LLaMA-Factory", instead=_FREEZING),
+    ),
+    **dict.fromkeys(
+        ("ref_model", "reward_model", "reward_model_type", "ref_model_adapters",
+         "ref_model_quantization_bit"),
+        Spelling("LLaMA-Factory", instead=_OTHER_MODEL),
+    ),
+    **dict.fromkeys(
+        ("reward_model_path", "sft_model_path", "teacher_model_name_or_path",
+         "reward_model_name_or_path"),
+        Spelling("TRL", instead=_OTHER_MODEL),
+    ),
+    **dict.fromkeys(
+        ("export_dir", "export_size", "export_device", "export_legacy_format"),
+        Spelling(
+            "LLaMA-Factory",
+            instead="Remove it: `llmload save SPEC --set lora.merge=true --to DIR` writes it.",
+        ),
+    ),
+    "rope_scaling": Spelling(
+        "LLaMA-Factory",
+        instead="Remove it and write its numbers into `config`: none are made of a context length.",
+    ),
+    "upcast_layernorm": Spelling(
+        "LLaMA-Factory",
+        instead="Remove it: which modules are in another dtype stands in the section `cast`.",
+    ),
+    "disable_gradient_checkpointing": Spelling(
+        "LLaMA-Factory",
+        instead="Remove it: nothing is recomputed without the section `gradient_checkpointing`.",
+    ),
+    **dict.fromkeys(
+        ("lora_task_type", "lora_on_cpu", "embeddings_skip_upcast", "quantization_method",
+         "use_cache", "split_special_tokens",),
+        Spelling("TRL, axolotl and LLaMA-Factory", instead="Remove it: nothing here needs it."),
+    ),
+    **dict.fromkeys(
         (
-            "beta", "cutoff_len", "dataset", "dataset_dir", "dataset_name", "datasets", "do_train",
-            "eval_steps", "fsdp", "fsdp_config", "gradient_accumulation_steps", "learning_rate",
-            "logging_steps", "lr_scheduler", "lr_scheduler_type", "max_grad_norm", "max_length",
-            "max_seq_length", "max_steps", "micro_batch_size", "num_epochs", "num_train_epochs",
-            "optim", "optimizer", "output_dir", "overwrite_output_dir", "packing",
-            "per_device_eval_batch_size", "per_device_train_batch_size", "plot_loss", "report_to",
-            "sample_packing", "save_steps", "seed", "sequence_len", "stage", "template", "tf32",
-            "val_set_size", "wandb_project", "warmup_ratio", "warmup_steps", "weight_decay",
+            "beta", "bf16_full_eval", "cutoff_len", "curriculum_sampling", "dataset", "dataset_dir",
+            "dataset_name", "datasets", "debug", "dataset_prepared_path", "dataset_text_field",
+            "ddp_timeout", "deepspeed_plugin", "do_eval", "do_predict", "do_train",
+            "early_stopping_patience", "epochs", "eval_sample_packing",
+            "eval_steps", "evals_per_epoch", "evaluation_strategy", "flash_optimum",
+            "formatting_prompts_func", "fp16_full_eval", "fsdp", "fsdp_config", "generate_samples",
+            "gradient_accumulation_steps", "group_by_length", "include_tokens_per_second",
+            "learning_rate", "local_rank", "logging_steps", "loss_type", "loss_watchdog_patience",
+            "loss_watchdog_threshold", "lr_scheduler", "lr_scheduler_type",
+            "lr_scheduler_kwargs", "cosine_min_lr_ratio", "max_completion_length", "max_grad_norm",
+            "max_length", "max_new_tokens", "max_packed_sequence_len", "max_prompt_length",
+            "max_samples", "max_seq_length", "max_steps", "media_dir", "micro_batch_size",
+            "missing_eos_token", "neat_packing", "noise_alpha", "neftune_noise_alpha", "no_cuda",
+            "num_beams", "num_epochs", "num_generations", "num_ppo_epochs", "num_mini_batches",
+            "num_train_epochs", "optim", "optim_args", "optim_target_modules", "optimizer",
+            "output_dir", "overwrite_cache", "overwrite_output_dir", "packing", "packing_strategy",
+            "pad_to_sequence_len", "padding_free", "per_device_eval_batch_size",
+            "per_device_train_batch_size", "plot_loss", "predict_with_generate",
+            "preprocessing_num_workers", "pref_beta", "pref_ftx", "pref_loss", "project",
+            "push_dataset_to_hub", "remove_unused_columns", "report_to", "response_length",
+            "resume_from_checkpoint", "rl", "rl_beta", "run_name", "sample_packing",
+            "save_safetensors", "save_steps", "saves_per_epoch", "score_model", "seed",
+            "sequence_len", "shuffle_merged_datasets", "skip_prepare_dataset", "stage", "stop",
+            "streaming_dataset", "template", "temperature", "test_datasets", "tf32",
+            "tokenized_path", "top_p", "total_episodes", "train_on_inputs", "train_on_prompt",
+            "trainer", "use_vllm", "val_set_size", "val_size", "enable_thinking",
+            "loraplus_lr_embedding", "loraplus_lr_ratio", "image_max_pixels", "video_max_pixels",
+            "assistant_only_loss", "completion_only_loss", "auto_resume_from_checkpoints",
+            "weight_decay", "warmup_ratio", "warmup_steps",
+            "accelerator_config", "activation_offloading", "dispatch_batches", "torch_compile",
+            "sync_ref_model", "precompute_ref_log_probs", "center_rewards_coefficient",
         ),
         Spelling("training scripts", instead=_TRAINER),
     ),
 }  # fmt: skip
 
+SAME_WORDS: Final[Mapping[str, Spelling]] = {
+    "strict": Spelling(
+        "axolotl",
+        instead="Remove it: it holds axolotl's own file to its keys, ours the checkpoint.",
+    ),
+}
+"""Keys of other tools that are ours too, and mean something else there."""
+
 SPELLINGS: Final[Mapping[str, Spelling]] = {**_CORE, **_WITHOUT_COUNTERPART}
 """Their key, or dotted path, in a spec -> what to write here, of core keys and of no key at all.
 What they call the keys of a section stands in its ``spellings``."""
+
+
+_TRAINING: Final = (
+    "adam_", "apollo_", "badam_", "comet_", "dataloader_", "dataset_", "ddp_", "dpo_", "eval_",
+    "fsdp_", "galore_", "gradient_accumulation", "grpo_", "hub_", "kto_", "logging_", "lr_",
+    "mlflow_", "orpo_", "ppo_", "push_to_hub", "ray_", "reward_weights", "save_", "simpo_",
+    "swanlab_", "tensorboard_", "torch_compile", "trackio_", "use_apollo", "use_badam",
+    "use_galore", "use_muon", "use_ray", "use_swanlab", "vllm_", "wandb_", "warmup_",
+)  # fmt: skip
+"""How further keys of trainers begin, of which there are hundreds."""
+
+
+def is_training(key: str, spelling: Spelling | None) -> bool:
+    """Say whether a key of another tool is about training, and not about what is loaded."""
+    if spelling is None:
+        return key.startswith(_TRAINING)
+    return spelling.instead in (_TRAINER, *map(_MIXED.format, ("bfloat16", "float16")))
 
 
 def of_sections(sections: Iterable[type[Any]]) -> Mapping[str, Spelling]:
