@@ -5,7 +5,8 @@ A page asks for a part with a comment of its own line, which shows nothing elsew
     <!-- generated: section lora -->
 
 Parts: ``section KEY``, ``spec``, ``hooks``, ``public MODULE``, ``commands``, ``spellings TOOL``,
-``messages``. In a fenced block the line ``# file: NAME`` stands for a file of the repository.
+``messages``, ``compatibility``, ``stacks``. In a fenced block the line ``# file: NAME`` stands for
+a file of the repository.
 What is public is read from the source without importing it, so that no ML library is needed. Links
 of a page that lead out of ``docs/`` lead, in the site, to a page made of that file or to the file
 itself. The site also gets ``llms.txt``, a list of its pages, and ``llms-full.txt``, their text.
@@ -150,6 +151,8 @@ def _part(kind: str, name: str) -> str:
         "public": public,
         "commands": commands,
         "messages": messages,
+        "compatibility": compatibility,
+        "stacks": stacks,
         "spellings": spellings,
     }
     return makers[kind](name)
@@ -448,6 +451,27 @@ def _template(node: ast.expr) -> str:
         case ast.IfExp(body=body):
             return _template(body)
     return ""
+
+
+def compatibility(_: str = "") -> str:
+    """List what cannot be combined, as ``llmload compat`` has it."""
+    from llmload.cli.environment import compatibility as found
+
+    lines = ["| section | with | works | because |", "|---|---|---|---|"]
+    for pair in found(_registry()).pairs:
+        lines.append(f"| `{pair.one}` | `{pair.other}` | {pair.works} | {pair.reason} |")
+    return "\n".join(lines)
+
+
+def stacks(_: str = "") -> str:
+    """Say of each built-in plugin how far it works on each of the tested sets of versions."""
+    from llmload.host import tested
+
+    lines = [f"| | {' | '.join(tested.STACKS)} |", "|---|---|---|"]
+    for name, found in tested.ON_STACKS.items():
+        cells = [f"{works}, {reason}" if reason else works for works, reason in found.values()]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def commands(_: str = "") -> str:

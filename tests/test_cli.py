@@ -86,6 +86,7 @@ def test_help_answers_in_less_than_300_ms() -> None:
 # --- surface ------------------------------------------------------------------------------------
 
 OPTIONS = {
+    "compat": ["--json", "--plugin", "-p", "names"],
     "convert": ["--from", "--json", "--plugin", "--to", "-p", "file"],
     "explain": ["--json", "--plugin", "-p", "key"],
     "inspect": ["--all", "--json", "--plugin", "--set", "-p", "SPEC"],

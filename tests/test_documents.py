@@ -14,6 +14,7 @@ from stacks import IS_MODERN
 
 import llmload
 from llmload import create_registry, hookspecs
+from llmload.cli import environment
 from llmload.spec.loadspec import LoadSpec
 
 DOCS = ROOT / "docs"
@@ -132,3 +133,11 @@ def test_links_of_a_page_lead_to_pages_or_files_of_the_site(build_pages: ModuleT
         " [e](source/docs/build_pages.py) [f](https://g)"
     )
     assert linked == {"docs/build_pages.py", "llmload/plugin.py"}
+
+
+def test_the_page_of_stacks_has_what_cannot_be_combined(build_pages: ModuleType) -> None:
+    made = build_pages.with_parts((DOCS / "stacks.md").read_text(encoding="utf-8"))
+    table = environment.compatibility(create_registry(environ={}))
+    for pair in table.pairs:
+        assert f"| `{pair.one}` | `{pair.other}` | {pair.works} | {pair.reason} |" in made
+    assert "| `kbit` | yes, on the CPU too | in part, on an accelerator only" in made

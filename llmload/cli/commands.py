@@ -440,6 +440,26 @@ def plugins(
 
 
 @_command
+def compat(
+    *,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY]...", help="Sections or keys of a spec; by default all."),
+    ] = None,
+    plugin: Plugins = None,
+    json: Json = False,
+) -> Answer:
+    """Say what cannot be combined, and why, and how far sections work on the tested versions.
+
+    A plan refuses by the same list. Pairs that are not in it go together.
+    """
+    from llmload.cli import environment, show
+
+    found = environment.compatibility(_registry(plugin), names or ())
+    return Answer(found, lambda: show.compatibility(found))
+
+
+@_command
 def doctor(
     *,
     names: Annotated[

@@ -12,11 +12,14 @@ from pydantic import BaseModel, Field
 
 from llmload.checkpoint.copying import cores
 from llmload.errors import PluginError, Problem, RequestError
+from llmload.host import compatibility as compatible
 from llmload.host import ordering
+from llmload.host.compatibility import Compatibility
 from llmload.host.contract import manager_of
 from llmload.host.discovery import PluginInfo, Status, implementations
 from llmload.host.distributions import installed_versions, version_of
 from llmload.host.registry import Registry
+from llmload.spec.loadspec import LoadSpec
 from llmload.spec.suggest import nearest
 
 _OTHERS: Final = (
@@ -209,3 +212,25 @@ def _shown(name: str, value: str) -> str:
     if name == _SECRET:
         return "set, not shown" if value else "empty"
     return re.sub(r"//[^/@]*@", "//...@", value)
+
+
+def compatibility(registry: Registry, names: Iterable[str] = ()) -> Compatibility:
+    """Return what cannot be combined among the plugins that are installed.
+
+    :param names: sections or core keys; only pairs of one of them, or of two of them.
+    :raises RequestError: one is none that a spec can have.
+    """
+    active = [info for info in registry.plugins if info.status == "active"]
+    whole = compatible.table(active, LoadSpec.model_fields)
+    asked = list(dict.fromkeys(names))
+    known = [*whole.sections, *LoadSpec.model_fields]
+    for name in asked:
+        if name not in known:
+            raise RequestError(
+                f"no spec has a key {name!r}",
+                fix=nearest(name, known) or f"Sections are: {', '.join(whole.sections)}.",
+            )
+    least = min(len(asked), 2)
+    pairs = [p for p in whole.pairs if len({p.one, p.other} & set(asked)) >= least]
+    stacks = [s for s in whole.stacks if not asked or s.section in asked]
+    return whole.model_copy(update={"pairs": pairs, "stacks": stacks})

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmload.group.loading import GroupReport
     from llmload.group.planning import GroupPlan
     from llmload.group.sharing import Sharing
+    from llmload.host.compatibility import Compatibility
     from llmload.saving.save import Saved
 
 _SHARED = {
@@ -44,6 +45,20 @@ def saved(written: Saved) -> RenderableType:
     for file in written.files:
         facts.add_row("file", f"{file.name}, {size_text(file.size)}")
     return facts
+
+
+def compatibility(found: Compatibility) -> RenderableType:
+    """Render what does not go together, then what works in part on a stack."""
+    pairs = printed.table("section", "with", "works", last="because")
+    for pair in found.pairs:
+        pairs.add_row(pair.one, pair.other, pair.works, pair.reason)
+    stacks = printed.table("section", "stack", "works", last="")
+    for each in found.stacks:
+        if each.works != "yes":
+            stacks.add_row(each.section, each.stack, each.works, each.reason)
+    told = [each for each in (pairs, stacks) if each.row_count]
+    rest = "All other pairs go together." if told else "Nothing stands against them."
+    return Group(*told, rest)
 
 
 def inspection(found: Inspection, *, every: bool) -> RenderableType:

@@ -10,10 +10,8 @@ from llmload.checkpoint import Checkpoint
 from llmload.checkpoint.untrusted import UntrustedFolder
 from llmload.context.context import LoadContext
 from llmload.context.machine import HERE, Machine
-from llmload.context.peers import ABILITIES, EXCLUSIVE
 from llmload.errors import (
     CheckpointError,
-    Conflict,
     Decline,
     Note,
     PlanError,
@@ -25,6 +23,7 @@ from llmload.hf import deepspeed, installed_transformers, locating, model_classe
 from llmload.hf.engine import Engine
 from llmload.hf.versions import refuse_unsupported
 from llmload.hookspecs import SPINE
+from llmload.host import compatibility
 from llmload.host.distributions import version_of
 from llmload.loading import fit, forecasting, hook_calls, key_mapping, lock, room, ties
 from llmload.loading.gc_pause import collection_paused
@@ -277,40 +276,16 @@ def missing_requirements(infos: Iterable[PluginInfo]) -> Iterator[Problem]:
 
 
 def _conflicts(host: Host) -> Iterable[Problem]:
-    """Yield the pairs of settings that plugins declare as impossible."""
-    for info in host.infos:
-        mine = host.sections.get(info.name)
-        conflicts: Iterable[Conflict] = getattr(info.plugin, "conflicts", ())
-        for conflict in conflicts:
-            for name, other in _opponents(host, info.name, conflict):
-                if conflict.when is None or conflict.when(mine, other):
-                    yield Problem(
-                        where=info.name,
-                        plugin=info.name,
-                        message=f"{info.name!r} cannot be combined with {name!r}:"
-                        f" {conflict.reason}",
-                        fix=conflict.fix,
-                    )
-    for ability in EXCLUSIVE:
-        able = [name for name, peer in host.peers.items() if ability in peer.provides]
-        for name in able[1:]:
-            yield Problem(
-                where=name,
-                plugin=name,
-                message=f"{name!r} cannot be combined with {able[0]!r}: each of them"
-                f" {ABILITIES[ability]}",
-                fix=f"Remove `{name}` or `{able[0]}`.",
-            )
+    """Yield the pairs of settings that plugins declare as impossible, as far as this load has them.
 
-
-def _opponents(host: Host, mine: str, conflict: Conflict) -> Iterator[tuple[str, Any]]:
-    """Yield what a conflict is with, as far as this load has it: name and value."""
-    asked = {**_core_keys(host.spec), **host.sections}
-    if asked.get(conflict.key) is not None:
-        yield conflict.key, asked[conflict.key]
-    for name, peer in host.peers.items():
-        if conflict.ability in peer.provides and name != mine:
-            yield name, host.sections.get(name)
+    What is null in the spec is not set, but for a plugin's section, which may have its defaults.
+    """
+    asked = {key: value for key, value in _core_keys(host.spec).items() if value is not None}
+    values = {**asked, **host.sections}
+    plugins = {info.name: info.plugin for info in host.infos}
+    for clash in compatibility.clashes(plugins, asked):
+        if clash.holds(values):
+            yield clash.problem()
 
 
 def _core_keys(spec: LoadSpec) -> dict[str, Any]:
