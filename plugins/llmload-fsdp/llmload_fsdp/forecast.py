@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmload import Decline, Note, Problem
-from llmload.plugin import Span, in_one_line, installed_transformers, some
+from llmload.plugin import in_one_line, installed_transformers, some
 from llmload_fsdp.parts import span_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -32,29 +33,45 @@ class Forecast:
     """Bytes of its rows, tied ones once, and of the buffers."""
 
 
-def forecast(ctx: LoadContext, accounting: Accounting, rank: int, ranks: int) -> Forecast:
-    """Say what a rank will read and keep."""
-    model = ctx.blank
-    computed = sum(info.nbytes for info in accounting.computed)
-    read = computed
-    stored = {name: info.nbytes for name, info in accounting.as_stored.items()}
-    state = model.state_dict()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, nbytes in (stored | dict(accounting.assembled)).items():
-        shape, elements = state[name].shape, state[name].numel()
-        split = name in parameters
-        span = span_of(shape, rank, ranks) if split else Span.of(elements, 0, 1)
-        # As many bytes as the checkpoint has for an element; what the model will have may be wider.
-        read += span.length * nbytes // max(elements, 1)
-    tied = installed_transformers().tied_names(model)
-    dtypes = installed_transformers().final_dtypes(model, accounting, ctx.dtype)
-    kept = sum(b.numel() * dtypes.get(n, b.dtype).itemsize for n, b in model.named_buffers())
-    for name, parameter in parameters.items():
+class Reckoning:
+    """What there is to divide, counted once for any number of ranks."""
+
+    def __init__(self, ctx: LoadContext, accounting: Accounting) -> None:
+        model, version = ctx.blank, installed_transformers()
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        buffers = dict(model.named_buffers(remove_duplicate=False))
+        stored = {name: info.nbytes for name, info in accounting.as_stored.items()}
+        self._computed = sum(info.nbytes for info in accounting.computed)
+        self._whole = 0
+        self._read: list[tuple[torch.Size, int]] = []
+        for name, nbytes in (stored | dict(accounting.assembled)).items():
+            if name in parameters:
+                self._read.append((parameters[name].shape, nbytes))
+            else:
+                # As many bytes as the file has for an element; the model's may be wider.
+                elements = buffers[name].numel()
+                self._whole += elements * nbytes // max(elements, 1)
+        dtypes = version.final_dtypes(model, accounting, ctx.dtype)
+        self._buffers = sum(
+            b.numel() * dtypes.get(n, b.dtype).itemsize for n, b in model.named_buffers()
+        )
         # A tied name is the parameter of another, and takes no memory of its own.
-        if name not in tied:
-            dtype = dtypes.get(name, ctx.dtype)
-            kept += span_of(parameter.shape, rank, ranks).length * dtype.itemsize
-    return Forecast(read, computed, kept)
+        tied = version.tied_names(model)
+        self._kept = [
+            (parameter.shape, dtypes.get(name, ctx.dtype).itemsize)
+            for name, parameter in parameters.items()
+            if name not in tied
+        ]
+
+    def forecast(self, rank: int, ranks: int) -> Forecast:
+        """Say what a rank will read and keep."""
+        read = self._computed + self._whole
+        for shape, nbytes in self._read:
+            read += span_of(shape, rank, ranks).length * nbytes // max(shape.numel(), 1)
+        kept = self._buffers
+        for shape, itemsize in self._kept:
+            kept += span_of(shape, rank, ranks).length * itemsize
+        return Forecast(read, self._computed, kept)
 
 
 def unsuited(model: nn.Module) -> Iterator[Problem]:
@@ -136,13 +153,13 @@ def notes(
         return
     if ctx.providing("quantisation"):  # which says it
         return
-    accounting, total = ctx.accounting(ctx.blank), ctx.checkpoint.total_bytes
+    reckoning, total = Reckoning(ctx, ctx.accounting(ctx.blank)), ctx.checkpoint.total_bytes
     ctx.reads = f"a rank's part of {total:,} bytes"
     if sizes is not None:
-        own = forecast(ctx, accounting, rank % sizes.fsdp, sizes.fsdp)
+        own = reckoning.forecast(rank % sizes.fsdp, sizes.fsdp)
         ctx.reads = f"{own.read:,} of {total:,} bytes"
     for number in examples if sizes is None else (sizes.fsdp,):
-        told = forecast(ctx, accounting, 0, number)
+        told = reckoning.forecast(0, number)
         computed = ""
         if told.computed:
             computed = f" ({told.computed:,} of tensors that others are computed of, whole)"

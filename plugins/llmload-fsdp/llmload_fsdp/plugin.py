@@ -78,7 +78,7 @@ class ParallelPlugin:
     @hookimpl
     def cost(self, ctx: LoadContext, forecast: Forecast) -> Iterator[Cost]:
         """Divide the weights by rows, and count what is gathered of them to be used."""
-        from llmload_fsdp import costs, units
+        from llmload_fsdp import costs
         from llmload_fsdp.forecast import nobody_asks_for_it
 
         section = ctx.section(ParallelSection)
@@ -88,9 +88,7 @@ class ParallelPlugin:
             return  # transformers' affair: counted as whole, which no rank exceeds
         asked = ctx.checkpoint is not None and nobody_asks_for_it(ctx) is None
         yield from costs.divide(forecast, section, found, reads_rows=asked)
-        planned = units.plan(ctx.blank, found.config(section)).styles
-        freed = [name for name, style in planned.items() if style == units.FREE]
-        yield from costs.gathered(forecast, section, freed, found.fsdp)
+        yield from costs.gathered(forecast, section, ctx.handed_on[self.name].freed, found.fsdp)
 
     @hookimpl
     def init_context(self, ctx: LoadContext) -> AbstractContextManager[Session]:
@@ -170,7 +168,9 @@ def _said(
     if section.fsdp_cpu_offload:
         yield from forecast.offload_problems()
     yield from forecast.unsuited(ctx.blank)
-    yield Note(text=units.plan(ctx.blank, known.config(section)).said())
+    planned = units.plan(ctx.blank, known.config(section))
+    ctx.handed_on["parallel"] = planned
+    yield Note(text=planned.said())
     if ctx.checkpoint is None:
         yield forecast.drawn_on_every_rank()
     else:

@@ -106,8 +106,7 @@ class Session(AbstractContextManager["Session"]):
             self._record_others(model)
             return model
         base = sharding.base_of(model)
-        found = units.plan(base, self._config)
-        made = sharding.shard(model, placement, found, self._config)
+        made = sharding.shard(model, placement, self._ctx.handed_on["parallel"], self._config)
         _mark(base, self._config, self._manager)
         self._record(model, {"units": units.layer_numbers(made)})
         return model

@@ -31,6 +31,11 @@ class Units:
     found: bool
     """Whether the blocks are not in transformers' plan and were found in the model."""
 
+    @property
+    def freed(self) -> list[str]:
+        """Those whose weights are let go after their forward."""
+        return [name for name, style in self.styles.items() if style == FREE]
+
     def said(self) -> str:
         """Return a sentence for people."""
         if not self.blocks:

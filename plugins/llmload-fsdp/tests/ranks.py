@@ -125,20 +125,20 @@ def many(function: Any, asked: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def ours_beside_theirs(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Load as the spec says, and as transformers does by itself."""
-    return ours(spec), theirs(spec["model"], dist.get_world_size())
+    copies = spec["parallel"].get("dp_replicate_size", 1)
+    sizes = {"fsdp_size": dist.get_world_size() // copies, "dp_replicate_size": copies}
+    return ours(spec), theirs(spec["model"], sizes)
 
 
-def theirs(folder: str, ranks: int, dtype: str = "float32", steps: int = 3) -> dict[str, Any]:
+def theirs(folder: str, sizes: dict[str, int]) -> dict[str, Any]:
     """Load as transformers does by itself, and train."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, distributed_config=DistributedConfig(fsdp_size=ranks)
+        folder, dtype="float32", distributed_config=DistributedConfig(**sizes)
     )
-    found = facts(model) | {"units": units(model)}
-    found["losses"] = losses(model, steps) if steps else []
-    return found
+    return facts(model) | {"units": units(model), "losses": losses(model)}
 
 
 def beside_unsharded(spec: dict[str, Any], steps: int = 3) -> dict[str, Any]:
