@@ -146,12 +146,24 @@ def rlhf(session: nox.Session) -> None:
     _pytest_rlhf(session)
 
 
-@nox.session(default=False)
+@nox.session
 def fsdp(session: nox.Session) -> None:
-    """The same for ``llmload-fsdp``, on 2 and 4 ranks: some minutes, by hand."""
-    session.install("-c", MODERN, *GROUPS["test"], ".[hf,bitsandbytes]", f"./{FSDP}")
+    """The same for ``llmload-fsdp``, on 2 and 4 ranks."""
+    groups = (*GROUPS["test"], *GROUPS["train"])
+    session.install("-c", MODERN, *groups, ".[hf,bitsandbytes]", f"./{FSDP}")
     with session.chdir(FSDP):
-        session.run("pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
+        # By files: tests of one share what ranks have loaded.
+        session.run("pytest", "-n", "2", "--dist", "loadfile", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
+def fsdp_architectures(session: nox.Session) -> None:
+    """Every causal model type sharded on two ranks, against transformers' own: by hand."""
+    session.install("-c", MODERN, *GROUPS["test"], ".[hf]", f"./{FSDP}")
+    # The types are those of the core's tests.
+    reached = ONE_THREAD | {"PYTHONPATH": str(Path("tests").resolve())}
+    with session.chdir(FSDP):
+        session.run("pytest", "tests/sweep_architectures.py", *session.posargs, env=reached)
 
 
 def _pytest(session: nox.Session, name: str, *chosen: str) -> None:
@@ -284,6 +296,6 @@ def long_trust(session: nox.Session) -> None:
 @nox.session(default=False)
 def benchmarks(session: nox.Session) -> None:
     """Every comparison with the peers; see benchmarks/README.md. Wants a quiet machine."""
-    session.install("-c", MODERN, ".[all]", "matplotlib", "psutil")
+    session.install("-c", MODERN, ".[all]", f"./{FSDP}", "matplotlib", "psutil")
     session.install(*LAZY_INIT)
     session.run("python", "-m", "benchmarks", *session.posargs)

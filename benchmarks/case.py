@@ -16,6 +16,7 @@ TOPICS = (
     "groups",
     "colossalai",
     "zero3",
+    "fsdp",
     "trust",
 )
 """Modules of this package that have a ``TITLE`` and ``CASES``, in the order in which they run."""
