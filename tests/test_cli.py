@@ -85,6 +85,7 @@ def test_help_answers_in_less_than_300_ms() -> None:
 
 # --- surface ------------------------------------------------------------------------------------
 
+OF_EVERY_COMMAND = {"--quiet", "--verbose", "-q", "-v"}
 OPTIONS = {
     "compat": ["--json", "--plugin", "-p", "names"],
     "convert": ["--from", "--json", "--plugin", "--to", "-p", "file"],
@@ -171,6 +172,8 @@ def test_commands_and_options_are_those_that_were_decided_upon() -> None:
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         words = [word for option in command.params for word in option.opts]
         found[name] = sorted("SPEC" if word == "spec" else word for word in words)
+        assert set(words) >= OF_EVERY_COMMAND
+        found[name] = [word for word in found[name] if word not in OF_EVERY_COMMAND]
     assert found == OPTIONS
     of_all = sorted(word for option in group.params for word in option.opts)
     assert of_all == ["--install-completion", "--show-completion", "--version"]

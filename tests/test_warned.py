@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,9 @@ def test_of_several_ranks_the_first_warns(
     monkeypatch.setenv("RANK", "1")
     with caplog.at_level(logging.INFO, "llmload"):
         llmload.load({"model": str(tiny_llama(tmp_path)), **PADDED})
-    assert [record.levelname for record in caplog.records if record.name == "llmload"] == ["INFO"]
+    told = [record for record in caplog.records if record.name == "llmload"]
+    assert [record.levelname for record in told if EOS in record.getMessage()] == ["INFO"]
+    assert {record.levelname for record in told} == {"INFO"}
 
 
 def test_a_script_that_sets_nothing_up_sees_them_on_standard_error(tmp_path: Path) -> None:
@@ -106,3 +109,36 @@ def test_the_command_writes_them_to_standard_error(options: list[str], tmp_path:
         assert "pad token" not in answer.stdout
     logger = logging.getLogger("llmload")
     assert (logger.handlers, logger.propagate) == ([], True)
+
+
+def test_a_command_says_what_it_does_or_nothing_but_the_answer(tmp_path: Path) -> None:
+    spec = [str(tiny_llama(tmp_path)), "--set", "trainable=false", "--set", "lora={}"]
+
+    def said(*switches: str) -> str:
+        done = CliRunner().invoke(commands.app, ["load", *spec, *switches])
+        assert done.exit_code == 0, done.output
+        assert "LlamaForCausalLM" in done.stdout or "model" in done.stdout
+        return done.stderr
+
+    assert "warning: lora: the adapter is new and will not be trained" in said()
+    assert "warning:" not in said("-q")
+    told = said("-v")
+    assert re.search(r"^info: load by streaming: \d+\.\d\d s, \d+ MiB$", told, re.MULTILINE)
+    assert re.search(r"^info: wrap_adapter by lora: ", told, re.MULTILINE)
+    assert "warning:" in told
+    assert logging.getLogger("llmload").level == logging.NOTSET
+
+
+def test_phases_go_to_the_logger_at_level_info(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = str(tiny_llama(tmp_path))
+    llmload.load({"model": folder})
+    assert "load by streaming" not in caplog.text
+    with caplog.at_level(logging.INFO, "llmload"):
+        llmload.load({"model": folder})
+    assert "load by streaming" in caplog.text
+
+
+def test_the_model_of_a_result_is_typed() -> None:
+    assert llmload.LoadResult.__annotations__["model"] == "PreTrainedModel | PeftModel"

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -76,16 +77,21 @@ Plugins = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Say nothing but the answer, and errors.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is done, as it is done.")]
 
 
 def _command(function: Callable[..., Answer]) -> Callable[..., None]:
     """Make a function a command: write its answer, or its error without a traceback."""
 
     @wraps(function)
-    def run(*, json: bool, **arguments: Any) -> None:
+    def run(*, json: bool, quiet: bool, verbose: bool, **arguments: Any) -> None:
+        level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
         try:
             # Some libraries greet on standard output when they are imported.
-            with redirect_stdout(sys.stderr), _warnings_on_standard_error():
+            with redirect_stdout(sys.stderr), _said_on_standard_error(level):
                 answer = function(json=json, **arguments)
         except LlmloadError as error:
             if json:
@@ -110,27 +116,44 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
             raise typer.Exit(LlmloadError.exit_code) from None
         raise typer.Exit(answer.exit_code)
 
+    _take_options(run, {"quiet": Quiet, "verbose": Verbose})
     return app.command()(run)
 
 
+def _take_options(command: Callable[..., None], options: dict[str, Any]) -> None:
+    """Let a command take further switches, which its function does not see."""
+    taken = signature(command, eval_str=True)
+    switches = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in options.items()
+    ]
+    found: Any = command
+    found.__signature__ = taken.replace(parameters=[*taken.parameters.values(), *switches])
+    found.__annotations__ = {**command.__annotations__, **options}
+
+
 class _ToPeople(logging.Handler):
-    """Writes what llmload warns of to standard error."""
+    """Writes what llmload logs to standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.secho(
-            f"{record.levelname.lower()}: {visible(record.getMessage())}", err=True, fg="yellow"
-        )
+        colour = "yellow" if record.levelno >= logging.WARNING else None
+        said = f"{record.levelname.lower()}: {visible(record.getMessage())}"
+        typer.secho(said, err=True, fg=colour)
 
 
 @contextmanager
-def _warnings_on_standard_error() -> Iterator[None]:
-    logger, handler = logging.getLogger("llmload"), _ToPeople(logging.WARNING)
-    propagated, logger.propagate = logger.propagate, False
+def _said_on_standard_error(level: int) -> Iterator[None]:
+    """Show what is logged from a level on. Progress is shown where warnings are."""
+    logger, handler = logging.getLogger("llmload"), _ToPeople()
+    before, propagated = logger.level, logger.propagate
+    logger.setLevel(level)
+    logger.propagate = False
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(before)
         logger.propagate = propagated
 
 
@@ -349,7 +372,7 @@ def convert(
     if to is not None:
         converting.write(text, to)
     if not json:
-        typer.echo(converting.explained(made, to), err=True)
+        typer.echo(visible(converting.explained(made, to)), err=True)
     return Answer(made, lambda: text if to is None else str(to))
 
 

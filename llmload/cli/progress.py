@@ -1,12 +1,13 @@
 """One progress display: our loops and transformers' bars in the same place, or none at all.
 
-Off where standard error is no terminal, for JSON, on every rank but the first, and where the hub's
-variable says so; then the bars of transformers and of the hub are off too. Otherwise the hub shows
-its own bars for downloads.
+Off where standard error is no terminal, for JSON, with ``--quiet``, on every rank but the first,
+and where the hub's variable says so; then the bars of transformers and of the hub are off too.
+Otherwise the hub shows its own bars for downloads.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -31,7 +32,8 @@ def is_wanted(*, json: bool, environ: Mapping[str, str] = os.environ) -> bool:
     """Say whether somebody may be looking at standard error."""
     rank = environ.get("RANK") or environ.get("LOCAL_RANK") or "0"
     unwanted = environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in _TRUE
-    return sys.stderr.isatty() and not json and rank == "0" and not unwanted
+    quiet = not logging.getLogger("llmload").isEnabledFor(logging.WARNING)
+    return sys.stderr.isatty() and not json and rank == "0" and not unwanted and not quiet
 
 
 def tell(items: Iterable[T], description: str) -> Iterator[T]:
@@ -96,17 +98,17 @@ def _transformers_bars(track: Track) -> Iterator[None]:
     if find_spec("transformers") is None:
         yield
         return
-    from transformers.utils import logging
+    from transformers.utils import logging as bars
 
     # transformers 4 has no such hook: its bars show themselves.
-    if not hasattr(logging, "set_tqdm_hook"):
+    if not hasattr(bars, "set_tqdm_hook"):
         yield
         return
-    before = logging.set_tqdm_hook(bar)
+    before = bars.set_tqdm_hook(bar)
     try:
         yield
     finally:
-        logging.set_tqdm_hook(before)
+        bars.set_tqdm_hook(before)
 
 
 @contextmanager
@@ -115,13 +117,13 @@ def _no_bars() -> Iterator[None]:
     if find_spec("transformers") is None:
         yield
         return
-    from transformers.utils import logging
+    from transformers.utils import logging as bars
 
-    if not logging.is_progress_bar_enabled():
+    if not bars.is_progress_bar_enabled():
         yield
         return
-    logging.disable_progress_bar()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        bars.enable_progress_bar()

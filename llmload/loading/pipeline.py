@@ -26,6 +26,7 @@ from llmload.model import partitions
 from llmload.spec import files
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 class LoadResult:
     """A loaded model and everything known about it."""
 
-    model: Any
+    model: PreTrainedModel | PeftModel
     """An ordinary ``PreTrainedModel`` or ``PeftModel``, in eval mode."""
     tokenizer: PreTrainedTokenizerBase | None
     """The tokenizer, or None for a folder without one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 import time
@@ -15,6 +16,8 @@ from pydantic import BaseModel, Field
 
 from llmload.errors import Line
 from llmload.loading.memory import Memory
+
+_LOGGER = logging.getLogger("llmload")
 
 
 class Phase(BaseModel):
@@ -129,7 +132,10 @@ class Report(BaseModel):
         try:
             yield
         finally:
-            self.phases.append(_seen(name, plugin, start, began))
+            done = _seen(name, plugin, start, began)
+            self.phases.append(done)
+            by = f" by {plugin}" if plugin else ""
+            _LOGGER.info("%s%s: %.2f s, %.0f MiB", name, by, done.seconds, done.rss_mib)
 
     def take_reading(self) -> None:
         """Note what the process has before the load takes anything."""
