@@ -21,7 +21,9 @@ def test_an_architecture_has_the_property(
 
 @pytest.mark.slow
 def test_every_tensor_is_accounted_for_on_two_ranks(tmp_path: Path) -> None:
-    assert split_faults(properties.FEW, tmp_path, timeout=250) == []
+    # gemma3's parts are models, which transformers 4.51.3 partitions by themselves.
+    types = [*properties.FEW, ("causal_lm", "gemma3")]
+    assert split_faults(types, tmp_path, timeout=250) == []
 
 
 def split_faults(types: list[tuple[str, str]], place: Path, timeout: float) -> list[str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.patching import replaced
 from llmload.errors import CheckpointError, Problem, in_one_line
+from llmload.hf import deepspeed
 from llmload.hf.v5.building import nothing_drawn_on_meta
 from llmload.hf.versions import installed_transformers
 from llmload.model import partitions
@@ -329,7 +330,9 @@ class Values:
 
         around = Surroundings(self._model_class)
         try:
-            return compute(self._build, wanted, other_stream=other_stream)
+            # Under ZeRO-3 parts that are models themselves would be partitioned while built.
+            with deepspeed.hidden():
+                return compute(self._build, wanted, other_stream=other_stream)
         finally:
             around.put_back_what_has_no_values()
 
