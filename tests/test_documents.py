@@ -141,3 +141,28 @@ def test_the_page_of_stacks_has_what_cannot_be_combined(build_pages: ModuleType)
     for pair in table.pairs:
         assert f"| `{pair.one}` | `{pair.other}` | {pair.works} | {pair.reason} |" in made
     assert "| `kbit` | yes, on the CPU too | in part, on an accelerator only" in made
+
+
+def test_agents_find_every_page_in_the_sites_list_and_its_text_in_the_other(
+    build_pages: ModuleType, tmp_path: Path
+) -> None:
+    class Page:
+        def __init__(self, place: str) -> None:
+            self.file = type("File", (), {"src_uri": place})
+
+    class Files:
+        def get_file_from_path(self, uri: str) -> str:
+            return uri
+
+    site = {"site_dir": str(tmp_path), "site_name": "llmload", "site_description": "loads models"}
+    for page in PAGES:
+        build_pages.on_page_markdown(text(page), Page(page), site, Files())
+    build_pages.on_post_build(site)
+    listed = (tmp_path / "llms.txt").read_text(encoding="utf-8")
+    entries = re.findall(r"^- \[(.+)\]\((.*)\): (.+)$", listed, re.MULTILINE)
+    assert len(entries) == len(PAGES)
+    assert len({address for _, address, _ in entries}) == len(PAGES)
+    whole = (tmp_path / "llms-full.txt").read_text(encoding="utf-8")
+    titles = re.findall(r"^# (.+)$", whole, re.MULTILINE)
+    assert {title for title, _, _ in entries} <= set(titles)
+    assert "<!-- generated" not in whole
