@@ -124,6 +124,7 @@ class Undoes:
         return model.to(torch.bfloat16)
 
 
+@pytest.mark.refused_late  # a plugin against another
 def test_a_plugin_that_casts_back_is_found_out(folder: Path) -> None:
     with pytest.raises(llmload.AuditError) as caught:
         load(folder, {r"model\.norm": "float32"}, Undoes)

@@ -241,6 +241,7 @@ def test_a_missing_head_has_its_values_before_the_booster_comes(tmp_path: Path) 
     assert ours.report.newly_initialised == {"score.weight": "missing from the checkpoint"}
 
 
+@pytest.mark.refused_late  # boost finds weights by name when all are there
 def test_a_name_the_booster_would_not_find_is_an_error(tmp_path: Path) -> None:
     base = tiny_model("llama").model
     folder = save_checkpoint(base, tmp_path / "base")
@@ -253,6 +254,7 @@ def test_a_name_the_booster_would_not_find_is_an_error(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.refused_late  # as above
 def test_an_adapter_that_hides_weights_from_the_booster_is_an_error(tmp_path: Path) -> None:
     # PEFT keeps the factors of an embedding where PeftUnwrapMixin does not look.
     with pytest.raises(AuditError) as caught:
@@ -264,6 +266,7 @@ def test_an_adapter_that_hides_weights_from_the_booster_is_an_error(tmp_path: Pa
     )
 
 
+@pytest.mark.refused_late  # a plugin against another
 def test_a_plugin_that_changes_values_which_are_yet_to_come_is_an_error(tmp_path: Path) -> None:
     class Doubles:
         name = "doubles"

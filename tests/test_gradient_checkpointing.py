@@ -146,6 +146,7 @@ def test_gradients_reach_every_adapter_weight(folder: Path, use_reentrant: bool)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.refused_late  # a plugin against another
 def test_an_adapter_whose_inputs_require_no_gradients_fails_the_audit(folder: Path) -> None:
     """What happens silently where checkpointing is reentrant and nobody sees to the inputs."""
 
@@ -272,6 +273,7 @@ def test_a_wrong_section_is_refused(folder: Path, section: dict[str, Any], messa
     assert str(refused.value) == message
 
 
+@pytest.mark.refused_late  # a plugin against another
 def test_checkpointing_that_a_later_plugin_turns_off_fails_the_audit(folder: Path) -> None:
     class Meddler:
         name = "meddler"

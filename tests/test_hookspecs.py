@@ -232,6 +232,7 @@ def test_example_of_distribute_moves_the_finished_model_to_shared_memory(folder:
     assert set(result.report.newly_initialised) == set(result.plan.new_parameters)
 
 
+@pytest.mark.refused_late  # only the weights tell
 def test_example_of_audit_refuses_weights_that_are_not_finite(folder: Path) -> None:
     class Poison:
         name = "poison"

@@ -577,6 +577,7 @@ class Spoil:
 
 
 @BOTH
+@pytest.mark.refused_late  # only the weights tell
 def test_a_weight_that_is_not_what_the_file_gives_fails_the_audit(
     section: dict[str, Any], folder: Path
 ) -> None:

@@ -643,6 +643,7 @@ REPORT = "Report this with the plan and the versions of `llmload env`."
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
+@pytest.mark.refused_late  # a plugin that does otherwise than in the rehearsal
 def test_the_audit_finds_factors_that_cannot_learn(llama: Path) -> None:
     message = _audit(llama, QV, lambda m: m.get_parameter(f"{FIRST}.lora_A.default.weight").zero_())
     assert message == (
@@ -651,6 +652,7 @@ def test_the_audit_finds_factors_that_cannot_learn(llama: Path) -> None:
     )
 
 
+@pytest.mark.refused_late  # a plugin that does otherwise than in the rehearsal
 def test_the_audit_finds_a_factor_that_should_not_be_zero(llama: Path) -> None:
     section = QV | {"init_lora_weights": "pissa"}
     message = _audit(
@@ -662,6 +664,7 @@ def test_the_audit_finds_a_factor_that_should_not_be_zero(llama: Path) -> None:
     )
 
 
+@pytest.mark.refused_late  # a plugin that does otherwise than in the rehearsal
 def test_the_audit_finds_an_adapter_that_does_not_act(llama: Path) -> None:
     section = QV | {"inference_mode": True}
     message = _audit(llama, section, lambda m: m.get_submodule(FIRST).enable_adapters(False))
@@ -671,6 +674,7 @@ def test_the_audit_finds_an_adapter_that_does_not_act(llama: Path) -> None:
     )
 
 
+@pytest.mark.refused_late  # a plugin that does otherwise than in the rehearsal
 def test_the_audit_finds_a_layer_that_lost_its_adapter(llama: Path) -> None:
     section = QV | {"inference_mode": True}
     message = _audit(llama, section, lambda m: m.get_submodule(FIRST).r.pop("default"))
@@ -680,6 +684,7 @@ def test_the_audit_finds_a_layer_that_lost_its_adapter(llama: Path) -> None:
 
 
 @needs_peft("0.18.0")
+@pytest.mark.refused_late  # a plugin that does otherwise than in the rehearsal
 def test_the_audit_finds_tied_adapters_that_part(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path, tied=True)
     section = {"r": 4, "target_modules": ["embed_tokens"], "ensure_weight_tying": True}
@@ -694,7 +699,8 @@ def test_the_audit_finds_tied_adapters_that_part(tmp_path: Path) -> None:
     )
 
 
-def test_a_plugin_that_wraps_first_is_found_by_the_audit(llama: Path) -> None:
+@pytest.mark.refused_late  # a plugin that does otherwise than in the rehearsal
+def test_a_plugin_that_wraps_first_is_found_by_the_plan(llama: Path) -> None:
     class Wrapper:
         name = "a_wrapper"
         before = ("lora",)
@@ -704,11 +710,11 @@ def test_a_plugin_that_wraps_first_is_found_by_the_audit(llama: Path) -> None:
             return model
 
     registry = llmload.create_registry([Wrapper()])
-    with pytest.raises(llmload.AuditError) as caught:
+    with pytest.raises(llmload.PlanError) as caught:
         llmload.load({"model": str(llama), "lora": QV}, registry=registry)
     assert str(caught.value) == (
-        "lora: the finished model is a LlamaForCausalLM without the adapter. Another plugin wraps"
-        " the model: remove its section or `lora`."
+        "lora: the finished model is without the adapter. Another plugin wraps the model: remove"
+        " its section or `lora`."
     )
 
 

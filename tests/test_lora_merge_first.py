@@ -140,6 +140,7 @@ def test_what_cannot_be_merged_first_is_refused_by_that_key(
     )
 
 
+@pytest.mark.refused_late  # only the weights tell
 def test_what_is_merged_first_must_be_finite(llama: Path, other: Path, tmp_path: Path) -> None:
     second = "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"
     spoilt = damaged(

@@ -363,6 +363,7 @@ def test_base_weights_that_cannot_be_had_again_are_refused(llama: Path, tmp_path
 # --- the proof ----------------------------------------------------------------------------------
 
 
+@pytest.mark.refused_late  # only the weights tell
 def test_the_audit_finds_a_weight_that_is_not_the_files(
     llama: Path, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

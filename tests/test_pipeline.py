@@ -322,6 +322,7 @@ def test_frequencies_that_old_checkpoints_store_in_half_precision_are_computed(
     assert not torch.equal(frequencies, weights["model.rotary_emb.inv_freq"].float())
 
 
+@pytest.mark.refused_late  # what a loader did, only the model tells
 def test_a_loader_that_leaves_memory_uninitialised_is_caught(folder: Path) -> None:
     def empty(ctx: Any) -> Any:
         return ctx.model_class(ctx.config)
@@ -334,6 +335,7 @@ def test_a_loader_that_leaves_memory_uninitialised_is_caught(folder: Path) -> No
     )
 
 
+@pytest.mark.refused_late  # in the rehearsal all is on the meta device
 def test_a_meta_tensor_is_caught(folder: Path) -> None:
     def lose(ctx: Any, model: Any) -> Any:
         model.lm_head.to("meta")
@@ -343,6 +345,7 @@ def test_a_meta_tensor_is_caught(folder: Path) -> None:
         load_with(folder, plugin("loser", "post_load", lose))
 
 
+@pytest.mark.refused_late  # a plugin that does otherwise than in the rehearsal
 def test_a_trainable_set_that_differs_from_the_plan_is_caught(folder: Path) -> None:
     def freeze_later(ctx: Any, model: Any) -> Any:
         model.lm_head.requires_grad_(ctx.rehearsing)
@@ -356,6 +359,7 @@ def test_a_trainable_set_that_differs_from_the_plan_is_caught(folder: Path) -> N
     )
 
 
+@pytest.mark.refused_late  # a plugin that does otherwise than in the rehearsal
 def test_numbers_that_differ_from_the_plan_are_caught(folder: Path) -> None:
     def widen_later(ctx: Any, model: Any) -> Any:
         if not ctx.rehearsing:
@@ -388,6 +392,7 @@ def test_a_tie_that_the_checkpoint_breaks_is_no_difference(tmp_path: Path) -> No
     assert result.report.parameters - result.plan.parameters in (0, 128 * 16)
 
 
+@pytest.mark.refused_late  # a forward shows it
 def test_a_model_whose_loss_reaches_no_trainable_parameter_is_caught(folder: Path) -> None:
     def detach(ctx: Any, model: Any) -> Any:
         model.requires_grad_(False)

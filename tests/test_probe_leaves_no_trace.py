@@ -405,6 +405,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 @pytest.mark.parametrize("loader", ["streaming", "transformers"])
+@pytest.mark.refused_late  # a forward shows it
 def test_a_model_whose_forward_raises_is_not_handed_out(
     loader: str, model_class: type, said: str, folder: Path
 ) -> None:
@@ -434,6 +435,7 @@ CAST = {"dtype": "bfloat16", "cast": {"modules": {"added": "float32"}}}
 
 
 @pytest.mark.parametrize("model_class", [ClashingDtypes, LooksAtValues])
+@pytest.mark.refused_late  # a forward shows it
 def test_a_model_whose_dtypes_do_not_go_together_is_not_handed_out(
     model_class: type, folder: Path
 ) -> None:

@@ -162,6 +162,7 @@ def test_a_signer_that_is_none_or_two_is_refused(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.refused_late  # only the weights tell
 def test_a_value_that_is_not_finite_anywhere_fails_the_load(folder: Path, value: float) -> None:
     spec = {"model": str(folder), "verify": {"finite": True}}
     llmload.load(spec)
@@ -180,6 +181,7 @@ def test_a_value_that_is_not_finite_anywhere_fails_the_load(folder: Path, value:
     llmload.load({"model": str(folder)})
 
 
+@pytest.mark.refused_late  # only the weights tell
 def test_a_cast_that_overflows_is_found(tmp_path: Path) -> None:
     model = tiny_model()
     with torch.no_grad():
@@ -193,6 +195,7 @@ def test_a_cast_that_overflows_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not IS_MODERN, reason="transformers 4.51 quantises on accelerators only")
 @pytest.mark.parametrize("bits", [{}, {"double_quant": True}, {"bits": 8}])
+@pytest.mark.refused_late  # only the weights tell
 def test_quantised_weights_are_looked_at_by_what_scales_them(
     tmp_path: Path, bits: dict[str, Any]
 ) -> None:

@@ -505,6 +505,43 @@ def test_a_classifiers_head_and_an_adapter_of_another_dtype_are_refused_in_the_p
 def test_biases_that_an_adapter_trains_are_refused_in_another_dtype_too(tmp_path: Path) -> None:
     model = testing.tiny_model("gpt2", dtype=torch.bfloat16)
     lora = {"r": 2, "target_modules": ["c_attn"], "bias": "all"}
-    zero3 = {"config": with_zero() | {"train_micro_batch_size_per_gpu": 1}}
+    zero3 = {"config": with_zero() | PLAIN | {"bf16": {"enabled": True}}}
     found = refusal(testing.save_checkpoint(model, tmp_path), lora, zero3=zero3)
     assert "trainable parameters are bfloat16 and float32" in found
+
+
+class Valued:
+    """Adds a head that is trained, in a dtype of its own."""
+
+    name = "valued"
+    stage = "heads"
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    @llmload.hookimpl
+    def post_load(self, ctx: llmload.LoadContext, model: torch.nn.Module) -> torch.nn.Module:
+        device = next(model.parameters()).device
+        model.value = torch.nn.Linear(16, 1, dtype=self._dtype, device=device)
+        return model
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "adapter"])
+def test_a_head_that_a_plugin_adds_in_another_dtype_is_refused_in_the_plan(
+    lora: bool, tmp_path: Path
+) -> None:
+    model = testing.tiny_model("llama", dtype=torch.bfloat16)
+    spec: dict[str, Any] = {
+        "model": str(testing.save_checkpoint(model, tmp_path)),
+        "zero3": {"config": with_zero() | PLAIN | {"bf16": {"enabled": True}}},
+    }
+    if lora:
+        spec["lora"] = {"r": 2, "target_modules": ["q_proj"], "adapter_dtype": "base"}
+        spec["lora"]["modules_to_save"] = ["value"]  # else the head is frozen with the base
+    for dtype, number in ((torch.float32, 1), (torch.float16, 1), (torch.bfloat16, 0)):
+        registry = llmload.create_registry(plugins=[Valued(dtype)])
+        errors = llmload.plan(spec, registry=registry).errors
+        assert len(errors) == number
+        if errors:
+            trained = " and ".join(sorted(("bfloat16", str(dtype)[6:])))
+            assert f"trainable parameters are {trained}" in str(errors[0])

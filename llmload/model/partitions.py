@@ -269,7 +269,7 @@ def make_equal(tensors: Iterable[torch.Tensor], *, like: nn.Module) -> None:
         for tensor in tensors:
             sent = tensor.to(device).contiguous()
             dist.broadcast(sent, dist.get_global_rank(group, 0), group=group)
-            tensor.copy_(sent)
+            _write(tensor, sent)
 
 
 def with_nan(tensors: Mapping[str, torch.Tensor], *, like: nn.Module) -> dict[str, torch.Tensor]:
@@ -353,6 +353,12 @@ def load_state_dict(
     return missing, unexpected
 
 
+def _write(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy a value into a tensor; an expanded one holds each of its values once."""
+    once = tuple(slice(1) if step == 0 else slice(None) for step in tensor.stride())
+    tensor[once].copy_(value[once])
+
+
 def fill(tensor: Any, value: torch.Tensor) -> None:
     """Copy a value of the whole shape into a tensor, or this rank's part of it."""
     import torch
@@ -361,8 +367,7 @@ def fill(tensor: Any, value: torch.Tensor) -> None:
         # DeepSpeed's is whole beside its part while it is gathered.
         gathered = hasattr(tensor, "ds_tensor") and tensor.numel() == elements(tensor)
         if gathered or not is_partitioned(tensor):
-            once = tuple(slice(1) if step == 0 else slice(None) for step in tensor.data.stride())
-            tensor.data[once].copy_(value[once])  # an expanded one holds each value once
+            _write(tensor.data, value)
         if is_partitioned(tensor):
             part = held(tensor)
             assert part is not None  # load_state_dict saw to it

@@ -8,6 +8,7 @@ a file.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -47,6 +48,8 @@ class Job:
     ranks: int = 2
     timeout: float = 60.0
     """Seconds after which ranks that still run are killed."""
+    refused_late: bool = False
+    """Whether a load may be refused though its plan had no error."""
 
 
 @dataclass
@@ -111,7 +114,7 @@ def launch_once(
 def main() -> None:
     sys.path.insert(0, str(TESTS))
     jobs = [Job(**job) for job in json.load(sys.stdin)]
-    for name in ("deepspeed", "transformers", "peft", "llmload.loading.pipeline"):
+    for name in ("deepspeed", "transformers", "peft", "llmload.loading.pipeline", "late"):
         importlib.import_module(name)
     for job in jobs:
         importlib.import_module(job.call.partition(":")[0])
@@ -201,7 +204,10 @@ def _fork(job: Job, rank: int, port: int, file: Path) -> int:
             "MASTER_PORT": str(port),
         }
         module, _, function = job.call.partition(":")
-        result = getattr(importlib.import_module(module), function)(**job.args)
+        call = getattr(importlib.import_module(module), function)
+        if not job.refused_late:
+            call = functools.partial(importlib.import_module("late").held, call)
+        result = call(**job.args)
         file.write_text(json.dumps(result))
         code = 0
     except BaseException:

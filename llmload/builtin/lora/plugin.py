@@ -98,9 +98,18 @@ class LoraPlugin:
 
     @hookimpl
     def cost(self, ctx: LoadContext, forecast: Forecast) -> Iterator[Cost]:
-        """Say which weights of the base are written to, and what the adapter's part takes then."""
+        """Say which weights of the base are written to, and what the adapter's part takes then.
+
+        :raises RequestError: in the rehearsal another plugin has wrapped the model.
+        """
         from llmload.builtin.lora.costs import costs
 
+        if "targets" not in ctx.facts.get(self.name, {}):
+            raise RequestError(
+                "the finished model is without the adapter",
+                fix="Another plugin wraps the model: remove its section or `lora`.",
+                where="lora",
+            )
         yield from costs(ctx, forecast)
 
     @hookimpl

@@ -21,6 +21,7 @@ from llmload.plugin import (
     Decline,
     Note,
     Problem,
+    RequestError,
     dtype_name,
     rank,
     store_is_there,
@@ -106,26 +107,27 @@ class Zero3Plugin:
     def check_lora(
         self, ctx: LoadContext, section: Any, fields: Mapping[str, Any]
     ) -> Iterator[Problem]:
-        """Refuse copies of modules in another dtype than the adapter's: one buffer holds both; and
-        rows to train where PEFT cannot share them among the ranks."""
-        from llmload.builtin.zero3.loading_session import mixed_dtypes
-
+        """Refuse rows to train where PEFT cannot share them among the ranks."""
         resolved = ctx.handed_on.get(self.name)
-        mixed = section.adapter_dtype == "auto" and dtype_name(ctx.dtype) != "float32"
-        beside = _trained_beside(ctx, fields) and not section.merge
-        if resolved is not None and resolved.stage == 3 and beside and mixed:
-            yield mixed_dtypes(("float32", dtype_name(ctx.dtype)))
         if resolved is not None and resolved.stage == 3 and fields.get("trainable_token_indices"):
             yield from _rows_without_gpu()
 
     @hookimpl
     def cost(self, ctx: LoadContext, forecast: Forecast) -> Iterator[Cost]:
-        """Divide the weights, and count what DeepSpeed gathers and lays out."""
+        """Divide the weights, and count what DeepSpeed gathers and lays out.
+
+        :raises RequestError: plugins leave trainable parameters of several dtypes, as the rehearsed
+            model tells.
+        """
         from llmload.builtin.zero3 import costs
+        from llmload.builtin.zero3.loading_session import mixed_dtypes
 
         resolved: DeepSpeedConfig = ctx.handed_on[self.name]
         if resolved.stage < 3:
             return
+        trained = _trained_dtypes(ctx, forecast)
+        if len(trained) > 1:
+            raise RequestError([mixed_dtypes(trained)])
         by_us = resolved.beyond_us() is None and _nobody_asks_for_it(ctx) is None
         costs.divide(forecast, resolved, ctx.machine.processes, by_us=by_us)
         yield from costs.costs(forecast, resolved)
@@ -198,17 +200,15 @@ class Zero3Plugin:
             self._presence = None
 
 
-def _trained_beside(ctx: LoadContext, fields: Mapping[str, Any]) -> bool:
-    """Say whether an adapter brings parameters of the base to train, which keep its dtype.
-
-    Of classifiers PEFT trains the head, whether ``modules_to_save`` names it or not.
-    """
-    biases = fields.get("bias", "none") != "none"
-    return (
-        bool(fields.get("modules_to_save"))
-        or fields.get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
-        or (biases and any(n.endswith(".bias") for n, _ in ctx.blank.named_parameters()))
-    )
+def _trained_dtypes(ctx: LoadContext, forecast: Forecast) -> set[str]:
+    """Return the dtypes that trainable parameters will have."""
+    found = set()
+    for weight in forecast.weights.values():
+        if weight.trained:
+            # What a hook has cast of the base model, the placement stores in the model's dtype.
+            as_rehearsed = weight.parameter.element_size() == weight.itemsize
+            found.add(dtype_name(weight.parameter.dtype if as_rehearsed else ctx.dtype))
+    return found
 
 
 def _rows_without_gpu() -> Iterator[Problem]:
