@@ -451,6 +451,12 @@ def test_a_chat_template_that_is_no_jinja_or_no_file_is_an_error(folder: Path) -
     ]
 
 
+def test_an_empty_chat_template_is_refused() -> None:
+    with pytest.raises(llmload.SpecError) as caught:
+        llmload.plan({"model": "anywhere", "tokenizer": {"chat_template": ""}})
+    assert str(caught.value) == "tokenizer.chat_template: must have 1 or more characters, found ''"
+
+
 @pytest.mark.parametrize("asked", ["chatml", "a sentence", "llama3", "some/deep/path", "[INST]"])
 def test_what_would_render_every_conversation_as_itself_is_refused(
     asked: str, folder: Path
