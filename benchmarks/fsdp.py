@@ -34,7 +34,7 @@ _EXPERTS = {
 
 
 def experts(root: Path, size: str, dtype: str = "bfloat16") -> Path:
-    """Return the folder of a Mixtral of 0.44 billion parameters, made where it is not there yet."""
+    """Return the folder of a Mixtral of 0.44 billion parameters, made if it is not there yet."""
     import torch
     from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -149,7 +149,7 @@ _IMPORTS = (
 )
 _OF_EXPERTS = {
     "checkpoint": experts,
-    "sizes": ("0.4B",),
+    "sizes": ("0.5B",),
     "target": "peak RSS at most 1.05x a rank's part",
     "imports": _IMPORTS,
     "prepare": join,

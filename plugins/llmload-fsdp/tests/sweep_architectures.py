@@ -31,15 +31,17 @@ REFUSED: dict[str, str] = {}
 NOT_THEIRS: dict[str, str] = {
     # One expert: the other rank finds none of its own to stack.
     "hunyuan_v1_moe": "automatic conversion of the weights",
-    # A rank's rows of a fused weight are no multiple of what they are taken apart into.
+    # A rank's rows of a fused weight are not what is taken apart.
+    "lara_mini": "automatic conversion of the weights",
     "sarvam_moe": "automatic conversion of the weights",
 }
 """Types that transformers cannot load or train so, with what it says. Ours are the unsharded model.
 """
 OTHERWISE: dict[str, str] = {
+    "bailing_hybrid": "conv1d",  # a rank's rows of weights that are joined, as if they were all
     "falcon_h1": "mup_vector",  # a buffer that is not saved, left as the memory was
     "hrm_text": "H_module",  # a rank's rows of a fused weight, taken apart as if they were all
-    "olmo_hybrid": "conv1d",  # a rank's rows of weights that are joined, as if they were all
+    "olmo_hybrid": "conv1d",  # as bailing_hybrid's
 }
 """Types of which transformers' own is another model than its unsharded one, by a part of the names
 of parameters or buffers that differ, with the reason. Ours are the unsharded model."""
