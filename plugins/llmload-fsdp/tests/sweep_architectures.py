@@ -31,7 +31,8 @@ REFUSED: dict[str, str] = {}
 NOT_THEIRS: dict[str, str] = {
     # One expert: the other rank finds none of its own to stack.
     "hunyuan_v1_moe": "automatic conversion of the weights",
-    # A rank's rows of a fused weight are not what is taken apart.
+    # A rank's rows of weights are not what is merged, or taken apart.
+    "inkling2_loop_text": "`ignore_mismatched_sizes`",
     "lara_mini": "automatic conversion of the weights",
     "sarvam_moe": "automatic conversion of the weights",
 }
