@@ -42,11 +42,13 @@ OTHERWISE: dict[str, str] = {
     "bailing_hybrid": "conv1d",  # a rank's rows of weights that are joined, as if they were all
     "falcon_h1": "mup_vector",  # a buffer that is not saved, left as the memory was
     "hrm_text": "H_module",  # a rank's rows of a fused weight, taken apart as if they were all
-    "olmo_hybrid": "conv1d",  # as bailing_hybrid's
+    "kimi_linear": "conv1d",
+    "olmo_hybrid": "conv1d",
 }
 """Types of which transformers' own is another model than its unsharded one, by a part of the names
 of parameters or buffers that differ, with the reason. Ours are the unsharded model."""
 UNTRAINED: dict[str, str] = {
+    "git": "Expected input batch_size (0) to match target batch_size (14)",
     "reformer": "make sure to use `model.train()`",  # and then its hashes are drawn anew
     "rwkv": "must match the size of tensor b (64)",
     "xlstm": "modified by an inplace operation",
