@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from adapters import load, needs_peft, plain, refusal, same_state, save, three_losses
+from stacks import IS_MODERN
 
 import llmload
 from llmload.builtin.lora.plugin import LoraPlugin
@@ -716,6 +717,20 @@ def test_a_plugin_that_wraps_first_is_found_by_the_plan(llama: Path) -> None:
         "lora: the finished model is without the adapter. Another plugin wraps the model: remove"
         " its section or `lora`."
     )
+
+
+@pytest.mark.skipif(not IS_MODERN, reason="the routers of 4.51 are of another class")
+@pytest.mark.parametrize("model_type", ["llama4_text", "phimoe"])
+def test_a_router_that_returns_more_than_a_tensor_is_refused_in_the_plan(
+    model_type: str, tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(tmp_path, model_type)
+    lora: dict[str, Any] = {"r": 2, "target_modules": "all-linear"}
+    (error,) = llmload.plan({"model": str(folder), "lora": lora}).errors
+    assert "return more than a tensor, and PEFT's layers take a tensor. Leave" in str(error)
+    assert str(error).endswith("with `exclude_modules: [router]`.")
+    lora["exclude_modules"] = ["router"]
+    assert llmload.load({"model": str(folder), "lora": lora}).report.trainable > 0
 
 
 # --- new tokens, whose rows somebody has to train -----------------------------------------------

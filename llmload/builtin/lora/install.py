@@ -106,6 +106,8 @@ def _install(ctx: LoadContext, request: Request, model: PreTrainedModel) -> Peft
     layers = lora_layers(wrapped, section.adapter_name)
     targets.hold_to_layers(request, model, layers)
     targets.refuse_ranks_beyond(request, layers, section.adapter_name)
+    if ctx.rehearsing:
+        targets.refuse_what_returns_no_tensor(layers)
     if trial is not None:
         _refuse_other_targets(request, set(layers), trial)
 

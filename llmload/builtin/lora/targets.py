@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmload.builtin.lora.layers import own_name
 from llmload.builtin.lora.request import ALL_LINEAR
-from llmload.plugin import Problem, RequestError, closest, partitions, patterns
+from llmload.plugin import Problem, RequestError, closest, partitions, patterns, some
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -175,6 +177,30 @@ def refuse_ranks_beyond(request: Request, layers: Mapping[str, LoraLayer], adapt
                 if most
                 else "Leave those layers out of `target_modules`.",
             )
+        )
+
+
+def refuse_what_returns_no_tensor(layers: Mapping[str, LoraLayer]) -> None:
+    """Refuse layers that PEFT takes for linear ones and that return more than a tensor, as routers
+    of experts do: with an adapter their forward fails.
+
+    :param layers: name -> the adapter's layer, of a rehearsed model.
+    """
+    found = []
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        of_its_own = isinstance(base, nn.Linear) and type(base).forward is not nn.Linear.forward
+        if not of_its_own or not base.weight.is_meta or not base.weight.is_floating_point():
+            continue
+        with suppress(Exception):  # it may want other arguments, and then nothing is known
+            if not isinstance(base(base.weight.new_empty(2, base.in_features)), torch.Tensor):
+                found.append(name)
+    if found:
+        ends = ", ".join(_ends(found, 1))
+        raise RequestError(
+            f"{some(found)} return more than a tensor, and PEFT's layers take a tensor",
+            fix=f"Leave them out with `exclude_modules: [{ends}]`.",
+            where="lora.target_modules",
         )
 
 
