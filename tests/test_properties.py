@@ -13,6 +13,7 @@ from zero3.farm import Job, launch
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "model_type"), properties.FEW)
 @pytest.mark.parametrize("name", properties.PROPERTIES)
+@pytest.mark.refused_late  # a model that cannot run, and what the property itself looks for
 def test_an_architecture_has_the_property(
     name: str, kind: str, model_type: str, tmp_path: Path
 ) -> None:
