@@ -63,7 +63,7 @@ def _the_plan_says_what_the_load_refuses(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
     """Hold the plan to every refusal of every test, on ranks too: a load whose plan has no error is
-    neither refused nor found wrong.
+    not refused. What audits find, tests mark by hand.
 
     A test that is about one of the few that only a load can tell is marked ``refused_late``; jobs
     of ``zero3.farm`` say so of themselves.

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from llmload.errors import AuditError, LlmloadError, PluginError, RequestError
+from llmload.errors import LlmloadError, PluginError, RequestError
 from llmload.group import loading
 from llmload.loading import pipeline
 
@@ -21,7 +21,7 @@ def watched() -> Iterator[list[LlmloadError]]:
     def watching(*args: Any, **options: Any) -> pipeline.LoadResult:
         try:
             return execute(*args, **options)
-        except (RequestError, AuditError) as error:
+        except RequestError as error:
             if not isinstance(error, PluginError):
                 late.append(error)
             raise
