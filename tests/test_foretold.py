@@ -14,6 +14,8 @@ from stacks import IS_MODERN, needs_transformers_5
 from transformers import LlamaForCausalLM
 
 import llmload
+from llmload.checkpoint import TensorInfo
+from llmload.hf.quantised import without_scales
 from llmload.testing import edit_config, tiny_llama
 
 BLOCK = 128
@@ -233,6 +235,44 @@ def test_an_fp8_folder_that_transformers_dequantises_is_loaded_and_can_be_traine
 def test_what_is_plain_in_an_fp8_folder_is_compared_after_a_cast_too(tmp_path: Path) -> None:
     folder, _ = fp8_folder(tmp_path)
     assert llmload.load({"model": str(folder), "dtype": "float32"}).report.compared == 7
+
+
+@needs_dequantising
+@pytest.mark.parametrize("scale", [None, (3, 1)])
+def test_eight_bit_floats_without_a_scale_that_fits_are_refused(
+    scale: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    folder, _ = fp8_folder(tmp_path)
+    file, name = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(file)
+    del tensors[f"{name}_scale_inv"]
+    if scale:
+        tensors[f"{name}_scale_inv"] = torch.ones(scale)
+    save_file(tensors, file, metadata={"format": "pt"})
+    (text,) = said(folder)
+    if scale:
+        assert text == (
+            f"{name}: the checkpoint has 8-bit floats (256, 128) with scales (3, 1), which do not"
+            " divide them. Check that config.json and weights belong together."
+        )
+    else:
+        assert text == (
+            f"{name}: the checkpoint is quantised, and has 8-bit floats here without a scale."
+            " Fetch or convert the checkpoint again: a tensor is missing in it."
+        )
+
+
+@pytest.mark.parametrize("leaf", ["weight_scale_inv", "weight_scale", "scale", "qscale_weight"])
+def test_a_scale_is_known_by_every_name_that_it_is_stored_under(leaf: str) -> None:
+    def info(name: str, dtype: str, *shape: int) -> TensorInfo:
+        return TensorInfo(name, Path("f"), dtype, shape, 0, 0)
+
+    weight, scale = info("a.weight", "F8_E4M3", 8, 8), info(f"a.{leaf}", "F8_E8M0", 2, 2)
+    whole = {tensor.name: tensor for tensor in (weight, scale)}
+    assert list(without_scales(whole, divided=True)) == []
+    assert [problem.where for problem in without_scales({"a.weight": weight}, divided=True)] == [
+        "a.weight"
+    ]
 
 
 # --- the generation config ----------------------------------------------------------------------

@@ -249,10 +249,39 @@ def test_plan_warns_that_what_is_quantised_in_the_checkpoint_is_whole_on_every_r
     plan = llmload.plan(spec, registry=llmload.create_registry(block=block))
     assert (
         "zero3: from_pretrained does not partition what is quantised in the checkpoint: every rank"
-        f" holds all {nbytes:,} bytes of it until DeepSpeed's `initialize`. Load the checkpoint"
-        " from before it was quantised, with `kbit` if it is to be."
+        f" reads all {nbytes:,} bytes and holds the whole model until DeepSpeed's `initialize`."
+        " Load the checkpoint from before it was quantised, with `kbit` if it is to be."
     ) in [str(problem) for problem in plan.warnings]
     assert not [note for step in plan.steps for note in step.notes if "partitions" in note]
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("blocked", [False, True])
+def test_plan_warns_that_what_from_pretrained_quantises_is_whole_on_every_rank(
+    blocked: bool, tmp_path: Path
+) -> None:
+    folder = testing.tiny_llama(tmp_path)
+    zero = {} if blocked else {"zero_hpz_partition_size": 8}
+    section = {"config": with_zero(**zero) | {"bf16": {"enabled": False}}}
+    spec = {"model": str(folder), "dtype": "float32", "lora": {"r": 2}, "zero3": section}
+    registry = llmload.create_registry(block={"streaming"} if blocked else set())
+    asked = spec | {"kbit": {"bits": 4}}
+    plan = llmload.plan(asked, registry=registry)
+    reason = (
+        "no plugin is selected that asks where each weight is stored, as `streaming` does"
+        if blocked
+        else "`zero_optimization.zero_hpz_partition_size` partitions a second time within each host"
+    )
+    nbytes = Checkpoint.open(folder).total_bytes
+    warning = (
+        f"zero3: from_pretrained does not partition what it quantises: every rank reads all"
+        f" {nbytes:,} bytes and holds the whole model until DeepSpeed's `initialize`. Let"
+        f" `streaming` load it, which gives each rank its part, but not here: {reason}."
+    )
+    assert warning in [str(problem) for problem in plan.warnings]
+    assert not [note for step in plan.steps for note in step.notes if "partitions:" in note]
+    for other in (llmload.plan(spec, registry=registry), llmload.plan(asked | {"zero3": {}})):
+        assert not [problem for problem in other.warnings if "whole model" in problem.message]
 
 
 def test_lower_stages_leave_the_model_whole(tmp_path: Path) -> None:
@@ -545,3 +574,48 @@ def test_a_head_that_a_plugin_adds_in_another_dtype_is_refused_in_the_plan(
         if errors:
             trained = " and ".join(sorted(("bfloat16", str(dtype)[6:])))
             assert f"trainable parameters are {trained}" in str(errors[0])
+
+
+# --- a config that the script has set ---------------------------------------------------------
+
+
+def planned_under(content: dict[str, Any], spec: dict[str, Any]) -> list[str]:
+    """Plan while a DeepSpeed config is set for transformers; returns the errors."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    announced = HfDeepSpeedConfig(content)
+    errors = [str(problem) for problem in llmload.plan(spec).errors]
+    assert announced.is_zero3()
+    return errors
+
+
+SET = "a DeepSpeed config of ZeRO-3 is set, as `TrainingArguments(deepspeed=...)` does, and"
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "made"),
+    [
+        ({"bf16": {"enabled": True}}, "float32", "bfloat16"),
+        ({"fp16": {"enabled": True}}, "bfloat16", "float16"),
+        ({"bf16": {"enabled": False}}, "bfloat16", "float32"),
+        ({"bf16": {"enabled": True}}, "bfloat16", None),
+        ({"bf16": {"enabled": "auto"}}, "bfloat16", None),
+        ({}, "float32", None),
+    ],
+)
+def test_another_dtype_than_that_of_a_config_that_is_set_is_refused_in_the_plan(
+    precision: dict[str, Any], dtype: str, made: str | None, tmp_path: Path
+) -> None:
+    spec = {"model": str(testing.tiny_llama(tmp_path)), "dtype": dtype}
+    expected = (
+        f"dtype: {SET} makes every parameter in {made}, where the model's is {dtype}. Set"
+        f" `dtype: {made}`, or have the config train in {dtype}."
+    )
+    assert planned_under(with_zero() | precision, spec) == ([expected] if made else [])
+
+
+def test_a_device_map_beside_a_config_that_is_set_is_refused_in_the_plan(tmp_path: Path) -> None:
+    spec = {"model": str(testing.tiny_llama(tmp_path)), "device_map": "cpu"}
+    assert planned_under(with_zero(), spec) == [
+        f"device_map: {SET} DeepSpeed chooses the device of each partition. Remove `device_map`."
+    ]

@@ -13,12 +13,25 @@ from typing import Any
 
 _MODULE = "transformers.integrations.deepspeed"
 _REFERENCE = "_hf_deepspeed_config_weak_ref"
+_PRECISIONS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16"}
 
 
 def partitions() -> bool:
     """Say whether a config of ZeRO stage 3 is set."""
     module: Any = sys.modules.get(_MODULE)  # who has set one has imported it
     return module is not None and bool(module.is_deepspeed_zero3_enabled())
+
+
+def dtype() -> str | None:
+    """Return the dtype in which the config that is set makes parameters; None where it is open.
+
+    DeepSpeed makes all of them in it, whatever is asked of ``from_pretrained``.
+    """
+    content = sys.modules[_MODULE].deepspeed_config()
+    wanted = {key: content.get(key, {}).get("enabled") for key in _PRECISIONS}
+    if "auto" in wanted.values():
+        return None
+    return next((_PRECISIONS[key] for key, enabled in wanted.items() if enabled), "float32")
 
 
 @contextmanager

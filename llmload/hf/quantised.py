@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+    from llmload.checkpoint import TensorInfo
     from llmload.spec.loadspec import LoadSpec
 
 _WHERE = "model"
@@ -114,17 +115,25 @@ def _try_devices(chosen: Any, asked: object) -> None:
 
 
 def problems(
-    blank: PreTrainedModel, config: PretrainedConfig, spec: LoadSpec, dtype: torch.dtype
+    blank: PreTrainedModel,
+    config: PretrainedConfig,
+    spec: LoadSpec,
+    dtype: torch.dtype,
+    tensors: Mapping[str, TensorInfo],
 ) -> Iterator[Problem]:
     """Yield why a quantised folder cannot be loaded, or not be trained as the spec wants.
 
     :param blank: the model that the config describes, without storage.
+    :param tensors: of the checkpoint.
     """
     found = examine(blank, config, spec, dtype)
     name = dtype_name(dtype)
     if isinstance(found, Problem):
         yield found
-    elif found.dequantised:
+        return
+    if found.method == "fp8":
+        yield from without_scales(tensors, divided=found.dequantised)
+    if found.dequantised:
         yield Problem(
             where=_WHERE,
             severity="warning",
@@ -139,6 +148,44 @@ def problems(
             " a model that is quantised so, nor through it",
             fix=f"{_PLAIN}, or set `trainable: false` to use the model as it is.",
         )
+
+
+def without_scales(tensors: Mapping[str, TensorInfo], *, divided: bool) -> Iterator[Problem]:
+    """Refuse floats of 8 bits that have no scale, or one that does not divide them.
+
+    transformers would take the first for plain numbers, without a word.
+
+    :param tensors: of the checkpoint of a folder quantised by fp8, by their names there.
+    :param divided: whether each scale must divide its tensor, as where transformers dequantises.
+    """
+    for name, info in tensors.items():
+        if info.dtype not in ("F8_E4M3", "F8_E5M2") or "scale" in name.rpartition(".")[2]:
+            continue
+        scales = [tensors[key] for key in _names_of_scales(name) if key in tensors]
+        if not scales:
+            yield Problem(
+                where=name,
+                message="the checkpoint is quantised, and has 8-bit floats here without a scale",
+                fix="Fetch or convert the checkpoint again: a tensor is missing in it.",
+            )
+        grid = scales[0].shape if scales else ()
+        pairs = zip(info.shape[-2:], grid[-2:], strict=False) if len(grid) > 1 else ()
+        if divided and any(size % parts for size, parts in pairs if parts):
+            yield Problem(
+                where=name,
+                message=f"the checkpoint has 8-bit floats {info.shape} with scales {grid}, which do"
+                " not divide them",
+                fix="Check that config.json and weights belong together.",
+            )
+
+
+def _names_of_scales(name: str) -> list[str]:
+    """Return what the scale of a tensor is called, as the writers of fp8 folders have it."""
+    module, dot, leaf = name.rpartition(".")
+    leaves = [f"{leaf}_scale_inv", f"{leaf}_scale"]
+    if leaf == "weight":
+        leaves += ["scale", "qscale_weight"]
+    return [f"{module}{dot}{other}" for other in leaves]
 
 
 def _method(content: Mapping[str, Any]) -> str:

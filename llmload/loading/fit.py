@@ -44,7 +44,8 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
     config = ctx.config
     stored = quantised.declared(config)
     if stored is not None and not quantised.by_bitsandbytes(stored):  # which has its own section
-        yield from quantised.problems(ctx.blank, config, ctx.spec, ctx.dtype)
+        tensors = ctx.checkpoint.tensors
+        yield from quantised.problems(ctx.blank, config, ctx.spec, ctx.dtype, tensors)
     yield from fusions.problems(config)
     yield from generation.problems(ctx.folder, ctx.model_class)
     if installed_transformers().unsuited() is not None:

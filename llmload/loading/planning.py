@@ -357,6 +357,19 @@ def _partitioned_by_others(ctx: LoadContext) -> Iterator[Problem]:
             message=f"{found}, and the plugin {ctx.placed_by!r} places the weights without it",
             fix="Add the section `zero3: {}`, which takes that config.",
         )
+    if ctx.spec.device_map is not None:
+        yield Problem(
+            where="device_map",
+            message=f"{found}, and DeepSpeed chooses the device of each partition",
+            fix="Remove `device_map`.",
+        )
+    asked, made = dtype_name(ctx.dtype), deepspeed.dtype()
+    if made not in (None, asked):
+        yield Problem(
+            where="dtype",
+            message=f"{found}, and makes every parameter in {made}, where the model's is {asked}",
+            fix=f"Set `dtype: {made}`, or have the config train in {asked}.",
+        )
     for loader in ctx.providing("placement"):
         ctx.declined.setdefault(
             loader,

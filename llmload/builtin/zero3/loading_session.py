@@ -109,13 +109,15 @@ class Session(AbstractContextManager["Session"]):
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
 
-    def audit(self, model: nn.Module) -> Iterator[Problem]:
-        """Check the size of every partition."""
+    def audit(self, model: nn.Module, *, foretold: bool) -> Iterator[Problem]:
+        """Check the size of every partition.
+
+        :param foretold: whether the plan says that there will be none.
+        """
         if self._config.stage < 3:
             return
         parameters = list(model.parameters())
-        quantised = getattr(self._ctx.config, "quantization_config", None)  # the plan says it
-        if parameters and not quantised and not any(map(partitions.is_partitioned, parameters)):
+        if parameters and not foretold and not any(map(partitions.is_partitioned, parameters)):
             nbytes = sum(parameter.nbytes for parameter in parameters)
             yield Problem(
                 where="zero3",

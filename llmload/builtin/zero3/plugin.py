@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _EXAMPLES = (2, 4, 8)
 """Numbers of ranks that a plan tells of where no launcher has started any."""
+_BEFORE = "Load the checkpoint from before it was quantised, with `kbit` if it is to be."
 
 
 def _partitions(section: Any, other: Any) -> bool:
@@ -91,12 +92,15 @@ class Zero3Plugin:
         yield from disk.problems(resolved)
         if resolved.left:
             yield Note(text=f"`auto` is left to the training loop: {', '.join(resolved.left)}")
+        whole = _kept_whole(ctx, resolved)
+        if whole is not None:
+            yield whole
         if ctx.checkpoint is not None and getattr(ctx.config, "quantization_config", None):
-            yield _whole_on_every_rank(ctx.checkpoint.total_bytes)
             return
         reason = resolved.beyond_us()
         if reason:
-            yield Note(text=f"rank 0 reads and from_pretrained partitions: {reason}")
+            if whole is None:
+                yield Note(text=f"rank 0 reads and from_pretrained partitions: {reason}")
             for loader in ctx.providing("placement"):
                 yield Decline(f"DeepSpeed partitions: {reason}", loader=loader)
         elif ctx.checkpoint is not None and not ctx.providing("quantisation"):  # which says it
@@ -129,7 +133,8 @@ class Zero3Plugin:
         if len(trained) > 1:
             raise RequestError([mixed_dtypes(trained)])
         by_us = resolved.beyond_us() is None and _nobody_asks_for_it(ctx) is None
-        costs.divide(forecast, resolved, ctx.machine.processes, by_us=by_us)
+        ranks = ctx.machine.processes if _kept_whole(ctx, resolved) is None else 1
+        costs.divide(forecast, resolved, ranks, by_us=by_us)
         yield from costs.costs(forecast, resolved)
 
     @hookimpl
@@ -139,6 +144,8 @@ class Zero3Plugin:
 
         resolved = ctx.handed_on.get(self.name) or config.plain(dtype_name(ctx.dtype))
         if resolved.stage < 3 or (ctx.placed_by not in (None, self.name) and not ctx.splits):
+            return
+        if self.name in ctx.active and _kept_whole(ctx, resolved) is not None:
             return
         ranks = costs.fewest_ranks(forecast, resolved)
         if ranks is not None:
@@ -168,7 +175,8 @@ class Zero3Plugin:
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         """Check every partition."""
-        yield from self._sessions.pop(ctx).audit(model)
+        foretold = _kept_whole(ctx, ctx.handed_on[self.name]) is not None
+        yield from self._sessions.pop(ctx).audit(model, foretold=foretold)
 
     @hookimpl
     def started(self, asked: Mapping[str, Any]) -> None:
@@ -243,13 +251,25 @@ def _resolve(ctx: LoadContext) -> DeepSpeedConfig:
     return config.resolve(ctx.section(Zero3Section), dtype_name(ctx.dtype), hidden, announced)
 
 
-def _whole_on_every_rank(nbytes: int) -> Problem:
+def _kept_whole(ctx: LoadContext, resolved: DeepSpeedConfig) -> Problem | None:
+    """Return the warning that nothing will be partitioned: quantised weights are not where
+    ``from_pretrained`` loads them."""
+    if ctx.checkpoint is None:
+        return None
+    what, fix = "is quantised in the checkpoint", _BEFORE
+    if not getattr(ctx.config, "quantization_config", None):
+        reason = resolved.beyond_us() or _nobody_asks_for_it(ctx)
+        if reason is None or not ctx.providing("quantisation"):
+            return None
+        what = "it quantises"
+        fix = f"Let `streaming` load it, which gives each rank its part, but not here: {reason}."
     return Problem(
         where="zero3",
         severity="warning",
-        message="from_pretrained does not partition what is quantised in the checkpoint: every rank"
-        f" holds all {nbytes:,} bytes of it until DeepSpeed's `initialize`",
-        fix="Load the checkpoint from before it was quantised, with `kbit` if it is to be.",
+        message=f"from_pretrained does not partition what {what}: every rank reads all"
+        f" {ctx.checkpoint.total_bytes:,} bytes and holds the whole model until DeepSpeed's"
+        " `initialize`",
+        fix=fix,
     )
 
 
