@@ -38,6 +38,9 @@ def test_deepspeed_chats_lora_trains_all_but_the_adapted_weights(tmp_path: Path)
         if "lora_" not in name
     }
     assert found == wanted
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    ranks = {rank for layer in layers for rank in layer.r.values()}
+    assert {layer.scaling["default"] for layer in layers} == {1 / rank for rank in ranks}
     del spec["lora"]["modules_to_save"]
     alone = llmload.load({"model": str(folder), **spec}).model
     assert all("lora_" in name for name in trainable(alone))

@@ -495,13 +495,17 @@ def _trainable(plan: Plan, named: Iterable[tuple[str, nn.Parameter]]) -> Iterabl
 def _gradient_path(
     ctx: LoadContext, model: nn.Module, parameters: Iterable[nn.Parameter]
 ) -> list[str]:
-    """Say whether the loss reaches a trainable parameter; raise where it reaches none."""
+    """Say whether the loss reaches a trainable parameter; raise where it reaches none.
+
+    A forward on stand-ins takes some 80 ms for 12 layers and 200 ms for 32, with its backward twice
+    that: it is run where it can tell something of gradients.
+    """
     trainable = [parameter.requires_grad for parameter in parameters]
     if not any(trainable):
         return ["no parameter is trainable, so no gradient path was looked for"]
     if all(trainable):
         # Nothing is frozen: whatever the output is computed with requires gradients.
-        return ["every parameter is trainable"]
+        return ["every parameter is trainable, so no gradient path was looked for"]
     found = ctx.probe(model)
     if found.method == "unavailable":
         return [f"the gradient path was not looked at: {found.reason}"]

@@ -124,8 +124,10 @@ class KeyExceptions(Section):
     allow_unexpected: tuple[Regex, ...] = ()
     """Tensors of the checkpoint that the model need not have: they are not read."""
     allow_failing_forward: bool = False
-    """Hand out a model whose forward raises on token ids, where the audit runs it: one that takes
-    other inputs, or is to be mended first."""
+    """Hand out a model whose forward raises on token ids: one that takes other inputs, or is to be
+    mended first. The audit runs it where some parameters are trained and some are frozen, and with
+    the sections ``dropout`` and ``gradient_checkpointing``; a model that is wholly trained or
+    wholly frozen is handed out without, for a forward takes longer than many a load."""
 
     def allows_missing(self, key: str) -> bool:
         """Say whether the model's parameter ``key`` may be absent from the checkpoint."""
