@@ -34,8 +34,7 @@ class TokenizerPlugin:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note | Problem]:
         """Load the tokenizer, change it as asked, and set ``ctx.tokenizer``."""
-        from llmload.builtin.tokenizer import chat_template, files, processors
-        from llmload.builtin.tokenizer.changes import change
+        from llmload.builtin.tokenizer import files
 
         section = ctx.section(TokenizerSection)
         folder = files.locate(ctx, section)
@@ -49,6 +48,9 @@ class TokenizerPlugin:
                 )
             yield Note(text="no tokenizer: the folder holds no tokenizer files")
             return
+        from llmload.builtin.tokenizer import chat_template, processors
+        from llmload.builtin.tokenizer.changes import change
+
         tokenizer = files.load(folder, ctx, section)
         before = dict(tokenizer.get_vocab())
         ctx.tokenizer = tokenizer
