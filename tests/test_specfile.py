@@ -242,7 +242,7 @@ def test_a_missing_file_a_folder_and_a_file_that_cannot_be_opened(tmp_path: Path
         f"{'a' * 300}: the spec file cannot be read: File name too long. Check the name."
     )
     assert refusal("a\0b") == (
-        "a\0b: the spec file cannot be read: embedded null byte. Check the name."
+        "a\\x00b: the spec file cannot be read: embedded null byte. Check the name."
     )
 
 
