@@ -469,7 +469,9 @@ def test_what_was_written_is_held_to_the_model(llama: Path, tmp_path: Path) -> N
 def test_the_command_writes_what_python_does_and_lists_it(llama: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     done = CliRunner().invoke(
-        commands.app, ["save", str(llama), "--set", "lora={r: 2}", "--to", str(target)]
+        commands.app,
+        ["save", str(llama), "--set", "lora={r: 2}", "--to", str(target)],
+        env={"COLUMNS": "300"},
     )
     assert done.exit_code == 0, done.output
     assert re.search(r"^adapter +.*out", done.stdout, re.MULTILINE)

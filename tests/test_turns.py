@@ -67,6 +67,10 @@ def test_groups_take_turns_too(folder: Path) -> None:
         assert list(pool.map(task, DTYPES)) == [{getattr(torch, dtype)} for dtype in DTYPES]
 
 
+def waits(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [message for message in caplog.messages if " waits for another load " in message]
+
+
 def test_a_load_that_waits_says_for_what(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     inside, leave = threading.Event(), threading.Event()
 
@@ -91,12 +95,12 @@ def test_a_load_that_waits_says_for_what(folder: Path, caplog: pytest.LogCapture
         waiting = pool.submit(load, folder, "bfloat16")
         with pytest.raises(SpecError):  # a wrong spec is refused at once
             load(folder, "float64")
-        while not caplog.messages and not waiting.done():
+        while not (told := waits(caplog)) and not waiting.done():
             time.sleep(0.01)
         leave.set()
         slow.result()
         waiting.result()
-    assert caplog.messages[0].startswith(
+    assert told[0].startswith(
         f"the load of '{folder}' waits for another load of this process: the load of '{folder}',"
         " in thread 'ThreadPoolExecutor"
     )

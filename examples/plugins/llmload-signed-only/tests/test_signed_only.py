@@ -77,7 +77,9 @@ def test_it_keeps_the_contract() -> None:
 def test_a_folder_that_any_trusted_key_has_signed_is_loaded(
     folder: Path, key: Path, registry: llmload.Registry
 ) -> None:
-    plain = llmload.load({"model": str(folder)})
+    # Where this plugin is installed too, no other load would take it.
+    without = llmload.create_registry(block={"signed_only"})
+    plain = llmload.load({"model": str(folder)}, registry=without)
     sign(folder, key)
     result = llmload.load({"model": str(folder)}, registry=registry)
     mine, others = parameters(result.model), parameters(plain.model)
