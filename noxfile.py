@@ -146,9 +146,9 @@ def rlhf(session: nox.Session) -> None:
     _pytest_rlhf(session)
 
 
-@nox.session
+@nox.session(default=False)
 def fsdp(session: nox.Session) -> None:
-    """The same for ``llmload-fsdp``, on 2 and 4 ranks."""
+    """The same for ``llmload-fsdp``, on 2 and 4 ranks: two minutes, by hand."""
     groups = (*GROUPS["test"], *GROUPS["train"])
     session.install("-c", MODERN, *groups, ".[hf,bitsandbytes]", f"./{FSDP}")
     with session.chdir(FSDP):
