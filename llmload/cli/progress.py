@@ -98,32 +98,26 @@ def _transformers_bars(track: Track) -> Iterator[None]:
     if find_spec("transformers") is None:
         yield
         return
-    from transformers.utils import logging as bars
+    from transformers.utils import logging as theirs
 
     # transformers 4 has no such hook: its bars show themselves.
-    if not hasattr(bars, "set_tqdm_hook"):
+    if not hasattr(theirs, "set_tqdm_hook"):
         yield
         return
-    before = bars.set_tqdm_hook(bar)
+    before = theirs.set_tqdm_hook(bar)
     try:
         yield
     finally:
-        bars.set_tqdm_hook(before)
+        theirs.set_tqdm_hook(before)
 
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Silence the bars of transformers and the hub, unless they are silent already."""
+    """Silence the bars of transformers and the hub, where there are any."""
     if find_spec("transformers") is None:
         yield
         return
-    from transformers.utils import logging as bars
+    from llmload.hf import bars
 
-    if not bars.is_progress_bar_enabled():
+    with bars.hidden():
         yield
-        return
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        bars.enable_progress_bar()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from pydantic import BaseModel
 
 from llmload.errors import LlmloadError, LoadFailedError, RequestError, in_one_line
+from llmload.hf import bars
 from llmload.host.registry import Registry, create_registry
 from llmload.loading.pipeline import LoadResult, load_held
 from llmload.model import partitions
@@ -125,7 +126,7 @@ def _written(result: LoadResult, place: Path, max_shard_size: str, registry: Reg
     adapter = obstacles.is_peft(result.model)
     with (
         _failures_named(),
-        _quiet(),
+        bars.hidden(),  # that of transformers tells of files and not of bytes
         writing.refused(place),
         writing.whole_folder(place) as folder,
     ):
@@ -224,18 +225,3 @@ def _failures_named() -> Iterator[None]:
             f"saving failed, and nothing is left of it: {type(error).__name__}:"
             f" {in_one_line(error).rstrip('.')}"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the bar of transformers away, which tells of files and not of bytes."""
-    from transformers.utils import logging
-
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
