@@ -59,19 +59,19 @@ class SignedOnly:
             return
         yield llmload.Note(text=f"signed: {SIGNATURE} covers every file of the folder")
         root, files = ctx.folder.resolve(), ctx.checkpoint.files if ctx.checkpoint else ()
-        elsewhere = [file.name for file in files if not _lies_in(root, file.path)]
+        # A snapshot of the hub has links to files beside it, which were hashed through them.
+        linked = {file.resolve() for file in root.iterdir()}
+        elsewhere = [
+            file.name
+            for file in files
+            if not (file.path.is_relative_to(root) or file.path in linked)
+        ]
         if elsewhere:
             yield llmload.Problem(
                 where="model",
                 message=f"{', '.join(elsewhere)} with weights lies outside of the signed folder",
                 fix="Load a signed folder with its own weights.",
             )
-
-
-def _lies_in(root: Path, path: Path) -> bool:
-    # A snapshot of the hub's cache has links to files beside it, which were hashed through them.
-    through = {file.resolve() for file in root.iterdir()}
-    return path.is_relative_to(root) or path in through
 
 
 def _unsigned(folder: Path, keys: list[Path]) -> str:
