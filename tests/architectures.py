@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     AutoModel,
@@ -120,18 +122,36 @@ def encoder_types() -> list[str]:
     return _types("base", {name: "" for name in names if name not in seq2seq})
 
 
+def every() -> list[tuple[str, str]]:
+    """List kind and model type of all of them."""
+    return [(kind, name) for kind, names in _by_kind().items() for name in names]
+
+
 def tried() -> list[tuple[str, str]]:
     """List kinds and model types for a test of every type.
 
     These are the widely used ones and one of four others, or all; see ``ALL``.
     """
-    types = {"causal_lm": causal_lm_types(), "seq2seq_lm": seq2seq_types(), "base": encoder_types()}
     return [
         (kind, name)
-        for kind, names in types.items()
+        for kind, names in _by_kind().items()
         for number, name in enumerate(names)
         if ALL or name in WIDELY_USED or number % STRIDE == 0
     ]
+
+
+def counted(request: pytest.FixtureRequest, what: str) -> Iterator[Counter[str]]:
+    """Be a fixture that counts how comparisons end, and prints it when all are done."""
+    found: Counter[str] = Counter()
+    yield found
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        lines = [f"{count} {outcome}" for outcome, count in found.most_common()]
+        reporter.write_line(f"\n{found.total()} {what}: {', '.join(lines)}")
+
+
+def _by_kind() -> dict[str, list[str]]:
+    return {"causal_lm": causal_lm_types(), "seq2seq_lm": seq2seq_types(), "base": encoder_types()}
 
 
 def _types(kind: str, names: Mapping[str, Any]) -> list[str]:

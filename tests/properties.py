@@ -26,11 +26,7 @@ from llmload.hookspecs import hookimpl
 from llmload.model import reachable
 from llmload.testing import edit_config, save_checkpoint
 
-TYPES = [
-    *(("causal_lm", name) for name in architectures.causal_lm_types()),
-    *(("seq2seq_lm", name) for name in architectures.seq2seq_types()),
-    *(("base", name) for name in architectures.encoder_types()),
-]
+TYPES = architectures.every()
 LOADERS = ("streaming", "transformers")
 Found = dict[str, torch.Tensor]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,7 @@ def test_nothing_that_a_folder_holds_reaches_the_terminal_as_a_control(
     sound: Path, tmp_path: Path, place: str, text: str
 ) -> None:
     folder = tmp_path / "model"
-    folder.mkdir()
-    for file in sound.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(sound, folder)
     PLACES[place](folder, text)
     for command in COMMANDS:
         found = said([command, str(folder)])
@@ -98,9 +97,7 @@ def test_nothing_that_a_folder_holds_reaches_the_terminal_as_a_control(
 
 def test_the_name_of_a_folder_is_no_control_and_no_markup(sound: Path, tmp_path: Path) -> None:
     folder = tmp_path / f"{DRIVES}[red]{TURNS}"
-    folder.mkdir()
-    for file in sound.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(sound, folder)
     for command in COMMANDS:
         found = said([command, str(folder)])
         assert CONTROLS.findall(found) == []

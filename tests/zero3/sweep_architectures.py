@@ -18,15 +18,7 @@ from zero3 import comparing
 from zero3.farm import Job, launch
 
 PARTS = 12
-TYPES = [
-    (kind, model_type)
-    for kind, types in (
-        ("causal_lm", architectures.causal_lm_types()),
-        ("seq2seq_lm", architectures.seq2seq_types()),
-        ("base", architectures.encoder_types()),
-    )
-    for model_type in types
-]
+TYPES = architectures.every()
 PRECISIONS = [("bfloat16", None), ("float32", 0)]
 """Dtype of the model, and DeepSpeed's threshold for parameters that persist."""
 
@@ -106,12 +98,7 @@ overlooks them, and DeepSpeed partitions them in ``initialize``. Ours are partit
 @pytest.fixture(scope="module")
 def counts(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
     """How the comparisons ended; printed when all are done."""
-    found: Counter[str] = Counter()
-    yield found
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        lines = [f"{count} {outcome}" for outcome, count in found.most_common()]
-        reporter.write_line(f"\n{found.total()} loads of {len(TYPES)} types: {', '.join(lines)}")
+    yield from architectures.counted(request, f"loads of {len(TYPES)} types")
 
 
 @pytest.mark.timeout(900)

@@ -134,12 +134,7 @@ def every(types: list[str], place: str) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def counts(request: pytest.FixtureRequest) -> Iterator[Counter[str]]:
     """How the comparisons ended; printed when all are done."""
-    found: Counter[str] = Counter()
-    yield found
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        lines = [f"{count} {outcome}" for outcome, count in found.most_common()]
-        reporter.write_line(f"\n{found.total()} types: {', '.join(lines)}")
+    yield from architectures.counted(request, "types")
 
 
 @pytest.mark.timeout(900)
