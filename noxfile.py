@@ -262,6 +262,13 @@ def zero3_disk(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def zero3_launched(session: nox.Session) -> None:
+    """Trainers started by ``accelerate launch`` with a DeepSpeed config: two minutes, by hand."""
+    session.install("-c", MODERN, *GROUPS["test"], *GROUPS["train"], ".[all]")
+    session.run("pytest", "tests/zero3/sweep_launched.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
 def two_hosts(session: nox.Session) -> None:
     """ZeRO-3 on two hosts, each a network namespace of this machine: needs root and iproute2."""
     session.install("-c", MODERN, *GROUPS["test"], ".[all]")

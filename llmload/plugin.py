@@ -62,6 +62,7 @@ Where and how a weight is stored:
 - ``Placement``: what ``ctx.placement`` answers; ``Splitting``: one that keeps a part of each value.
 - ``Target``, ``Source``, ``Part``: what it is asked, and one of its answers.
 - ``Plain``: the placement where no plugin sets one.
+- ``WORTH_MAPPING``: bytes from which on it pays to leave a part on the file's own pages.
 
 Models:
 
@@ -90,9 +91,10 @@ What plugins declare:
 Several processes of one load:
 
 - ``rank``, ``world_size``: of the launcher that started this process, if one did.
-- ``Presence``: shows the other ranks that this one lives while it plans; ``store_is_there``: the
-  ranks have a store that none has to wait for.
-- ``connect``: waits for all ranks and makes the process group; ``tell``: says that one fails.
+- ``Rendezvous``: brings the ranks of a section's loads together, for the hooks of its plugin. What
+  it is made of: ``Presence`` shows the other ranks that this one lives while it plans, and
+  ``store_is_there`` that the ranks have a store that none has to wait for;
+  ``connect`` waits for all ranks and makes the process group; ``tell`` says that one fails.
 - ``Ranks``: they agree, go on together, or all stop with the name of the one that failed;
   ``request_of``: what they agree on.
 
@@ -121,6 +123,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint.folder import main_file as main_file
     from llmload.checkpoint.header import TensorInfo as TensorInfo
     from llmload.checkpoint.mapped import MappedCheckpoint as MappedCheckpoint
+    from llmload.checkpoint.placement import WORTH_MAPPING as WORTH_MAPPING
     from llmload.checkpoint.placement import Part as Part
     from llmload.checkpoint.placement import Placement as Placement
     from llmload.checkpoint.placement import Plain as Plain
@@ -182,6 +185,7 @@ if TYPE_CHECKING:
     from llmload.ranks.launcher import tell as tell
     from llmload.ranks.meeting import Ranks as Ranks
     from llmload.ranks.presence import Presence as Presence
+    from llmload.ranks.rendezvous import Rendezvous as Rendezvous
     from llmload.spec import patterns as patterns
     from llmload.spec.foreign_keys import DTYPE_WORDS as DTYPE_WORDS
     from llmload.spec.foreign_keys import Keys as Keys
@@ -216,6 +220,7 @@ __all__ = [
     "DTYPE_WORDS",
     "MISSING",
     "PHASES",
+    "WORTH_MAPPING",
     "WRAPPERS",
     "Accounting",
     "AdapterSwitch",
@@ -252,6 +257,7 @@ __all__ = [
     "Regex",
     "Removal",
     "Renaming",
+    "Rendezvous",
     "RequestError",
     "Room",
     "Section",
@@ -346,7 +352,8 @@ _HOME = {
     "dtype_name": "spec.values",
     "torch_dtype": "checkpoint.dtypes",
     **dict.fromkeys(
-        ("Part", "Placement", "Plain", "Source", "Splitting", "Target"), "checkpoint.placement"
+        ("WORTH_MAPPING", "Part", "Placement", "Plain", "Source", "Splitting", "Target"),
+        "checkpoint.placement",
     ),
     **dict.fromkeys(("in_one_line", "some"), "errors"),
     **dict.fromkeys(("installed_versions", "name_and_version", "version_of"), "host.distributions"),
@@ -370,6 +377,7 @@ _HOME = {
     **dict.fromkeys(("connect", "tell"), "ranks.launcher"),
     "Ranks": "ranks.meeting",
     "Presence": "ranks.presence",
+    "Rendezvous": "ranks.rendezvous",
     **dict.fromkeys(
         ("DTYPE_WORDS", "Keys", "Removal", "Sentence", "Spelling", "listed", "switch", "words"),
         "spec.foreign_keys",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from llmload.checkpoint.assembled import Assembled
     from llmload.checkpoint.header import TensorInfo
+
+WORTH_MAPPING: Final = 2**16
+"""Bytes of a part below which mapping it takes longer than copying it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
@@ -25,6 +25,7 @@ PHASES: Final[dict[Phase, str]] = {
     "train": "gradients and optimizer are there",
 }
 """Phase -> what has happened at its end."""
+_MOST_RANKS: Final = 4096
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -139,6 +140,8 @@ class Forecast:
     """Whether there is an accelerator: there a model is trained, unless a weight ``stays``."""
     in_float32: bool = False
     """Whether the optimizer keeps a copy of the parameters in float32, and states of it."""
+    states_on_host: bool = False
+    """Whether gradients and optimizer are kept on the host, though there are accelerators."""
 
     def supposing(self, **changes: Any) -> Self:
         """Return a copy whose weights can be changed, with other fields for this one's."""
@@ -147,6 +150,20 @@ class Forecast:
             for field in ("weights", "replaced")
         }
         return replace(self, **{**copied, "costs": list(self.costs), **changes})
+
+    def fewest_ranks(self, divide: Callable[[Self], None]) -> int | None:
+        """Return the smallest power of two of ranks for which there is room, or None.
+
+        :param divide: divides the weights of a copy among the ranks of its ``machine``.
+        """
+        ranks = self.machine.processes
+        while ranks <= _MOST_RANKS:
+            tried = self.supposing(machine=replace(self.machine, ranks=ranks))
+            divide(tried)
+            if tried.suffices():
+                return ranks
+            ranks = 2 ** (math.floor(math.log2(ranks)) + 1)
+        return None
 
     # --- what comes of it -------------------------------------------------------------------------
 
@@ -192,7 +209,7 @@ class Forecast:
             gradients += part * weight.itemsize
             states += rule(shape, 4 if self.in_float32 else weight.itemsize)
             states += 4 * part * self.in_float32
-        place: Place = "device" if self.accelerated else "host"
+        place: Place = "device" if self.accelerated and not self.states_on_host else "host"
         name = self.machine.optimizer
         return [
             Cost(what="gradients", nbytes=gradients, phase="train", lasting=True, place=place),

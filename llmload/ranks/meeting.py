@@ -90,8 +90,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         key = f"request/{self._load}"
         if self.rank == 0:
             self._store.set(key, json.dumps(request))
-        while not self._asked(lambda: self._store.check([key])):
-            self._wait()
+        self._wait_until(lambda: self._store.check([key]))
         theirs: dict[str, str] = json.loads(self._store.get(key))
         differing = [
             f"{name} is {request.get(name, 'absent')} here and {theirs.get(name, 'absent')} there"
@@ -113,8 +112,7 @@ class Ranks(AbstractContextManager["Ranks"]):
         key = f"{point}/{self._load}"
         self._asked(lambda: self._store.add(key, 1))
         # `add` of 0 reads without waiting; `wait` and `get` would block until the key is there.
-        while self._asked(lambda: self._store.add(key, 0)) < self.size:
-            self._wait()
+        self._wait_until(lambda: self._store.add(key, 0) >= self.size)
 
     def look(self) -> None:
         """Raise ``LoadFailedError`` if another rank has failed; for loops that take long."""
@@ -162,12 +160,15 @@ class Ranks(AbstractContextManager["Ranks"]):
         if self.rank:
             self._asked(lambda: self._store.add("gone", 1))
             return
-        while self._asked(lambda: self._store.add("gone", 0)) < self.size - 1:
-            self._wait()
+        self._wait_until(lambda: self._store.add("gone", 0) >= self.size - 1)
 
-    def _wait(self) -> None:
-        time.sleep(POLL / 10)
-        self.look()
+    def _wait_until(self, so: Callable[[], bool]) -> None:
+        """Ask the store until it is so; seldom once the others are not about to come."""
+        pause = POLL / 200
+        while not self._asked(so):
+            time.sleep(pause)
+            self.look()
+            pause = min(2 * pause, POLL / 10)
 
     def _asked(self, question: Callable[[], _T]) -> _T:
         """Ask the store; raise where it is gone."""

@@ -14,7 +14,7 @@ from zero3.farm import Job, Outcome, launch
 
 import llmload
 from llmload import testing
-from llmload.builtin.zero3.parts import Forecast, forecast
+from llmload.builtin.zero3.parts import Share, share
 from llmload.hf import installed_transformers
 from llmload.host.registry import create_registry
 from llmload.loading import planning
@@ -60,13 +60,13 @@ def outcomes(folders: dict[str, Path]) -> dict[str, list[Outcome]]:
     return dict(zip([*RANKS, "wide"], launch(jobs, timeout=200), strict=True))
 
 
-def forecasts(folder: Path, ranks: int) -> list[Forecast]:
+def shares(folder: Path, ranks: int) -> list[Share]:
     registry = create_registry()
     spec = registry.validate({"model": str(folder), "dtype": "bfloat16", "zero3": {}})
     ctx = planning.prepare(spec, registry, download=planning.Download.NOTHING).ctx
     assert ctx.checkpoint
     accounting = installed_transformers().account(ctx.blank, ctx.checkpoint)
-    return [forecast(ctx, accounting, rank, ranks) for rank in range(ranks)]
+    return [share(ctx, accounting, rank, ranks) for rank in range(ranks)]
 
 
 @pytest.mark.slow
@@ -74,7 +74,7 @@ def forecasts(folder: Path, ranks: int) -> list[Forecast]:
 def test_plan_foretells_what_each_rank_reads_and_keeps(
     outcomes: dict[str, list[Outcome]], folders: dict[str, Path], name: str
 ) -> None:
-    expected = forecasts(folders[name], RANKS[name])
+    expected = shares(folders[name], RANKS[name])
     for rank, outcome in enumerate(outcomes[name]):
         assert outcome.code == 0, outcome.output
         counted: dict[str, Any] = outcome.result
@@ -100,7 +100,7 @@ def test_plan_without_ranks_tells_what_each_of_several_would_read(
     left, each, *examples = notes["zero3"]
     assert left.startswith("`auto` is left to the training loop")
     assert each == "each rank reads and keeps its own part of every tensor"
-    read = [forecasts(folders["two"], ranks)[0].read for ranks in (2, 4, 8)]
+    read = [shares(folders["two"], ranks)[0].read for ranks in (2, 4, 8)]
     for ranks, bytes_read, note in zip((2, 4, 8), read, examples, strict=True):
         assert note.startswith(f"each of {ranks} ranks reads {bytes_read:,} of {size} bytes and")
 

@@ -53,13 +53,18 @@ OF_TRL: dict[str, Any] = {
 }
 
 
+def announced() -> bool:
+    """Say whether ``accelerate launch`` has the DeepSpeed config, and tells the trainers of it."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
 def options(place: str) -> dict[str, Any]:
     """Return what every trainer is told; the DeepSpeed config is a file, as usual."""
     file = Path(place, f"deepspeed-{os.environ['RANK']}.json")
     file.write_text(json.dumps(CONFIG))
     return {
         "output_dir": place,
-        "deepspeed": str(file),
+        "deepspeed": None if announced() else str(file),
         "use_cpu": True,
         "bf16": True,
         "max_steps": 3,
@@ -75,7 +80,8 @@ def options(place: str) -> dict[str, Any]:
 
 
 def spec(folder: str, *, adapter: bool) -> dict[str, Any]:
-    asked: dict[str, Any] = {"model": folder, "dtype": "bfloat16", "zero3": {"config": CONFIG}}
+    zero3 = {} if announced() else {"config": CONFIG}
+    asked: dict[str, Any] = {"model": folder, "dtype": "bfloat16", "zero3": zero3}
     return asked | ({"lora": LORA | {"adapter_dtype": "base"}} if adapter else {})
 
 

@@ -53,7 +53,7 @@ def finish(ctx: LoadContext, section: KbitSection, model: PreTrainedModel) -> No
     for name, owner, parameter in parameters(model):
         parameter.requires_grad = False
         parameter.data = parameter.data.to(casting.dtype(name, owner, parameter))
-    if check.fsdp_announced():
+    if check.fsdp_announced() and not ctx.splits:
         _refuse_mixed_dtypes(casting, model)
     facts = _facts(ctx, casting, model, layers)
     ctx.record("kbit", facts)

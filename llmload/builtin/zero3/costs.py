@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-from llmload.plugin import Cost, Forecast, Machine, Span, Weight
+from llmload.plugin import WORTH_MAPPING, Cost, Forecast, Span, Weight
 
 if TYPE_CHECKING:
     from llmload.builtin.zero3.config import DeepSpeedConfig
-
-WORTH_MAPPING: Final = 2**16
-"""Bytes below which mapping a part takes longer than copying it."""
-_MOST_RANKS: Final = 4096
 
 
 def divide(forecast: Forecast, config: DeepSpeedConfig, ranks: int, *, by_us: bool) -> None:
@@ -33,6 +28,8 @@ def divide(forecast: Forecast, config: DeepSpeedConfig, ranks: int, *, by_us: bo
         if weight.since == "load" and weight.route in ("mapped", "copied", "cast", "assembled"):
             weight.route = "mapped part" if weight.on_pages else "part"
             weight.why = f"1 of {ranks} parts, {weight.why}"
+    states: Mapping[str, Any] = config.zero.get("offload_optimizer") or {}
+    forecast.states_on_host = states.get("device") == "cpu"
     forecast.in_float32 = config.dtype != "float32"
 
 
@@ -51,23 +48,3 @@ def costs(forecast: Forecast, config: DeepSpeedConfig) -> Iterator[Cost]:
     gathered = min(sum(whole), max(live * itemsize, max(whole, default=0)))
     for phase in ("use", "train"):
         yield Cost(what="gathered weights", nbytes=gathered, phase=phase, place=place)
-
-
-def fewest_ranks(forecast: Forecast, config: DeepSpeedConfig) -> int | None:
-    """Return the smallest power of two of ranks for which there is room, or None."""
-    ranks = forecast.machine.processes
-    while ranks <= _MOST_RANKS:
-        machine = forecast.machine
-        wider = Machine(
-            ranks=ranks,
-            ranks_per_host=machine.ranks_per_host,
-            host_memory=machine.host_memory,
-            device_memory=machine.device_memory,
-            optimizer=machine.optimizer,
-        )
-        tried = forecast.supposing(machine=wider)
-        divide(tried, config, ranks, by_us=True)
-        if tried.suffices():
-            return ranks
-        ranks = 2 ** (math.floor(math.log2(ranks)) + 1)
-    return None

@@ -5,7 +5,7 @@ Imported lazily, by functions: this module needs torch, transformers and deepspe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from llmload.builtin.zero3.leaves import mark_leaf_modules
 from llmload.builtin.zero3.placement import Partitioned
 from llmload.builtin.zero3.process_group import connect
 from llmload.builtin.zero3.section import Zero3Section
-from llmload.plugin import LoadFailedError, Problem, Ranks, Span, partitions, request_of
+from llmload.plugin import LoadFailedError, Problem, Rendezvous, Span, partitions, request_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 class Session(AbstractContextManager["Session"]):
     """What one load holds on to, and gives back when its contexts are left."""
 
-    def __init__(self, ctx: LoadContext, config: DeepSpeedConfig, met: Callable[[], None]) -> None:
+    def __init__(self, ctx: LoadContext, config: DeepSpeedConfig, ranks: Rendezvous) -> None:
         self._ctx = ctx
-        self._met = met  # called once the ranks watch each other
+        self._ranks = ranks
         self._config = config
         self._section = ctx.section(Zero3Section)
         self._global = GlobalConfig()
@@ -42,7 +42,8 @@ class Session(AbstractContextManager["Session"]):
         with ExitStack() as stack:
             stack.enter_context(self._global)
             if self._config.stage == 3:
-                ranks = self._ranks()
+                deadline = self._section.deadline
+                ranks = self._ranks.meet(self._ctx, lambda: connect(deadline), deadline)
                 ranks.agree(
                     request_of(
                         self._ctx,
@@ -61,26 +62,6 @@ class Session(AbstractContextManager["Session"]):
                     self.activate()
             self._stack = stack.pop_all()
         return self
-
-    def _ranks(self) -> Ranks:
-        """Return the ranks of this load, in a group those of its first partitioned member.
-
-        They watch each other until the last plugin's audit, in a group the last member's: a rank
-        that fails there, in a member that is not partitioned too, stops the others.
-        """
-        scope = self._ctx.scope
-        try:
-            connect(self._section.deadline)
-            # A group's scope outlives the load: its ranks meet once, and part when all members are
-            # loaded.
-            if "zero3" not in scope.kept:
-                scope.kept["zero3"] = scope.until_end.enter_context(
-                    Ranks(self._section.deadline, lacking="zero3")
-                )
-        finally:
-            self._met()
-        ranks: Ranks = scope.kept["zero3"]
-        return ranks
 
     def activate(self) -> None:
         """Let transformers see the DeepSpeed config from here on."""

@@ -31,7 +31,7 @@ def dtype_of(like: torch.Tensor, model: torch.dtype) -> torch.dtype:
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class Share:
     """What one rank will read and keep."""
 
     read: int
@@ -43,7 +43,7 @@ class Forecast:
     """Bytes of the partitions, padding included, tied ones once, and of the buffers."""
 
 
-def forecast(ctx: LoadContext, accounting: Accounting, rank: int, ranks: int) -> Forecast:
+def share(ctx: LoadContext, accounting: Accounting, rank: int, ranks: int) -> Share:
     """Say beforehand what a rank will read and keep, from headers and the model without storage."""
     model = ctx.blank
     computed = sum(info.nbytes for info in accounting.computed)
@@ -67,4 +67,4 @@ def forecast(ctx: LoadContext, accounting: Accounting, rank: int, ranks: int) ->
         if name not in tied:
             size = Span.of(parameter.numel(), rank, ranks).size
             kept += size * dtype_of(parameter, ctx.dtype).itemsize
-    return Forecast(read, computed, kept)
+    return Share(read, computed, kept)

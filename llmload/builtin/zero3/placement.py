@@ -20,9 +20,8 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from deepspeed.runtime.zero.partition_parameters import Init, is_zero_param
 from torch import nn
 
-from llmload.builtin.zero3.costs import WORTH_MAPPING
 from llmload.builtin.zero3.parts import dtype_of, own_span
-from llmload.plugin import Part, Span
+from llmload.plugin import WORTH_MAPPING, Part, Span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

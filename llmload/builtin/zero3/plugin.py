@@ -21,10 +21,10 @@ from llmload.plugin import (
     Decline,
     Note,
     Problem,
+    Rendezvous,
     RequestError,
     dtype_name,
     rank,
-    store_is_there,
     world_size,
 )
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from llmload.builtin.zero3.config import DeepSpeedConfig
     from llmload.builtin.zero3.loading_session import Session
-    from llmload.plugin import Cost, Forecast, LoadContext, Presence
+    from llmload.plugin import Cost, Forecast, LoadContext
 
 
 _EXAMPLES = (2, 4, 8)
@@ -64,7 +64,7 @@ class Zero3Plugin:
 
     def __init__(self) -> None:
         self._sessions: WeakKeyDictionary[LoadContext, Session] = WeakKeyDictionary()
-        self._presence: Presence | None = None
+        self._ranks = Rendezvous(self.name)
 
     @hookimpl
     def diagnose(self) -> Iterator[Problem | Note]:
@@ -143,13 +143,18 @@ class Zero3Plugin:
         from llmload.builtin.zero3 import costs
 
         resolved = ctx.handed_on.get(self.name) or config.plain(dtype_name(ctx.dtype))
-        if resolved.stage < 3 or (ctx.placed_by not in (None, self.name) and not ctx.splits):
+        asked_for = self.name in ctx.active
+        if resolved.stage < 3 or (asked_for and _kept_whole(ctx, resolved) is not None):
             return
-        if self.name in ctx.active and _kept_whole(ctx, resolved) is not None:
-            return
-        ranks = costs.fewest_ranks(forecast, resolved)
+        if not asked_for and (ctx.placed_by or ctx.spec.device_map) is not None:
+            return  # another plugin has them, or several devices
+
+        def divide(tried: Forecast) -> None:
+            costs.divide(tried, resolved, tried.machine.processes, by_us=True)
+
+        ranks = forecast.fewest_ranks(divide)
         if ranks is not None:
-            asked = "" if self.name in ctx.active else " with `zero3: {}`"
+            asked = "" if asked_for else " with `zero3: {}`"
             yield f"Load{asked} on {ranks} ranks"
 
     @hookimpl
@@ -157,7 +162,7 @@ class Zero3Plugin:
         """Gather the ranks, agree with them, and give the streaming loader its placement."""
         from llmload.builtin.zero3.loading_session import Session
 
-        session = Session(ctx, ctx.handed_on[self.name], self._end_presence)
+        session = Session(ctx, ctx.handed_on[self.name], self._ranks)
         self._sessions[ctx] = session
         return session
 
@@ -181,31 +186,14 @@ class Zero3Plugin:
     @hookimpl
     def started(self, asked: Mapping[str, Any]) -> None:
         """Show the other ranks that this one lives, or that it loads something else."""
-        size = world_size()
-        if size is None or size == 1:
-            return
-        from llmload.plugin import Presence  # imports torch
-
-        if self.name in asked:
-            if _stage(asked[self.name])[0] == 3:
-                self._presence = Presence(rank())
-        elif store_is_there():
-            Presence(rank(), elsewhere=self.name)
+        splits = self.name in asked and _stage(asked[self.name])[0] == 3
+        self._ranks.started(asked, splits=splits)
 
     @hookimpl
     def stopped(self, asked: Mapping[str, Any], error: BaseException) -> None:
         """Tell the other ranks, which may have planned well and wait for this one."""
         stage, deadline = _stage(asked[self.name])
-        if stage == 3 and world_size() is not None:
-            from llmload.plugin import tell  # imports torch
-
-            tell(error, deadline)
-        self._end_presence()
-
-    def _end_presence(self) -> None:
-        if self._presence is not None:
-            self._presence.stop()
-            self._presence = None
+        self._ranks.stopped(error, deadline, splits=stage == 3)
 
 
 def _trained_dtypes(ctx: LoadContext, forecast: Forecast) -> set[str]:
@@ -275,7 +263,7 @@ def _kept_whole(ctx: LoadContext, resolved: DeepSpeedConfig) -> Problem | None:
 
 def _forecasts(ctx: LoadContext, rank: int, ranks: int | None) -> Iterator[str]:
     """Say how much of the checkpoint each rank reads, and what it keeps."""
-    from llmload.builtin.zero3.parts import forecast
+    from llmload.builtin.zero3.parts import share
 
     assert ctx.checkpoint is not None
     reason = _nobody_asks_for_it(ctx)
@@ -288,9 +276,9 @@ def _forecasts(ctx: LoadContext, rank: int, ranks: int | None) -> Iterator[str]:
         yield "each rank reads and keeps its own part of every tensor"
         ctx.reads = f"a rank's part of {total:,} bytes"
     else:
-        ctx.reads = f"{forecast(ctx, accounting, rank, ranks).read:,} of {total:,} bytes"
+        ctx.reads = f"{share(ctx, accounting, rank, ranks).read:,} of {total:,} bytes"
     for number in _EXAMPLES if ranks is None else (ranks,):
-        expected = forecast(ctx, accounting, 0, number)
+        expected = share(ctx, accounting, 0, number)
         computed = ""
         if expected.computed:
             computed = f" ({expected.computed:,} of tensors that others are computed of, whole)"

@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from llmload.plugin import Cost, Forecast, Weight
-from llmload_fsdp.parts import WORTH_MAPPING
+from llmload.plugin import WORTH_MAPPING, Cost, Forecast, Weight
+from llmload_fsdp.sizes import Sizes
 
 if TYPE_CHECKING:
     from llmload_fsdp.section import ParallelSection
-    from llmload_fsdp.sizes import Sizes
 
 
 def divide(
@@ -24,12 +23,13 @@ def divide(
     """
     ranks = sizes.fsdp
     on_device = forecast.accelerated and not section.fsdp_cpu_offload
-    whole = sum(weight.part(weight.loaded) for weight in _loaded(forecast))
+    forecast.states_on_host = section.fsdp_cpu_offload
+    whole = sum(weight.elements * weight.loaded + weight.beside for weight in _loaded(forecast))
     for weight in (*forecast.weights.values(), *forecast.replaced.values()):
         rows = weight.parameter.shape[0]
         even = not rows % ranks
-        # A rank's rows are filled up to those of the first one, which has most.
-        weight.elements = -(-rows // ranks) * ranks * (weight.elements // rows)
+        width = weight.elements // max(_filled_up(rows, weight.parts), 1)
+        weight.elements = _filled_up(rows, ranks) * width
         weight.parts, weight.stays = ranks, section.fsdp_cpu_offload
         weight.place = "device" if on_device else "host"
         worth = even and weight.part(weight.loaded) >= WORTH_MAPPING
@@ -40,6 +40,33 @@ def divide(
     if not reads_rows:
         parts = sum(weight.part(weight.loaded) for weight in _loaded(forecast))
         yield Cost(what="the whole, of which a part is kept", nbytes=whole - parts, phase="load")
+
+
+def _filled_up(rows: int, ranks: int) -> int:
+    """Return the rows of all ranks, each filled up to those of the first one, which has most."""
+    return -(-rows // ranks) * ranks
+
+
+def fewest_ranks(
+    forecast: Forecast, section: ParallelSection, freed: Iterable[str], *, reads_rows: bool
+) -> int | None:
+    """Return the smallest power of two of ranks for which there is room, or None.
+
+    :param freed: as :func:`gathered` has it.
+    :param reads_rows: as :func:`divide` has it.
+    """
+    names = list(freed)
+
+    def divided(tried: Forecast) -> None:
+        ranks, over = divmod(tried.machine.processes, section.dp_replicate_size)
+        if over or not ranks:
+            return
+        sizes = Sizes(ranks, section.dp_replicate_size, 1, 1)
+        tried.costs = [cost for cost in tried.costs if cost.plugin != "parallel"]
+        tried.costs += divide(tried, section, sizes, reads_rows=reads_rows)
+        tried.costs += gathered(tried, section, names, ranks)
+
+    return forecast.fewest_ranks(divided)
 
 
 def _loaded(forecast: Forecast) -> Iterable[Weight]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class Share:
     """What one rank will read and keep."""
 
     read: int
@@ -63,7 +63,7 @@ class Reckoning:
             if name not in tied
         ]
 
-    def forecast(self, rank: int, ranks: int) -> Forecast:
+    def share(self, rank: int, ranks: int) -> Share:
         """Say what a rank will read and keep."""
         read = self._computed + self._whole
         for shape, nbytes in self._read:
@@ -71,7 +71,7 @@ class Reckoning:
         kept = self._buffers
         for shape, itemsize in self._kept:
             kept += span_of(shape, rank, ranks).length * itemsize
-        return Forecast(read, self._computed, kept)
+        return Share(read, self._computed, kept)
 
 
 def unsuited(model: nn.Module) -> Iterator[Problem]:
@@ -130,11 +130,9 @@ def _plan_problems(model: PreTrainedModel, config: Any) -> Iterator[Problem]:
         )
 
 
-def offload_problems() -> Iterator[Problem]:
+def offload_problems(ctx: LoadContext) -> Iterator[Problem]:
     """Refuse to offload to where everything is: FSDP2 fails, without a word of why."""
-    import torch
-
-    if not torch.accelerator.is_available():
+    if not ctx.machine.is_accelerated:
         yield Problem(
             where="parallel.fsdp_cpu_offload",
             message="there is no accelerator, so that everything is in host memory as it is",
@@ -156,10 +154,10 @@ def notes(
     reckoning, total = Reckoning(ctx, ctx.accounting(ctx.blank)), ctx.checkpoint.total_bytes
     ctx.reads = f"a rank's part of {total:,} bytes"
     if sizes is not None:
-        own = reckoning.forecast(rank % sizes.fsdp, sizes.fsdp)
+        own = reckoning.share(rank % sizes.fsdp, sizes.fsdp)
         ctx.reads = f"{own.read:,} of {total:,} bytes"
     for number in examples if sizes is None else (sizes.fsdp,):
-        told = reckoning.forecast(0, number)
+        told = reckoning.share(0, number)
         computed = ""
         if told.computed:
             computed = f" ({told.computed:,} of tensors that others are computed of, whole)"

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
 
 from llmload.plugin import Span
-
-WORTH_MAPPING: Final = 2**16
-"""Bytes below which mapping a part takes longer than copying it."""
 
 
 def rows_of(shape: Sequence[int], rank: int, ranks: int) -> Span:

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llmload.plugin import LoadFailedError, Part, Span
-from llmload_fsdp.parts import WORTH_MAPPING, span_of
+from llmload.plugin import WORTH_MAPPING, LoadFailedError, Part, Span
+from llmload_fsdp.parts import span_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from llmload import Conflict, Decline, Note, Problem, hookimpl
-from llmload.plugin import dtype_name, rank, store_is_there, world_size
+from llmload.plugin import Rendezvous, dtype_name, rank, world_size
 from llmload_fsdp import sizes
 from llmload_fsdp.section import ParallelSection
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from llmload.plugin import Cost, Forecast, LoadContext, Presence
+    from llmload.plugin import Cost, Forecast, LoadContext
     from llmload_fsdp.session import Session
+    from llmload_fsdp.units import Units
 
 _EXAMPLES = (2, 4, 8)
 """Numbers of ranks that a plan tells of where no launcher has started any."""
@@ -54,7 +55,7 @@ class ParallelPlugin:
 
     def __init__(self) -> None:
         self._sessions: WeakKeyDictionary[LoadContext, Session] = WeakKeyDictionary()
-        self._presence: Presence | None = None
+        self._ranks = Rendezvous(self.name)
 
     @hookimpl
     def diagnose(self) -> Iterator[Problem | Note]:
@@ -91,13 +92,33 @@ class ParallelPlugin:
         yield from costs.gathered(forecast, section, ctx.handed_on[self.name].freed, found.fsdp)
 
     @hookimpl
+    def relieve(self, ctx: LoadContext, forecast: Forecast) -> Iterator[str]:
+        """Offer as many ranks as it takes."""
+        from llmload_fsdp import costs
+        from llmload_fsdp.forecast import nobody_asks_for_it
+
+        planned = _units(ctx)
+        if planned is None:
+            return
+        asked_for = self.name in ctx.active
+        section = ctx.section(ParallelSection) if asked_for else ParallelSection()
+        reads_rows = ctx.checkpoint is not None and nobody_asks_for_it(ctx) is None
+        ranks = costs.fewest_ranks(forecast, section, planned.freed, reads_rows=reads_rows)
+        if ranks is not None:
+            resized = (
+                section.fsdp_size and f", with `fsdp_size: {ranks // section.dp_replicate_size}`"
+            )
+            asked = "" if asked_for else " with `parallel: {}`"
+            yield f"Load{asked} on {ranks} ranks{resized or ''}"
+
+    @hookimpl
     def init_context(self, ctx: LoadContext) -> AbstractContextManager[Session]:
         """Gather the ranks, agree with them, and give the streaming loader its placement."""
         from llmload_fsdp.session import Session
 
         found = sizes.resolve(ctx.section(ParallelSection), world_size() or 1)
         assert found is not None  # the ranks are known
-        session = Session(ctx, found, self._end_presence)
+        session = Session(ctx, found, self._ranks)
         self._sessions[ctx] = session
         return session
 
@@ -114,29 +135,12 @@ class ParallelPlugin:
     @hookimpl
     def started(self, asked: Mapping[str, Any]) -> None:
         """Show the other ranks that this one lives, or that it loads something else."""
-        size = world_size()
-        if size is None or size == 1:
-            return
-        from llmload.plugin import Presence  # imports torch
-
-        if self.name in asked:
-            self._presence = Presence(rank())
-        elif store_is_there():
-            Presence(rank(), elsewhere=self.name)
+        self._ranks.started(asked)
 
     @hookimpl
     def stopped(self, asked: Mapping[str, Any], error: BaseException) -> None:
         """Tell the other ranks, which may have planned well and wait for this one."""
-        if world_size() is not None:
-            from llmload.plugin import tell  # imports torch
-
-            tell(error, _deadline(asked[self.name]))
-        self._end_presence()
-
-    def _end_presence(self) -> None:
-        if self._presence is not None:
-            self._presence.stop()
-            self._presence = None
+        self._ranks.stopped(error, _deadline(asked[self.name]))
 
 
 def _deadline(asked: Any) -> float:
@@ -155,6 +159,20 @@ def _example(section: ParallelSection) -> sizes.Sizes:
     return found
 
 
+def _units(ctx: LoadContext) -> Units | None:
+    """Return the units that FSDP2 has or would have, or None where nothing is, or can be, split by
+    rows alone."""
+    from llmload_fsdp import forecast, units
+
+    if "parallel" in ctx.active:
+        planned: Units | None = ctx.handed_on.get("parallel")
+        return planned
+    if (ctx.placed_by or ctx.spec.device_map) is not None or any(forecast.unsuited(ctx.blank)):
+        return None
+    section = ParallelSection()
+    return units.plan(ctx.blank, _example(section).config(section))
+
+
 def _said(
     ctx: LoadContext, section: ParallelSection, found: sizes.Sizes | None
 ) -> Iterator[Problem | Note | Decline]:
@@ -166,7 +184,7 @@ def _said(
         yield from forecast.others(ctx, section, known)
         return
     if section.fsdp_cpu_offload:
-        yield from forecast.offload_problems()
+        yield from forecast.offload_problems(ctx)
     yield from forecast.unsuited(ctx.blank)
     planned = units.plan(ctx.blank, known.config(section))
     ctx.handed_on["parallel"] = planned

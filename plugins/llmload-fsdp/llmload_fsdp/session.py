@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from llmload import Problem
-from llmload.plugin import Ranks, connect, partitions, request_of
+from llmload.plugin import Rendezvous, connect, partitions, request_of
 from llmload_fsdp import sharding, units
 from llmload_fsdp.parts import span_of
 from llmload_fsdp.placement import Sharded
@@ -30,13 +30,13 @@ _PATIENCE = 600.0
 class Session(AbstractContextManager["Session"]):
     """What one load holds on to.
 
-    :param sizes: of the mesh; None where they follow from the number of ranks.
-    :param met: called once the ranks watch each other.
+    :param sizes: of the mesh.
+    :param ranks: all of them, which meet when this is entered.
     """
 
-    def __init__(self, ctx: LoadContext, sizes: Sizes, met: Callable[[], None]) -> None:
+    def __init__(self, ctx: LoadContext, sizes: Sizes, ranks: Rendezvous) -> None:
         self._ctx = ctx
-        self._met = met
+        self._ranks = ranks
         self._section = ctx.section(ParallelSection)
         self._sizes = sizes
         self._config = sizes.config(self._section)
@@ -45,7 +45,8 @@ class Session(AbstractContextManager["Session"]):
 
     def __enter__(self) -> Session:
         """Gather the ranks and agree; give the streaming loader its placement."""
-        ranks = self._ranks()
+        deadline = self._section.deadline
+        ranks = self._ranks.meet(self._ctx, lambda: _connect(deadline), deadline)
         ranks.agree(
             request_of(
                 self._ctx,
@@ -71,25 +72,6 @@ class Session(AbstractContextManager["Session"]):
             return init_device_mesh("cpu", (1,), mesh_dim_names=("fsdp",))
         copies = self._sizes.dp_replicate > 1
         return self._manager.get_mesh(("dp_replicate", "fsdp") if copies else "fsdp")
-
-    def _ranks(self) -> Ranks:
-        """Return the ranks of this load, in a group those of its first sharded member."""
-        scope = self._ctx.scope
-        try:
-            connect(
-                _start,
-                what="the model is spread",
-                patience=_PATIENCE,
-                deadline=self._section.deadline,
-            )
-            if "parallel" not in scope.kept:
-                scope.kept["parallel"] = scope.until_end.enter_context(
-                    Ranks(self._section.deadline, lacking="parallel")
-                )
-        finally:
-            self._met()
-        ranks: Ranks = scope.kept["parallel"]
-        return ranks
 
     def __exit__(
         self,
@@ -142,6 +124,10 @@ class Session(AbstractContextManager["Session"]):
                     f" {placement.ranks} ranks is {wanted}",
                     fix="A plugin after `parallel` changed it; report this to its makers.",
                 )
+
+
+def _connect(deadline: float) -> None:
+    connect(_start, what="the model is spread", patience=_PATIENCE, deadline=deadline)
 
 
 def _start() -> None:

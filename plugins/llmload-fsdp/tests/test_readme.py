@@ -13,6 +13,8 @@ from llmload.testing import tiny_checkpoint
 from llmload_fsdp.section import ParallelSection
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "fsdp.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
@@ -38,3 +40,16 @@ def test_the_table_lists_every_key_of_the_section() -> None:
         for key in re.findall(r"`(\w+)`", row)
     }
     assert listed == set(ParallelSection.model_fields)
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="the page is in the repository alone")
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_of_the_documentation_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the core's tests run its other pages."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    from snippets import run
+
+    tiny_checkpoint(tmp_path / "demo" / "model", "llama")
+    run(PAGE, tmp_path)

@@ -118,3 +118,15 @@ def test_two_that_place_the_same_weights_are_refused(folder: Path, other: dict[s
         llmload.plan({"model": str(folder), "parallel": {}, **other}).raise_for_errors()
     assert "parallel" in str(caught.value)
     assert "cannot be combined" in str(caught.value)
+
+
+def test_norms_may_be_cast_where_accelerate_has_announced_fsdp(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another FSDP wants one dtype for all that a block has; here what is cast has its own unit."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    kbit = {"bits": 4, "prepare": "legacy"}
+    spec = {"model": str(folder), "dtype": "bfloat16", "kbit": kbit}
+    assert llmload.plan(spec | {"parallel": {}}).errors == []
+    (problem,) = llmload.plan(spec).errors
+    assert "FSDP shards parameters of one floating-point dtype" in str(problem)
