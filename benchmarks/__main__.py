@@ -31,6 +31,7 @@ def main(
     ] = None,
     pairs: Annotated[int, typer.Option(help="Alternating runs of each side.")] = 5,
     threads: Annotated[int, typer.Option(help="Threads of a run, all its ranks together.")] = 2,
+    remark: Annotated[str, typer.Option(help="What else the machine did, for the page.")] = "",
     work: Annotated[Path, typer.Option(help="Where checkpoint folders are kept.")] = Path("build"),
     out: Annotated[Path, typer.Option(help="Where results go.")] = Path("benchmarks/results"),
 ) -> None:
@@ -66,7 +67,9 @@ def main(
                     threads=threads,
                     work=work,
                 )
-                results.add(out, topic, row, results.conditions(interpreters[where], threads))
+                results.add(
+                    out, topic, row, results.conditions(interpreters[where], threads, remark)
+                )
                 print(show.line(row), file=sys.stderr)
 
 

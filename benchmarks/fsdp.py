@@ -143,6 +143,7 @@ _OF_ANY = ("llmload", "from_pretrained", "accelerate")
 _IMPORTS = (
     "accelerate.utils.fsdp_utils",
     "llmload_fsdp.session",
+    "packaging.requirements",
     "torch.distributed.checkpoint",
     "transformers.distributed",
     "transformers.models.mixtral.modeling_mixtral",

@@ -18,7 +18,7 @@ from .compare import Row
 from .folders import SIZES
 
 
-def conditions(python: str, threads: int) -> dict[str, Any]:
+def conditions(python: str, threads: int, remark: str = "") -> dict[str, Any]:
     """Return what a row was measured under: it differs from row to row where some were rerun."""
     code = "import json, llmload.host.distributions as v; print(json.dumps(v.installed_versions()))"
     answer = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
@@ -29,6 +29,7 @@ def conditions(python: str, threads: int) -> dict[str, Any]:
         " no accelerator",
         "threads": threads,
         "versions": json.loads(answer.stdout),
+        **({"remark": remark} if remark else {}),
     }
 
 

@@ -72,7 +72,8 @@ def _under(row: Row) -> str:
 def _conditions(row: Row) -> str:
     under = row["under"]
     versions = ", ".join(f"{name} {version}" for name, version in under["versions"].items())
-    return f"{under['date']}; {under['machine']}; {under['threads']} threads; {versions}"
+    remark = f"{under['remark']}; " if "remark" in under else ""
+    return f"{under['date']}; {under['machine']}; {remark}{under['threads']} threads; {versions}"
 
 
 def _rows(row: Row, mark: str) -> Iterator[str]:
