@@ -1,7 +1,8 @@
 """examples/trl_sft.yaml, trl_dpo.yaml and their legacy kin prepare QLoRA as two generations of TRL.
 
-Written down here from trl f2cd57710 (after 1.9) and from 0.23.1. That TRL itself trains such a
-model as its own is in test_kbit_trl.py.
+Written down here from trl f2cd57710 (after 1.9) and from 0.24.0, whose SFTTrainer does as
+0.12's; the DPOTrainer does to 0.28.0. That TRL itself trains such a model as its own is in
+test_kbit_trl.py.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def quantised(folder: Path) -> Any:
 
 
 def as_trl_does(folder: Path) -> Any:
-    """Since 1.0: nothing is upcast, and whatever is trained becomes bfloat16."""
+    """SFT since 0.26, DPO since 0.29: nothing is upcast, what is trained becomes bfloat16."""
     model = peft.get_peft_model(quantised(folder), peft.LoraConfig(**LORA))
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -59,7 +60,7 @@ def as_trl_does(folder: Path) -> Any:
 
 
 def as_legacy_trl_does(folder: Path) -> Any:
-    """Until 0.23: kbit preparation, adapter, norms to float32, embeddings and head to bfloat16."""
+    """SFT to 0.24, DPO to 0.28: norms in float32, embeddings and head in bfloat16."""
     base = peft.prepare_model_for_kbit_training(
         quantised(folder), gradient_checkpointing_kwargs={"use_reentrant": True}
     )
@@ -100,6 +101,27 @@ def test_the_model_is_trls_bit_by_bit(folder: Path, name: str, restated: Any) ->
     # The Trainer's bf16=True.
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert losses(ours, 2) == losses(theirs, 2)
+
+
+def test_the_sft_trainer_of_0_25_is_written_as_the_page_says(folder: Path) -> None:
+    theirs = quantised(folder)
+    for name, parameter in theirs.named_parameters():
+        parameter.requires_grad_(False)
+        if parameter.dtype == torch.bfloat16 and "norm" in name.lower():
+            parameter.data = parameter.data.float()
+    lora = {key: value for key, value in LORA.items() if key != "task_type"}
+    torch.manual_seed(42)
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(**LORA))
+    for module in theirs.modules():
+        if isinstance(module, nn.LayerNorm):  # then peft_module_casting_to_bf16
+            module.to(torch.float32)
+    kbit = {"quant_type": "nf4", "cast": {"norms": "float32"}}
+    torch.manual_seed(42)
+    spec = {"model": str(folder), "dtype": "bfloat16", "kbit": kbit, "lora": lora}
+    mine, other = (dict(m.named_parameters()) for m in (llmload.load(spec).model, theirs))
+    assert list(mine) == list(other)
+    for key, parameter in mine.items():
+        assert same(parameter, other[key]), key
 
 
 def _is_4bit(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 Group: TypeAlias = Literal["norms", "embeddings", "head", "other"]
 
-# TRL 0.12 to 0.23, peft_module_casting_to_bf16: looked for anywhere in a module's name.
+# TRL 0.12 to 0.28, peft_module_casting_to_bf16: looked for anywhere in a module's name.
 _BFLOAT16_IN_TRL = ("lm_head", "embed_tokens", "wte", "wpe")
 
 

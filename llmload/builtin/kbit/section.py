@@ -71,8 +71,9 @@ class KbitSection(Section):
     prepare: Profile = "minimal"
     """How the frozen base is prepared. minimal: nothing is cast. legacy: everything that is not
     quantised in float32, as by ``prepare_model_for_kbit_training``. trl: as minimal, with the
-    adapter in bfloat16 (``lora.adapter_dtype``), as TRL since 1.0. trl_legacy: as TRL 0.12 to 0.23
-    with ``bf16=True``."""
+    adapter in bfloat16 (``lora.adapter_dtype``), as in TRL the SFTTrainer since 0.26 and the
+    DPOTrainer since 0.29. trl_legacy: as with ``bf16=True`` the one from 0.12 to 0.24 and the other
+    to 0.28."""
     cast: Casts = Casts()
     """Other dtypes than the profile's, by group of parameters."""
 
