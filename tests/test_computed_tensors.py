@@ -15,12 +15,14 @@ import torch
 from computed_tensors import RIGHT
 from stacks import IS_MODERN
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from zero3.farm import Job, Outcome, launch_once
 
 import llmload
 from llmload.builtin.colossalai import lazy_models
 from llmload.hookspecs import hookimpl
 from llmload.model import reachable
+from llmload.testing import tiny_llama
 
 NAMES = [model_class.__name__ for model_class in RIGHT]
 LOADERS = ("streaming", "transformers")
@@ -65,6 +67,33 @@ def hold(result: llmload.LoadResult, name: str, folder: Path, dtype: str) -> Non
     assert computed_tensors.differences(folder, name, tensors, kind) == []
     lacks = computed_tensors.MISSING.get(getattr(computed_tensors, name), ())
     assert sorted(result.report.newly_initialised) == sorted(lacks)
+
+
+class WholeNumbers(LlamaForCausalLM):
+    """Parameters that are not of floating point."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.steps = nn.Parameter(torch.arange(5), requires_grad=False)
+        self.mask = nn.Parameter(torch.tensor([True, False]), requires_grad=False)
+        self.post_init()
+
+
+@pytest.mark.parametrize("loader", ["streaming", "transformers"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_missing_parameters_that_are_no_floats_keep_their_kind(
+    dtype: str, loader: str, tmp_path: Path
+) -> None:
+    spec = {
+        "model": str(tiny_llama(tmp_path)),
+        "auto_class": f"{__name__}:WholeNumbers",
+        "dtype": dtype,
+        "strict": {"allow_missing": ["steps", "mask"]},
+    }
+    registry = llmload.create_registry(block={"streaming"} - {loader})
+    model: Any = llmload.load(spec, registry=registry).model
+    assert torch.equal(model.steps, torch.arange(5))
+    assert torch.equal(model.mask, torch.tensor([True, False]))
 
 
 NOT_LAZILY = {

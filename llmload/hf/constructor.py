@@ -230,6 +230,7 @@ class Values:
         def give_noted(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             around.put_back_what_has_no_values()  # it is built, and its constructor may run again
             with trackers.setdefault(id(model), Tracker()):
+                installed_transformers().give_own_kind(model, args[0] if args else ())
                 return give(model, *args, **kwargs)
 
         def initialise_all(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -106,6 +106,11 @@ class Transformers(Protocol):
         """Name the method of a model that gives memory to what a checkpoint lacks."""
         ...
 
+    def give_own_kind(self, model: PreTrainedModel, missing: Sequence[str]) -> None:
+        """Give memory to missing tensors that are not of floating point, where transformers would
+        give them that of floats."""
+        ...
+
     def unloaded(self, model: PreTrainedModel, given: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Return the tensors that have no final values yet though they are not on the meta device.
 

@@ -206,6 +206,20 @@ def gives_memory() -> str:
     return "_move_missing_keys_from_meta_to_cpu"
 
 
+def give_own_kind(model: PreTrainedModel, missing: Sequence[str]) -> None:
+    """What is not of floating point gets memory here: transformers would give it that of floats."""
+    import torch
+
+    state = model.state_dict(keep_vars=True)
+    for name in missing:
+        value = state.get(name)
+        if value is None or not value.is_meta or value.is_floating_point():
+            continue
+        path, _, attribute = name.rpartition(".")
+        memory = torch.empty_like(value, device="cpu")
+        setattr(model.get_submodule(path), attribute, _anew(value, memory))
+
+
 def unloaded(model: PreTrainedModel, given: Sequence[Any]) -> dict[str, torch.Tensor]:
     """Each buffer of a class that is no library's, and each parameter.
 

@@ -158,6 +158,10 @@ def gives_memory() -> str:
     return "_move_missing_keys_from_meta_to_device"
 
 
+def give_own_kind(model: PreTrainedModel, missing: Sequence[str]) -> None:
+    """transformers does."""
+
+
 def unloaded(model: PreTrainedModel, given: Sequence[Any]) -> dict[str, torch.Tensor]:
     """Under DeepSpeed, those that are not marked as loaded."""
     from transformers.integrations import is_deepspeed_zero3_enabled
