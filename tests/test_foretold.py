@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from stacks import IS_MODERN, needs_transformers_5
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llmload
 from llmload.checkpoint import TensorInfo
@@ -76,6 +77,28 @@ def test_fusions_that_transformers_does_not_know_are_refused(
     )
     assert text.endswith(
         "Remove `fusion_config` from config.json: it changes how a model computes, not what."
+    )
+
+
+@pytest.mark.refused_late  # what no rehearsal finds, from_pretrained says
+def test_what_deepspeed_refuses_leads_to_its_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = pytest.importorskip("deepspeed.runtime.config")
+    batches = {"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}
+
+    def partition(*args: Any, **options: Any) -> Any:
+        return config.DeepSpeedConfig(batches | {"gradient_accumulation_steps": 3})
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", partition)
+    registry = llmload.create_registry(block={"streaming"})
+    with pytest.raises(llmload.RequestError) as caught:
+        llmload.load({"model": str(tiny_llama(tmp_path))}, registry=registry)
+    assert str(caught.value) == (
+        "zero3: DeepSpeed refuses the load before it reads a weight: AssertionError: Check batch"
+        " related parameters. train_batch_size is not equal to micro_batch_per_gpu *"
+        " gradient_acc_step * world_size 7 != 2 * 3 * 1. Mend the DeepSpeed config, which"
+        " `TrainingArguments(deepspeed=...)` or `zero3.config` gives."
     )
 
 
@@ -229,6 +252,30 @@ def test_an_fp8_folder_that_transformers_dequantises_is_loaded_and_can_be_traine
     found = {name.replace(".base_layer", ""): p for name, p in model.named_parameters()}
     assert all(torch.equal(found[name], value) for name, value in values.items())
     assert result.report.compared == 7  # embedding, head and norms
+
+
+@needs_dequantising
+@pytest.mark.parametrize("how", ["merge", "merge_first"])
+def test_an_adapter_is_merged_into_what_transformers_makes_of_an_fp8_folder(
+    how: str, tmp_path: Path
+) -> None:
+    folder, _ = fp8_folder(tmp_path)
+    trained = llmload.load({"model": str(folder), "lora": {"r": 2}}).model
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapter = str(tmp_path / "adapter")
+    trained.save_pretrained(adapter)
+    section = {"adapter": adapter, "merge": True} if how == "merge" else {"merge_first": [adapter]}
+    result = llmload.load({"model": str(folder), "lora": {"r": 2, **section}})
+    ours: Any = result.model
+    if how == "merge_first":
+        ours = ours.unload()
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    theirs = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], value) for name, value in other.items())
 
 
 @needs_dequantising

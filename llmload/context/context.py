@@ -306,6 +306,12 @@ class LoadContext:
         """
         return self._engine.blank(self.model_class, config, self.dtype, stored=(), asked=True)
 
+    @property
+    def dequantised(self) -> bool:
+        """Whether the folder is quantised and transformers makes plain numbers of it as it loads,
+        so that nothing of the model is quantised. For ``check``."""
+        return self._engine.dequantises(self.blank, self.config, self.spec, self.dtype)
+
     def accounting(self, model: PreTrainedModel) -> Accounting:
         """Return how the checkpoint's keys fit a blank model; found out once per config.
 

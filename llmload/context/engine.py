@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from llmload.checkpoint import Checkpoint
     from llmload.checkpoint.accounting import Accounting
+    from llmload.spec.loadspec import LoadSpec
 
 
 class Engine(Protocol):
@@ -58,4 +59,14 @@ class Engine(Protocol):
 
         :param tied: whether the model is tied already, as :meth:`to_fill` leaves it.
         """
+        ...
+
+    def dequantises(
+        self,
+        blank: PreTrainedModel,
+        config: PretrainedConfig,
+        spec: LoadSpec,
+        dtype: torch.dtype,
+    ) -> bool:
+        """Whether a folder is quantised and transformers makes plain numbers of it here."""
         ...

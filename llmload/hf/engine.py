@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from llmload.errors import CheckpointError, in_one_line
-from llmload.hf import bounds, deepspeed, token_ids
+from llmload.hf import bounds, deepspeed, quantised, token_ids
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint.accounting import Accounting
     from llmload.checkpoint.contents import Checkpoint
     from llmload.hf.interface import Transformers
+    from llmload.spec.loadspec import LoadSpec
 
 
 class Engine:
@@ -84,6 +85,19 @@ class Engine:
     def account(self, model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool) -> Accounting:
         """Say how the checkpoint's keys fit a model."""
         return self._transformers.account(model, checkpoint, tied=tied)
+
+    def dequantises(
+        self,
+        blank: PreTrainedModel,
+        config: PretrainedConfig,
+        spec: LoadSpec,
+        dtype: torch.dtype,
+    ) -> bool:
+        """Have the quantiser, if there is one, say what it would do."""
+        if quantised.declared(config) is None:
+            return False
+        found = quantised.examine(blank, config, spec, dtype)
+        return isinstance(found, quantised.Stored) and found.dequantised
 
 
 def _way_out(config: PretrainedConfig, error: Exception) -> str:

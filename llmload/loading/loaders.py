@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint import Checkpoint
@@ -87,11 +88,16 @@ def _pretrained(ctx: LoadContext) -> PreTrainedModel:
         raise
     except Exception as error:
         if not counts.nbytes and not room.ran_out(error):
+            by_deepspeed = _is_deepspeeds(error)
             raise CheckpointError(
-                f"transformers refuses the folder before it reads a weight: {type(error).__name__}:"
-                f" {in_one_line(error)}",
-                fix="Check what config.json asks for; `llmload inspect` shows it.",
-                where="model",
+                f"{'DeepSpeed' if by_deepspeed else 'transformers'} refuses the"
+                f" {'load' if by_deepspeed else 'folder'} before it reads a weight:"
+                f" {type(error).__name__}: {in_one_line(error).rstrip('.')}",
+                fix="Mend the DeepSpeed config, which `TrainingArguments(deepspeed=...)` or"
+                " `zero3.config` gives."
+                if by_deepspeed
+                else "Check what config.json asks for; `llmload inspect` shows it.",
+                where="zero3" if by_deepspeed else "model",
             ) from error
         misfit = isinstance(error, RuntimeError) and any(w in str(error) for w in _MISFIT)
         if not misfit:
@@ -106,6 +112,16 @@ def _pretrained(ctx: LoadContext) -> PreTrainedModel:
         ctx.newly_initialised[name] = ctx.to_initialise.get(name, audit.MISSING)
     ctx.unexpected.extend(sorted(info["unexpected_keys"]))
     return model
+
+
+def _is_deepspeeds(error: Exception) -> bool:
+    """Whether DeepSpeed raised it, itself or by pydantic: not a model that it has wrapped."""
+    packages = [
+        str(frame.f_globals.get("__name__", "")).partition(".")[0]
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    raised_by = [package for package in packages if package not in ("pydantic", "torch")]
+    return bool(raised_by) and raised_by[-1] == "deepspeed"
 
 
 def _further_files(ctx: LoadContext) -> list[Path]:

@@ -273,9 +273,12 @@ def _where_from(name: str, distribution: str) -> tuple[str, str]:
 
 def _merge_problems(ctx: LoadContext) -> Iterator[Problem]:
     """Refuse to merge into weights of 8 or 4 bits: the adapter would be rounded away."""
-    stored = getattr(ctx.config, "quantization_config", None) is not None
     quantised, section = ctx.providing("quantisation"), ctx.section(LoraSection)
-    if (section.merge or section.merge_first) and (quantised or stored):
+    if not (section.merge or section.merge_first):
+        return
+    parts = (ctx.config, ctx.config.get_text_config())
+    stored = any(getattr(part, "quantization_config", None) is not None for part in parts)
+    if quantised or (stored and not ctx.dequantised):
         yield Problem(
             where="lora.merge" if section.merge else "lora.merge_first",
             message="the base is quantised, and an adapter merged into so few bits is mostly lost",
