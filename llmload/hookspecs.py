@@ -14,6 +14,7 @@ A plugin is any object with a ``name``. Everything else is optional::
         provides = ("embeddings",)      # what others may count on: see below
         key_rules = {"mine": (...)}     # what a spec's `key_rules` can name: see llmload.plugin
         rehearsed = True                # False: its hooks change no name, shape or requires_grad
+        audits_rehearsal = False        # True: its audit is asked of the rehearsed model too
         Hooks = MyHooks                 # hooks of its own, for other plugins: see below
 
 A plugin that has a ``Section`` takes part in a load if the spec has its key, or always with
@@ -664,6 +665,9 @@ def audit(ctx: LoadContext, model: nn.Module) -> Iterable[Problem]:
     own audit (no meta tensor, every parameter accounted for, trainable set as planned, a gradient
     path) runs before it. An adapter renames what it wraps: a parameter is found again where
     ``post_load`` left it, in ``ctx.handed_on[self.name]``.
+
+    With ``audits_rehearsal`` the plan asks it of the rehearsed model too, which is on the meta
+    device (``ctx.rehearsing`` is true): what it finds there is refused before a weight is read.
 
     :param ctx: the load.
     :param model: the finished model; it must be left unchanged.

@@ -16,7 +16,7 @@ from torch import nn
 
 import llmload
 from llmload import hookimpl
-from llmload.errors import AuditError
+from llmload.errors import AuditError, PlanError
 from llmload.hf import installed_transformers
 from llmload.testing import save_checkpoint, tiny_llama, tiny_model
 
@@ -241,11 +241,10 @@ def test_a_missing_head_has_its_values_before_the_booster_comes(tmp_path: Path) 
     assert ours.report.newly_initialised == {"score.weight": "missing from the checkpoint"}
 
 
-@pytest.mark.refused_late  # boost finds weights by name when all are there
 def test_a_name_the_booster_would_not_find_is_an_error(tmp_path: Path) -> None:
     base = tiny_model("llama").model
     folder = save_checkpoint(base, tmp_path / "base")
-    with pytest.raises(AuditError) as caught:
+    with pytest.raises(PlanError) as caught:
         lazy(folder, auto_class="causal_lm", strict=False)
     assert str(caught.value) == (
         "plugin 'colossalai': Booster.boost would load nothing into 'model.embed_tokens.weight',"
@@ -254,10 +253,9 @@ def test_a_name_the_booster_would_not_find_is_an_error(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.refused_late  # as above
 def test_an_adapter_that_hides_weights_from_the_booster_is_an_error(tmp_path: Path) -> None:
     # PEFT keeps the factors of an embedding where PeftUnwrapMixin does not look.
-    with pytest.raises(AuditError) as caught:
+    with pytest.raises(PlanError) as caught:
         lazy(tiny_llama(tmp_path), lora={"r": 2, "target_modules": ["embed_tokens"]})
     assert str(caught.value) == (
         "plugin 'colossalai': Booster.boost would load nothing into"

@@ -273,8 +273,7 @@ def test_a_wrong_section_is_refused(folder: Path, section: dict[str, Any], messa
     assert str(refused.value) == message
 
 
-@pytest.mark.refused_late  # a plugin against another
-def test_checkpointing_that_a_later_plugin_turns_off_fails_the_audit(folder: Path) -> None:
+def test_checkpointing_that_a_later_plugin_turns_off_is_refused_by_the_plan(folder: Path) -> None:
     class Meddler:
         name = "meddler"
         after = ("gradient_checkpointing",)
@@ -287,7 +286,7 @@ def test_checkpointing_that_a_later_plugin_turns_off_fails_the_audit(folder: Pat
 
     registry = llmload.create_registry([Meddler()])
     spec = {"model": str(folder), "gradient_checkpointing": {}}
-    with pytest.raises(llmload.AuditError) as refused:
+    with pytest.raises(llmload.PlanError) as refused:
         llmload.load(spec, registry=registry)
     assert str(refused.value) == (
         f"plugin 'gradient_checkpointing': {5 if IS_MODERN else 1} modules were to checkpoint with"

@@ -115,6 +115,14 @@ class Host:
             if getattr(self._by_name[name].plugin, "rehearsed", True)
         ]
 
+    def auditing_rehearsals(self) -> list[str]:
+        """Those whose ``audit`` the plan asks of the rehearsed model, too."""
+        return [
+            name
+            for name in self.implementing("audit")
+            if getattr(self._by_name[name].plugin, "audits_rehearsal", False)
+        ]
+
     def call(self, name: str, hook: str, **kwargs: Any) -> Any:
         """Call one plugin's ``hook``. Errors of the request get the plugin's name.
 

@@ -133,12 +133,23 @@ def prepare(
         if rehearsal is not None:
             plan.problems += fit.untrained(ctx, rehearsal.model)
             plan.problems += fit.ids_without_rows(ctx, rehearsal.model)
+            plan.problems += _undone(host, rehearsal)
             if not plan.errors:  # plugins count on what their checks found out
                 _foresee(host, registry, plan, rehearsal)
     prepared = Prepared(plan=plan, host=host, ctx=ctx, rehearsal=rehearsal)
     if not plan.errors:
         plan.problems += lock.problems(prepared)
     return prepared
+
+
+def _undone(host: Host, rehearsal: Rehearsal) -> Iterator[Problem]:
+    """Ask plugins that can tell whether the rehearsed model is what they made of it.
+
+    What they warn of is left to the load.
+    """
+    for plugin in host.auditing_rehearsals():
+        found = hook_calls.findings(host, plugin, "audit", ctx=rehearsal.ctx, model=rehearsal.model)
+        yield from (problem for problem in found if problem.severity == "error")
 
 
 def _foresee(host: Host, registry: Registry, plan: Plan, rehearsal: Rehearsal) -> None:

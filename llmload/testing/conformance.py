@@ -68,6 +68,7 @@ _DECLARATIONS: Final = (
     "always_active",
     "before",
     "conflicts",
+    "audits_rehearsal",
     "name",
     "provides",
     "rehearsed",
@@ -233,7 +234,7 @@ def _of_spelling(plugin: Any) -> Iterator[Finding]:
                 f"`{attribute}` is no attribute that the host reads. {meant}",
                 "Spell it so, or choose a name that is less alike.",
             )
-    for attribute in ("always_active", "rehearsed"):
+    for attribute in ("always_active", "audits_rehearsal", "rehearsed"):
         value = getattr(plugin, attribute, False)
         if not isinstance(value, bool):
             yield Finding(

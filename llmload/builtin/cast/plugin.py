@@ -22,6 +22,7 @@ class CastPlugin:
 
     name = "cast"
     stage = "dtype"
+    audits_rehearsal = True
     Section = CastSection
     conflicts = (
         Conflict(

@@ -36,6 +36,8 @@ _NEVER_MATERIALISES = {
 }
 """What the Booster plugins of colossalai 0.5.0 that know nothing of lazy tensors do with them."""
 
+_UNDER_PEFT = "base_model.model."
+
 # Who calls one of these on a weight leaves its values alone.
 _HARMLESS = (torch.Tensor.requires_grad_, vars(torch._C.TensorBase)["requires_grad"].__set__)
 
@@ -169,22 +171,42 @@ def hand_over(ctx: LoadContext, model: PreTrainedModel) -> PreTrainedModel:
 
 def audit_lazy(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
     """Find the weights that the Booster would leave without a value, or with another."""
-    assert ctx.checkpoint is not None  # with `weights: random` there is a conflict
     weights = dict(_weights_to_load(model))
-    stored = {name: info.shape for name, info in ctx.checkpoint.tensors.items()}
-    found = _as_loaded(model, stored)
-    lost = [name for name, lazy in weights.items() if found.get(name) != tuple(lazy.shape)]
-    if lost:
-        yield Problem(
-            message=f"Booster.boost would load nothing into {some(lost)}: it finds weights"
-            " by their names in the checkpoint",
-            fix=MATERIALISE,
-        )
+    yield from _lost(ctx, model, {name: lazy.shape for name, lazy in weights.items()})
     used = [name for name, lazy in weights.items() if _computed_with(lazy)]
     if used:
         yield Problem(
             message=f"{some(used)} were changed or computed with before Booster.boost loads"
             " their values",
+            fix=MATERIALISE,
+        )
+
+
+def unfound(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
+    """Find in the rehearsed model the weights that the Booster would find by no name."""
+    assert ctx.checkpoint is not None  # with `weights: random` there is a conflict
+    blank = ctx.blank
+    base = blank.state_dict()
+    skipped = {*ctx.accounting(blank).missing, *ctx.accounting(blank).excused}
+    skipped |= installed_transformers().tied_names(blank)
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        plain = name.removeprefix(_UNDER_PEFT).replace(".base_layer.", ".")
+        if plain in base and plain not in skipped:
+            weights[name] = tensor.shape
+    yield from _lost(ctx, model, weights)
+
+
+def _lost(ctx: LoadContext, model: nn.Module, weights: Mapping[str, Any]) -> Iterator[Problem]:
+    """Find weights of the model, given by name and shape, that the Booster would not find."""
+    assert ctx.checkpoint is not None  # with `weights: random` there is a conflict
+    stored = {name: info.shape for name, info in ctx.checkpoint.tensors.items()}
+    found = _as_loaded(model, stored)
+    lost = [name for name, shape in weights.items() if found.get(name) != tuple(shape)]
+    if lost:
+        yield Problem(
+            message=f"Booster.boost would load nothing into {some(lost)}: it finds weights"
+            " by their names in the checkpoint",
             fix=MATERIALISE,
         )
 
@@ -205,8 +227,7 @@ def _as_loaded(model: nn.Module, stored: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(model, PeftModel):
         return stored
     base = PeftUnwrapMixin(model)
-    prefix = "base_model.model."
-    return {prefix + name: shape for name, shape in base.patch_state_dict(stored).items()}
+    return {_UNDER_PEFT + name: shape for name, shape in base.patch_state_dict(stored).items()}
 
 
 def _computed_with(lazy: Any) -> bool:

@@ -47,6 +47,7 @@ class ColossalaiPlugin:
 
     name = "colossalai"
     stage = "load"
+    audits_rehearsal = True
     Section = ColossalaiSection
     before = ("streaming",)
     conflicts = (
@@ -166,10 +167,11 @@ class ColossalaiPlugin:
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         """Prove that a Booster will find every weight."""
-        if ctx.awaiting is not None:
+        if not ctx.section(ColossalaiSection).materialize:
             from llmload.builtin.colossalai import booster
 
-            yield from booster.audit_lazy(ctx, model)
+            look = booster.unfound if ctx.rehearsing else booster.audit_lazy
+            yield from look(ctx, model)
 
 
 def _unusable(*, materialize: bool) -> Problem | None:

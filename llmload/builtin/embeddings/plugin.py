@@ -35,6 +35,7 @@ class EmbeddingsPlugin:
     stage = "model"
     Section = EmbeddingsSection
     provides = ("embeddings",)
+    audits_rehearsal = True
 
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note]:
