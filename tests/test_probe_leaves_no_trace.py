@@ -413,11 +413,169 @@ def test_a_model_whose_forward_raises_is_not_handed_out(
     with pytest.raises(llmload.AuditError) as caught:
         llmload.load(spec(folder, model_class), registry=registry)
     message = str(caught.value)
-    assert message.startswith(f"the model's forward fails on a row of token ids: {said}")
+    name = model_class.__name__
+    assert message.startswith(f"the forward of {name} fails on a row of token ids: {said}")
     assert message.endswith(
         "Mend the class or the config. If it takes other inputs, or is not meant to run yet, set"
         " `strict: {allow_failing_forward: true}`."
     )
+
+
+WHOLLY: dict[str, dict[str, Any]] = {
+    "trained": {"lora": None},
+    "frozen": {"lora": None, "trainable": False},
+}
+"""All of a model is trained, or nothing is."""
+
+
+@pytest.mark.parametrize("wholly", WHOLLY)
+@pytest.mark.refused_late  # a forward shows it
+def test_a_class_of_the_users_is_run_even_where_it_is_wholly_trained_or_frozen(
+    wholly: str, folder: Path
+) -> None:
+    with pytest.raises(llmload.AuditError) as caught:
+        llmload.load(spec(folder, Refuses, **WHOLLY[wholly]))
+    assert str(caught.value).startswith(
+        "the forward of Refuses fails on a row of token ids: ValueError: the mask is of another"
+    )
+    strict = {"allow_failing_forward": True}
+    report = llmload.load(spec(folder, Refuses, strict=strict, **WHOLLY[wholly])).report
+    assert any("the mask is of another time" in line for line in report.audit)
+
+
+class Detaches(LlamaForCausalLM):
+    """Its forward computes without gradients."""
+
+    def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
+        with torch.no_grad():
+            return super().forward(input_ids, **others)
+
+
+@dataclasses.dataclass
+class Output:
+    scores: torch.Tensor
+
+
+class ReturnsItsOwn(LlamaForCausalLM):
+    """Its forward returns an object that no library knows."""
+
+    def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
+        return Output(super().forward(input_ids, **others).logits)
+
+
+class WantsLabels(LlamaForCausalLM):
+    """Its forward returns a loss, and nothing without labels."""
+
+    def forward(self, input_ids: torch.Tensor, labels: Any = None, **others: Any) -> Any:
+        return None if labels is None else super().forward(input_ids, labels=labels).loss
+
+
+@pytest.mark.refused_late  # a forward shows it
+def test_a_class_that_lets_no_gradient_through_is_not_handed_out_to_be_trained(
+    folder: Path,
+) -> None:
+    with pytest.raises(llmload.AuditError) as caught:
+        llmload.load(spec(folder, Detaches, **WHOLLY["trained"]))
+    assert str(caught.value) == (
+        "no gradient reaches any trainable parameter. The forward detaches its output, or runs"
+        " without gradients: mend the class."
+    )
+    llmload.load(spec(folder, Detaches, **WHOLLY["frozen"]))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "said"),
+    [
+        (ReturnsItsOwn, "gradients reach 21 of 21 trainable parameters"),
+        (
+            WantsLabels,
+            "the gradient path was not looked at: the forward returns nothing of floating point on"
+            " ids alone",
+        ),
+    ],
+)
+def test_what_a_forward_returns_may_be_of_any_kind(
+    model_class: type, said: str, folder: Path
+) -> None:
+    assert said in llmload.load(spec(folder, model_class, **WHOLLY["trained"])).report.audit
+
+
+def _replaces_the_head(model: nn.Module) -> None:
+    model.lm_head = nn.Linear(3, 8)
+
+
+def _raises_in_a_hook(model: nn.Module) -> None:
+    def hook(module: nn.Module, given: Any) -> None:
+        raise ValueError("the hook")
+
+    model.lm_head.register_forward_pre_hook(hook)
+
+
+def _replaces_the_forward(model: nn.Module) -> None:
+    def forward(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("the forward")
+
+    model.lm_head.forward = forward
+
+
+@pytest.mark.parametrize("wholly", WHOLLY)
+@pytest.mark.parametrize("change", [_replaces_the_head, _raises_in_a_hook, _replaces_the_forward])
+@pytest.mark.refused_late  # a forward shows it
+def test_a_model_that_a_plugin_has_changed_is_run(
+    change: Callable[[nn.Module], None], wholly: str, folder: Path
+) -> None:
+    class Changes:
+        name = "changes"
+
+        @llmload.hookimpl
+        def post_load(self, ctx: Any, model: nn.Module) -> nn.Module:
+            change(model)
+            return model.requires_grad_(ctx.spec.trainable)
+
+    registry = llmload.create_registry([Changes()])
+    with pytest.raises(llmload.AuditError) as caught:
+        llmload.load({"model": str(folder), **WHOLLY[wholly]}, registry=registry)
+    assert str(caught.value).startswith(
+        "the forward of LlamaForCausalLM fails on a row of token ids: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("wholly", "unrun", "run"),
+    [
+        ("trained", "every parameter is trainable", "gradients reach 21 of 21 trainable"),
+        ("frozen", "no parameter is trainable", "a forward on token ids runs"),
+    ],
+)
+def test_a_class_of_transformers_is_run_where_the_spec_wants_it(
+    wholly: str, unrun: str, run: str, folder: Path
+) -> None:
+    wanted = {"model": str(folder), **WHOLLY[wholly]}
+    said = llmload.load(wanted).report.audit
+    assert f"{unrun}, so no gradient path was looked for, and no forward was run" in said
+    result = llmload.load({**wanted, "strict": {"run_forward": True}})
+    assert [line for line in result.report.audit if line.startswith(run)]
+    assert run in str(result.report)
+
+
+@pytest.mark.parametrize("wholly", WHOLLY)
+def test_a_run_of_a_wholly_trained_or_frozen_model_leaves_no_trace(
+    wholly: str, folder: Path
+) -> None:
+    wanted = {"model": str(folder), **WHOLLY[wholly]}
+    plain = llmload.load(wanted).model
+    run = llmload.load({**wanted, "strict": {"run_forward": True}}).model
+    before, after = everything(plain), everything(run)
+    assert before.keys() == after.keys()
+    assert not [path for path, value in after.items() if _is_meta(value)]
+    assert plain.training is run.training is False
+    assert all(parameter.grad is None for parameter in run.parameters())
+    ids = torch.arange(8)[None]
+    assert torch.equal(plain(ids).logits, run(ids).logits)
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 5 and value[1] == "meta"
 
 
 @pytest.mark.parametrize("strict", [{"allow_failing_forward": True}, False])
@@ -445,8 +603,8 @@ def test_a_model_whose_dtypes_do_not_go_together_is_not_handed_out(
         llmload.load(spec(folder, model_class, strict=strict, **CAST))
     message = str(caught.value)
     assert message.startswith(
-        "the model's forward fails in the dtypes that its parameters have, under autocast too, and"
-        " runs where all have one: RuntimeError: "
+        f"the forward of {model_class.__name__} fails in the dtypes that its parameters have, under"
+        " autocast too, and runs where all have one: RuntimeError: "
     )
     assert message.endswith(
         ". Give them one with `dtype` or the section `cast`. If somebody casts them later, set"

@@ -343,14 +343,16 @@ class LoadContext:
             return probed
         if probed.raised:
             raise AuditError(
-                f"the model's forward fails on a row of token ids: {probed.raised}",
+                f"the forward of {self.model_class.__name__} fails on a row of token ids:"
+                f" {probed.raised}",
                 fix="Mend the class or the config. If it takes other inputs, or is not meant to run"
                 " yet, set `strict: {allow_failing_forward: true}`.",
             )
         if probed.clash and not self.cast_later_by:
             raise AuditError(
-                "the model's forward fails in the dtypes that its parameters have, under autocast"
-                f" too, and runs where all have one: {probed.clash}",
+                f"the forward of {self.model_class.__name__} fails in the dtypes that its"
+                " parameters have, under autocast too, and runs where all have one:"
+                f" {probed.clash}",
                 fix="Give them one with `dtype` or the section `cast`. If somebody casts them"
                 " later, set `strict: {allow_failing_forward: true}`.",
             )

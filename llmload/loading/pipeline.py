@@ -22,7 +22,7 @@ from llmload.loading.plan import Plan
 from llmload.loading.planning import Download, no_loader, prepare, prepare_to_load
 from llmload.loading.prepared import Prepared
 from llmload.loading.report import Report
-from llmload.model import partitions
+from llmload.model import partitions, structure
 from llmload.spec import files
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def execute(
             audit.list_missing(ctx, model)
             lost = dict(ctx.newly_initialised)
             ledger.take_stock(report.loader, model)
+            as_loaded = structure.of(model) if prove else {}
             audit.hold_to_strict(ctx, lost, ctx.unexpected)
             if prove:
                 with report.phase("audit", report.loader):
@@ -212,6 +213,7 @@ def execute(
             model, report.declined_adapters = hook_calls.finish(
                 host, ctx, model, report.phase, ledger.take_stock
             )
+            run = prove and _is_to_run(prepared, report.loader, structure.of(model) != as_loaded)
             model, moved = hook_calls.distribute(host, ctx, model, report.phase)
             ledger.follow(moved)
             apart = [moved.get(id(parameter), parameter) for parameter in apart]
@@ -227,7 +229,7 @@ def execute(
         report.warnings = list(dict.fromkeys(map(str, warnings)))
         if prove:
             with report.phase("audit"):
-                report.audit += audit.prove(ctx, plan, model)
+                report.audit += audit.prove(ctx, plan, model, run=run)
                 report.audit += audit.hold_to_numbers(plan, report, apart, unforeseen)
                 report.compared, said = compared.handed_out(model)
                 report.audit += [*computed, *said]
@@ -273,6 +275,18 @@ def _constructor(ctx: Any) -> Callable[[], PreTrainedModel]:
     """Return what runs the model's constructor on the CPU, with the config as it is then."""
     construct, asked = installed_transformers().construct, ctx.spec.dtype != "auto"
     return lambda: construct(ctx.model_class, ctx.config, ctx.dtype, asked=asked)
+
+
+def _is_to_run(prepared: Prepared, loader: str, changed: bool) -> bool:
+    """Whether the audit runs a forward even where all or nothing is trained: of what others than
+    transformers wrote or changed, or where the spec wants it.
+
+    :param changed: whether plugins made the loaded model another one.
+    """
+    ctx, infos = prepared.ctx, prepared.host.infos
+    others = not all(info.builtin for info in infos if info.name == loader)
+    theirs = ctx.model_class.__module__.partition(".")[0] != "transformers"
+    return changed or others or theirs or ctx.spec.key_exceptions.run_forward
 
 
 def _part(model: nn.Module) -> None:

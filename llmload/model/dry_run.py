@@ -18,7 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -175,7 +175,8 @@ def _run(
                 given = model(**arguments)
                 found = tuple(recorder.found)
                 # Any loss starts from some of the outputs: what none of them reaches, no loss can.
-                roots = [t.sum() for t in _tensors(given) if t.requires_grad]
+                returned = list(_tensors(given))
+                roots = [tensor.sum() for tensor in returned if tensor.requires_grad]
                 if roots:
                     torch.autograd.backward(roots)
             except Exception as error:
@@ -184,6 +185,11 @@ def _run(
                 traceback.clear_frames(error.__traceback__)
                 raise
         unreached = tuple(name for name, p in trainable.items() if p.grad is None)
+    if trainable and not returned:
+        return ProbeResult(
+            method="unavailable",
+            reason="the forward returns nothing of floating point on ids alone",
+        )
     return ProbeResult(
         method="meta" if on_meta else "real",
         reason=reason,
@@ -262,6 +268,9 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for part in fields(value):
+            yield from _tensors(getattr(value, part.name, None))
 
 
 # --- leaving everything as it was -------------------------------------------------------------

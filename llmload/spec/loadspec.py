@@ -116,8 +116,8 @@ Regex = Annotated[str, AfterValidator(regex), Field(json_schema_extra={"format":
 
 
 class KeyExceptions(Section):
-    """What a load goes on in spite of: checkpoint keys that may be missing or unexpected, by
-    regular expressions found in them, and a model that does not run."""
+    """How strictly a load is proved: checkpoint keys that may be missing or unexpected, by regular
+    expressions found in them, a model that may fail to run, and whether it is run at all."""
 
     allow_missing: tuple[Regex, ...] = ()
     """Parameters of the model that need not be in the checkpoint: they are newly initialised."""
@@ -125,9 +125,13 @@ class KeyExceptions(Section):
     """Tensors of the checkpoint that the model need not have: they are not read."""
     allow_failing_forward: bool = False
     """Hand out a model whose forward raises on token ids: one that takes other inputs, or is to be
-    mended first. The audit runs it where some parameters are trained and some are frozen, and with
-    the sections ``dropout`` and ``gradient_checkpointing``; a model that is wholly trained or
-    wholly frozen is handed out without, for a forward takes longer than many a load."""
+    mended first."""
+    run_forward: bool = False
+    """Have the audit run a forward on token ids in any case. It does so where some parameters are
+    trained and some are frozen, where the class is not transformers' own or a plugin has changed
+    the model, and with the sections ``dropout`` and ``gradient_checkpointing``. Of a class of
+    transformers that is wholly trained or wholly frozen it does not, for a forward takes longer
+    than many a load."""
 
     def allows_missing(self, key: str) -> bool:
         """Say whether the model's parameter ``key`` may be absent from the checkpoint."""
