@@ -105,6 +105,25 @@ def test_nor_into_a_checkpoint_that_is_quantised_already(
     )
 
 
+@needs_peft("0.16.0")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_orthogonal_factors_are_resumed_on_few_bits_and_not_made_there(
+    bits: int, llama: Path, tmp_path: Path
+) -> None:
+    orthogonal = LORA | {"init_lora_weights": "orthogonal"}
+    assert refusal(llama, orthogonal, kbit={"bits": bits}) == (
+        "lora: 'lora' cannot be combined with 'kbit': PEFT gives the factors of `init_lora_weights:"
+        " orthogonal` the dtype of the weights, which are codes there. Use `init_lora_weights:"
+        " true`, gaussian or olora."
+    )
+    made = load(llama, orthogonal).model
+    resumed = load(llama, {"adapter": str(save(made, tmp_path))}, kbit={"bits": bits}).model
+    found = dict(resumed.named_parameters())
+    factors = {name: value for name, value in made.named_parameters() if "lora_" in name}
+    assert factors
+    assert all(torch.equal(found[name], value) for name, value in factors.items())
+
+
 def test_there_must_be_an_adapter_to_merge(llama: Path) -> None:
     with pytest.raises(SpecError) as caught:
         load(llama, {"merge": True})

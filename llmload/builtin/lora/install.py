@@ -221,7 +221,9 @@ def _config(ctx: LoadContext, request: Request, model: nn.Module, **changes: Any
     needs_values = request.initialisation in _NEED_VALUES or (
         request.initialisation == "olora" and is_quantised(model)
     )
-    if ctx.rehearsing and needs_values:
+    # What is resumed is written over, and PEFT would make orthogonal factors of the codes' dtype.
+    coded = request.initialisation == "orthogonal" and is_quantised(model)
+    if (ctx.rehearsing and needs_values) or (request.saved is not None and coded):
         changes["init_lora_weights"] = True
     config = request.config(**changes)
     try:

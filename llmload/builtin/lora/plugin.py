@@ -27,6 +27,10 @@ _PREFIX: Final = "base_model.model."
 _UNQUANTISED: Final = ("pissa", "corda", "loftq", "mica", "lora_ga")
 
 
+def _takes_their_dtype(section: LoraSection, _other: object) -> bool:
+    return section.init_lora_weights == "orthogonal" and section.adapter is None
+
+
 def _needs_plain_weights(section: LoraSection, _other: object) -> bool:
     start = section.init_lora_weights
     return isinstance(start, str) and start.startswith(_UNQUANTISED)
@@ -48,6 +52,13 @@ class LoraPlugin:
             fix="Use `init_lora_weights: true` or olora, or prepare adapter and residual model"
             " beforehand from the unquantised model.",
             when=_needs_plain_weights,
+        ),
+        Conflict(
+            ability="quantisation",
+            reason="PEFT gives the factors of `init_lora_weights: orthogonal` the dtype of the"
+            " weights, which are codes there",
+            fix="Use `init_lora_weights: true`, gaussian or olora.",
+            when=_takes_their_dtype,
         ),
     )
 
