@@ -445,6 +445,10 @@ def test_a_chat_template_that_is_no_jinja_or_no_file_is_an_error(folder: Path) -
         "error tokenizer.chat_template: the chat template has a Jinja error in line 2: Expected an"
         " expression, got 'end of statement block'. Mend the template."
     ]
+    assert problems(folder, chat_template="{{ messages") == [
+        "error tokenizer.chat_template: the chat template has a Jinja error in line 1: unexpected"
+        " end of template, expected 'end of print statement'. Mend the template."
+    ]
     assert problems(folder, chat_template="no/such.jinja") == [
         "error tokenizer.chat_template: the chat template file 'no/such.jinja' does not exist."
         f" {WAYS}"

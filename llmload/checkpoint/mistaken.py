@@ -9,6 +9,7 @@ from typing import Final
 
 DEFAULT_FIX: Final = "Give a folder written by save_pretrained."
 _CACHE: Final = re.compile(r"models--([^/]+)")
+_BESIDE: Final = ", beside `model` for config and tokenizer"
 _STEP: Final = re.compile(r"checkpoint-(\d+)")
 
 
@@ -41,6 +42,14 @@ def without_config(folder: Path) -> tuple[str, str]:
         return "and is the output folder of a Trainer", fix
     if "model_index.json" in found:
         return "and is a pipeline of diffusers", "Name the folder of one of its models."
+    if "zero_to_fp32.py" in found:
+        return "and is a checkpoint of DeepSpeed, in parts", _joined_by_deepspeed(folder, _BESIDE)
+    if any(name.endswith(".distcp") for name in found):
+        return (
+            "and is a distributed checkpoint of torch, in parts",
+            f"Join them with `accelerate merge-weights {folder} OUT`, and write `weights_from:"
+            f" OUT`{_BESIDE}.",
+        )
     foreign = _foreign(found)
     if foreign is not None:
         return foreign
@@ -62,11 +71,7 @@ def without_weights(folder: Path) -> str:
     if hub_id:
         return f"Fetch the weights with `hf download {hub_id}`."
     if "zero_to_fp32.py" in found:
-        return (
-            "These are DeepSpeed's partitions: join them with `python -m"
-            f" deepspeed.utils.zero_to_fp32 {folder} OUT --safe_serialization`, and write"
-            " `weights_from: OUT`."
-        )
+        return f"These are DeepSpeed's partitions. {_joined_by_deepspeed(folder)}"
     sharded = sorted(name for name in found if name.startswith("pytorch_model_fsdp"))
     if sharded:
         return (
@@ -88,6 +93,13 @@ def without_weights(folder: Path) -> str:
     return f"{DEFAULT_FIX[:-1]}, or name where the weights are in `weights_from`."
 
 
+def _joined_by_deepspeed(folder: Path, beside: str = "") -> str:
+    return (
+        f"Join them with `python -m deepspeed.utils.zero_to_fp32 {folder} OUT"
+        f" --safe_serialization`, and write `weights_from: OUT`{beside}."
+    )
+
+
 def _foreign(found: set[str]) -> tuple[str, str] | None:
     """Return what it is, and the way out, where the weights are in a format of others."""
     if any(name.endswith(".gguf") for name in found):
@@ -107,6 +119,15 @@ def _foreign(found: set[str]) -> tuple[str, str] | None:
             "Convert them with a transformers that still reads them (4.x), `from_tf=True` or"
             " `from_flax=True`.",
         )
+    for ending, what, kind in (
+        (".onnx", "a graph for ONNX Runtime", "ONNX"),
+        (".npz", "weights of MLX", "MLX"),
+    ):
+        if any(name.endswith(ending) for name in found):
+            return (
+                f"and holds {what}",
+                f"Weights of {kind} are not read: load the repository that they were made of.",
+            )
     return None
 
 

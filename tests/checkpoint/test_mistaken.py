@@ -60,6 +60,28 @@ NO_CONFIG = {
         " transformers for this model type, or load the repository that holds them as transformers"
         " reads them.",
     ),
+    "DeepSpeed's": (
+        ["global_step10/", "zero_to_fp32.py", "latest"],
+        ", and is a checkpoint of DeepSpeed, in parts. Join them with `python -m"
+        " deepspeed.utils.zero_to_fp32 {folder} OUT --safe_serialization`, and write `weights_from:"
+        " OUT`, beside `model` for config and tokenizer.",
+    ),
+    "FSDP's": (
+        [".metadata", "__0_0.distcp"],
+        ", and is a distributed checkpoint of torch, in parts. Join them with `accelerate"
+        " merge-weights {folder} OUT`, and write `weights_from: OUT`, beside `model` for config and"
+        " tokenizer.",
+    ),
+    "ONNX Runtime's": (
+        ["model.onnx"],
+        ", and holds a graph for ONNX Runtime. Weights of ONNX are not read: load the repository"
+        " that they were made of.",
+    ),
+    "MLX's": (
+        ["weights.npz"],
+        ", and holds weights of MLX. Weights of MLX are not read: load the repository that they"
+        " were made of.",
+    ),
     "the folder above": (
         ["actor/config.json"],
         ", but actor in it does. Write `subfolder: actor`.",
@@ -107,7 +129,7 @@ def test_the_hubs_cache_is_answered_with_the_id(tmp_path: Path) -> None:
 NO_WEIGHTS = {
     "DeepSpeed's": (
         ["global_step10/", "zero_to_fp32.py", "latest"],
-        "These are DeepSpeed's partitions: join them with `python -m deepspeed.utils.zero_to_fp32"
+        "These are DeepSpeed's partitions. Join them with `python -m deepspeed.utils.zero_to_fp32"
         " {folder} OUT --safe_serialization`, and write `weights_from: OUT`.",
     ),
     "FSDP's": (

@@ -202,7 +202,8 @@ def _set_chat_template(
     except jinja2.TemplateSyntaxError as error:
         yield Problem(
             where="tokenizer.chat_template",
-            message=f"the chat template has a Jinja error in line {error.lineno}: {error.message}",
+            message=f"the chat template has a Jinja error in line {error.lineno}:"
+            f" {(error.message or '').rstrip('.')}",
             fix="Mend the template.",
         )
         return
