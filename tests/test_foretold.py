@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from stacks import IS_MODERN, needs_transformers_5
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, __version__
 
 import llmload
 from llmload.checkpoint import TensorInfo
@@ -203,6 +203,24 @@ def test_another_vocabulary_than_a_quantised_folder_has_is_refused(tmp_path: Pat
     assert [text.partition(":")[0] for text in said(folder)] == [
         "lm_head.weight",
         "model.embed_tokens.weight",
+    ]
+
+
+def test_eight_bit_floats_of_a_folder_that_is_not_quantised_are_cast_or_refused(
+    tmp_path: Path,
+) -> None:
+    folder = tiny_llama(tmp_path)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if IS_MODERN:
+        model = llmload.load({"model": str(folder)}).model
+        assert torch.equal(model.get_parameter(name), tensors[name].float())
+        return
+    assert said(folder) == [
+        f"{name}: the checkpoint has F8_E4M3 (16, 16), which transformers {__version__} leaves so"
+        " in a model in float32. Convert them beforehand, or use transformers 5, which casts them."
     ]
 
 

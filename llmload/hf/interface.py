@@ -146,6 +146,10 @@ class Transformers(Protocol):
         """Return those of :meth:`tied_names` with the name of what each is tied to."""
         ...
 
+    def leaves_small_floats(self) -> bool:
+        """Say whether floats of 8 bits stay so in a model of another dtype."""
+        ...
+
     def keeps_apart(self) -> bool:
         """Say whether weights that are to be tied stay apart where they are stored differently."""
         ...

@@ -65,7 +65,23 @@ def problems(ctx: LoadContext) -> Iterator[Problem]:
             fix="Check that config.json and weights belong together.",
         )
     yield from found.misfits()
+    if stored is None and installed_transformers().leaves_small_floats():
+        yield from _small_floats(ctx, found)
     yield from _keys(ctx, found)
+
+
+def _small_floats(ctx: LoadContext, found: Accounting) -> Iterator[Problem]:
+    """Refuse weights of 8 bits that nothing would make numbers of the model's dtype."""
+    import transformers
+
+    for name, info in found.as_stored.items():
+        if info.dtype[:2] == "F8":
+            yield Problem(
+                where=name,
+                message=f"the checkpoint has {info.dtype} {info.shape}, which transformers"
+                f" {transformers.__version__} leaves so in a model in {dtype_name(ctx.dtype)}",
+                fix="Convert them beforehand, or use transformers 5, which casts them.",
+            )
 
 
 def _not_floats(ctx: LoadContext) -> Iterator[Problem]:

@@ -191,6 +191,11 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
+def leaves_small_floats() -> bool:
+    """Those of 8 bits are loaded as they are, whatever dtype the model has."""
+    return True
+
+
 def keeps_apart() -> bool:
     """One would be lost."""
     return False

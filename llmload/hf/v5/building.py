@@ -143,6 +143,11 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
+def leaves_small_floats() -> bool:
+    """They are cast as all others."""
+    return False
+
+
 def keeps_apart() -> bool:
     """They do."""
     return True
