@@ -283,6 +283,7 @@ def long_trust(session: nox.Session) -> None:
     """
     scale = float(session.posargs[0]) if session.posargs else 1.0
     session.install("-c", MODERN, *GROUPS["test"], ".[all]")
+    session.install(*LAZY_INIT)
     promised = re.findall(r"`(tests/[\w/]+\.py::\w+)`", Path("SECURITY.md").read_text())
     counts = {name: str(max(1, round(count * scale))) for name, count in LONG.items()}
     outcomes = OUTCOMES / "trust.xml"
