@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -166,7 +167,7 @@ def test_an_error_that_is_not_of_the_disk_stays_as_it_is(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-@pytest.mark.parametrize("words", [["schema"], ["plugins"], ["plugins", "--json"]])
+@pytest.mark.parametrize("words", [["schema"], ["plugins"], ["plugins", "--json"], ["--help"]])
 def test_standard_output_that_is_full_is_told_in_words(words: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -178,3 +179,29 @@ def test_standard_output_that_is_full_is_told_in_words(words: list[str]) -> None
         )
     assert done.returncode == 1
     assert done.stderr == "standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_not_missed_and_no_file_takes_their_place(
+    closed: str, spec: Path
+) -> None:
+    command = f"exec {sys.executable} -m llmload validate {spec} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
+    assert done.returncode == 0, done
+    assert (b"valid" in done.stdout) == (">&- " not in closed)
+
+
+@pytest.mark.skipif(find_spec("dill") is None, reason="nothing here asks for a temporary folder")
+def test_a_machine_without_a_temporary_folder_is_told_what_to_do(spec: Path) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"ulimit -f 0; exec {sys.executable} -m llmload targets {spec}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("No usable temporary directory found in ['/tmp'")
+    assert done.stderr.endswith(
+        "], and a library that this needs wants one. Set TMPDIR to a folder that can be written to,"
+        " /dev/shm for instance.\n"
+    )

@@ -6,6 +6,8 @@ error.
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,11 +19,15 @@ __all__ = ["app", "main"]
 def main() -> None:
     """Run the command line and exit: 130 after Ctrl-C, 143 after SIGTERM."""
     from llmload.cli.stopping import stoppable
+    from llmload.cli.streams import open_closed_streams, written_or_told
 
+    open_closed_streams()
     with stoppable():  # before the rest is imported, which takes a moment
         from llmload.cli.commands import app
 
-        app()
+        # Commands say so themselves of their answers.
+        with written_or_told() if {"-h", "--help"} & {*sys.argv} else nullcontext():
+            app()
 
 
 if not TYPE_CHECKING:

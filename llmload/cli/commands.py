@@ -7,7 +7,6 @@ Nothing heavy is imported before a command needs it.
 
 from __future__ import annotations
 
-import errno
 import json as json_module
 import logging
 import sys
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from pydantic import BaseModel
 
+from llmload.cli.streams import temporary_folder_told, written_or_told
 from llmload.errors import LlmloadError, RequestError, visible
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
         level = logging.INFO if verbose else logging.ERROR if quiet else logging.WARNING
         try:
             # Some libraries greet on standard output when they are imported.
-            with redirect_stdout(sys.stderr), _said_on_standard_error(level):
+            told = _said_on_standard_error(level)
+            with redirect_stdout(sys.stderr), told, temporary_folder_told():
                 answer = function(json=json, **arguments)
         except LlmloadError as error:
             if json:
@@ -104,16 +105,11 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
                 message = f"{type(error).__name__}: {error}"
                 _write_json({"error": type(error).__name__, "problems": [{"message": message}]})
             raise
-        try:
+        with written_or_told():
             if json:
                 _write_json(answer.data)
             else:
                 _write_text(answer.text())
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # nobody reads on, and typer ends in silence
-            typer.secho(f"standard output cannot be written: {error.strerror}", err=True, fg="red")
-            raise typer.Exit(LlmloadError.exit_code) from None
         raise typer.Exit(answer.exit_code)
 
     _take_options(run, {"quiet": Quiet, "verbose": Verbose})

@@ -436,6 +436,8 @@ def _tokenizers() -> Iterator[Row]:
     }
     processor = template | {"pair": [], "special_tokens": {}}
     yield Row("panic in use", tokens(lambda t: t.update(post_processor=processor)), "panics")
+    yield Row("no words", tokens(lambda t: t["model"].update(vocab={})), "vocabulary")
+    yield Row("unknown is empty", fields(named, unk_token=""), "recursion")
     for key, value in (
         ("vocab_file", "/etc/passwd"),
         ("tokenizer_file", "/dev/zero"),

@@ -1,9 +1,9 @@
 """How long every hostile folder is looked at, and how much memory that takes above the process.
 
-Run as a script on each stack, it loads each folder of the corpus in a process of its own that may
-take ten seconds of a processor and four GiB more than it has, keeps what was measured in
-``limits.json`` and writes the table in SECURITY.md. Seconds are those of the processor, which other
-programs do not lengthen.
+Run as a script on each stack, it loads each folder of the corpus, and each that has one strange
+value (``values.py``), in a process of its own that may take ten seconds of a processor and four
+GiB more than it has, keeps what was measured in ``limits.json`` and writes the table in
+SECURITY.md. Seconds are those of the processor, which other programs do not lengthen.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from typing import Any
 TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS / "hostile")]
 
-from corpus import rows  # noqa: E402
+import values  # noqa: E402
+from corpus import Row, rows  # noqa: E402
 from published import SECURITY, STACK, attempt, make_sound, published  # noqa: E402
 
 import llmload  # noqa: E402
@@ -36,23 +37,35 @@ SECONDS, BYTES = 10, 4 << 30
 def main() -> None:
     """Measure all rows on this stack, and write down the worst."""
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    with tempfile.TemporaryDirectory() as place:
-        sound = make_sound(Path(place))
+    with tempfile.TemporaryDirectory() as made:
+        place = Path(made)
+        sound = make_sound(place)
+        others = values.model_types(place)
+        for folder in others.values():
+            llmload.load({"model": str(folder)})
         llmload.load({"model": str(sound), "lora": {"r": 2}})  # what is imported is imported
         gc.freeze()
-        before = _child(lambda: ("", []), Path(place))["memory"]
-        found = []
-        named = ((one.names, one.row) for one in published())
-        for name, row in chain(((row.name, row) for row in rows()), named):
-            folder = Path(place, "case", "model")
-            shutil.copytree(sound, folder)
-            measured = _child(lambda row=row, folder=folder: attempt(row, folder), folder.parent)
-            shutil.rmtree(folder.parent)
-            found.append({**measured, "row": name, "memory": measured["memory"] - before})
-    kept[STACK] = _worst(found)
+        before = _child(lambda: ("", []), place)["memory"]
+        corpus = chain(rows(), (one.row._replace(name=one.names) for one in published()))
+        kept[STACK] = _worst([_measured(row, sound, before) for row in corpus])
+        strange = [
+            _measured(row, folder, before)
+            for folder in (sound, *others.values())
+            for row in values.rows(folder)
+        ]
+        kept[f"{STACK}, one strange value"] = _worst(strange)
     KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     before_, _, rest = SECURITY.read_text().partition(BEGIN)
     SECURITY.write_text(before_ + BEGIN + table(kept) + END + rest.partition(END)[2])
+
+
+def _measured(row: Row, sound: Path, before: int) -> dict[str, Any]:
+    """Load what the row makes of the folder; ``memory`` is what that took above the process's."""
+    folder = sound.with_name("case") / "model"
+    shutil.copytree(sound, folder)
+    measured = _child(lambda: attempt(row, folder), folder.parent)
+    shutil.rmtree(folder.parent)
+    return {**measured, "row": row.name, "memory": measured["memory"] - before}
 
 
 def _child(what: Any, place: Path) -> dict[str, Any]:

@@ -182,11 +182,11 @@ def _framed(tokenizer: PreTrainedTokenizerBase) -> dict[str, bool]:
     """Say whether encoding a text adds ``bos`` before it and ``eos`` after it."""
     bare = tokenizer.encode("a", add_special_tokens=False)
     full = tokenizer.encode("a")
-    start = next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)
-    return {
-        "bos": tokenizer.bos_token_id in full[:start],
-        "eos": tokenizer.eos_token_id in full[start + len(bare) :],
-    }
+    # A vocabulary without "a" and without an unknown token has nothing between the two.
+    starts = range(len(full)) if bare else ()
+    start = next((i for i in starts if full[i : i + len(bare)] == bare), None)
+    before, after = (full, full) if start is None else (full[:start], full[start + len(bare) :])
+    return {"bos": tokenizer.bos_token_id in before, "eos": tokenizer.eos_token_id in after}
 
 
 def _set_chat_template(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llmload.builtin.tokenizer import vetting
 from llmload.plugin import (
     CheckpointError,
+    LlmloadError,
     RequestError,
     UntrustedFolder,
     cache_dir,
@@ -110,11 +111,14 @@ def load(folder: Path, ctx: LoadContext, section: TokenizerSection) -> PreTraine
 def faults_refused(folder: Path) -> Iterator[None]:
     """Refuse a tokenizer that fails when it is used, or whose parts make the Rust beneath panic.
 
-    No ``except Exception`` meets a panic.
+    What it raises depends on what its files have put in whose place. No ``except Exception`` meets
+    a panic.
     """
     try:
         yield
-    except (AttributeError, TypeError) as error:  # of what its config has put in their place
+    except LlmloadError:
+        raise
+    except Exception as error:
         raise _cannot_be_loaded(folder, in_one_line(error)) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":

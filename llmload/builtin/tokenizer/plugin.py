@@ -10,7 +10,10 @@ from llmload.hookspecs import hookimpl
 from llmload.plugin import Note, Problem, RequestError, some
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from llmload.builtin.tokenizer.ids import Misfit
     from llmload.plugin import LoadContext
@@ -48,12 +51,7 @@ class TokenizerPlugin:
                 )
             yield Note(text="no tokenizer: the folder holds no tokenizer files")
             return
-        from llmload.builtin.tokenizer import chat_template, processors
-        from llmload.builtin.tokenizer.changes import change
-
         tokenizer = files.load(folder, ctx, section)
-        before = dict(tokenizer.get_vocab())
-        ctx.tokenizer = tokenizer
         if not section.use_fast and tokenizer.is_fast:
             yield Problem(
                 where="tokenizer.use_fast",
@@ -62,28 +60,8 @@ class TokenizerPlugin:
                 " that the installed transformers has, and it is a fast one",
                 fix="Remove `tokenizer.use_fast`.",
             )
-        template = chat_template.find(section.chat_template, ctx)
         with files.faults_refused(folder):
-            yield from change(tokenizer, section, template)
-        ctx.processor, problem = processors.load(ctx, section, folder)
-        if problem is not None:
-            yield problem
-        if ctx.processor is not None and template is not None:
-            ctx.processor.chat_template = template
-        trained = before
-        if folder != ctx.folder and files.names(ctx.folder):
-            trained = files.load(ctx.folder, ctx, section).get_vocab()
-            yield from _compare(before, trained)
-        known = set(trained.values())
-        ctx.new_tokens = {
-            token: token_id
-            for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-            if token_id not in known
-        }
-        yield from _rows(ctx)
-        yield Note(text=_summary(ctx))
-        if ctx.processor is not None:
-            yield Note(text=f"{type(ctx.processor).__name__} around it")
+            yield from _prepare(ctx, section, folder, tokenizer)
 
     @hookimpl
     def post_load(self, ctx: LoadContext, model: nn.Module) -> nn.Module:
@@ -123,6 +101,38 @@ class TokenizerPlugin:
         fields = ctx.section(TokenizerSection).eos_config_fields
         assert ctx.tokenizer is not None  # the callers saw to it
         return ids.misfits(model, ctx.tokenizer, eos_config_fields=fields)
+
+
+def _prepare(
+    ctx: LoadContext, section: TokenizerSection, folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Note | Problem]:
+    """Change the tokenizer as asked, set it and what goes with it, and hold it to the model."""
+    from llmload.builtin.tokenizer import chat_template, files, processors
+    from llmload.builtin.tokenizer.changes import change
+
+    before = dict(tokenizer.get_vocab())
+    ctx.tokenizer = tokenizer
+    template = chat_template.find(section.chat_template, ctx)
+    yield from change(tokenizer, section, template)
+    ctx.processor, problem = processors.load(ctx, section, folder)
+    if problem is not None:
+        yield problem
+    if ctx.processor is not None and template is not None:
+        ctx.processor.chat_template = template
+    trained = before
+    if folder != ctx.folder and files.names(ctx.folder):
+        trained = files.load(ctx.folder, ctx, section).get_vocab()
+        yield from _compare(before, trained)
+    known = set(trained.values())
+    ctx.new_tokens = {
+        token: token_id
+        for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if token_id not in known
+    }
+    yield from _rows(ctx)
+    yield Note(text=_summary(ctx))
+    if ctx.processor is not None:
+        yield Note(text=f"{type(ctx.processor).__name__} around it")
 
 
 def _compare(vocabulary: Mapping[str, int], trained: Mapping[str, int]) -> Iterator[Problem]:
