@@ -84,6 +84,18 @@ def test_an_import_that_takes_long_is_not_waited_for(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (130, "")
 
 
+def test_no_exception_is_raised_below_the_cpp_of_torch_which_would_abort(tmp_path: Path) -> None:
+    code = """
+try:
+    exec("stop()\\ntime.sleep(600)", {"__name__": "torch.slow", "stop": stop, "time": time})
+except BaseException:
+    open('raised', 'w').close()
+"""
+    done = run(tmp_path, *SELECTED, code=code)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert not (tmp_path / "raised").exists()
+
+
 SWALLOWED = {
     "an except that takes everything": "\ntry:\n    stop()\n    time.sleep(600)\nexcept: pass\n",
     "a destructor": """

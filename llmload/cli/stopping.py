@@ -16,15 +16,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 from typing import Any, Final
 
 _SIGNALS: Final = ("SIGINT", "SIGTERM", "SIGHUP")
 _LOOK: Final = 0.05
 """Seconds between two looks at what the process is at."""
-_IMPORT: Final = 1.0
-"""Seconds that an import may still go on; the start of a C library, until it is done."""
+_IMPORT: Final = 1.4
+"""Seconds that an import may still go on."""
+_ABORTS: Final = "torch"
+"""Whose C++ calls Python while it is imported (pybind11), and aborts where that raises."""
+_WRITERS: Final = ("llmload.saving", "llmload.checkpoint.kept", "llmload.cli.demo")
+"""Who has something half written, and removes it when the exception comes."""
 _TIDYING: Final = 5.0
 """Seconds after which another signal ends the process where it stands."""
 _LEAVING: Final = 0.5
@@ -49,8 +52,17 @@ class _Stop:
 
     def look(self, _: int, frame: FrameType | None) -> None:
         """Raise the exception, unless it is on its way or would do harm here."""
-        if not _is_handled() and not self._is_importing(frame):
-            signal.default_int_handler(signal.SIGINT, frame)
+        if _is_handled():
+            return
+        below = [*_called_from(frame)]
+        if any(found.f_code.co_filename.startswith("<frozen importlib") for found in below):
+            if time.monotonic() - self._asked_at < _IMPORT:
+                return
+            modules = [str(found.f_globals.get("__name__")) for found in below]
+            writing = any(name.startswith(_WRITERS) for name in modules)
+            if not writing and any(name.partition(".")[0] == _ABORTS for name in modules):
+                _leave(self.exit_code)
+        signal.default_int_handler(signal.SIGINT, frame)
 
     @staticmethod
     def forget(unraisable: Any) -> None:
@@ -58,15 +70,12 @@ class _Stop:
         if not isinstance(unraisable.exc_value, KeyboardInterrupt):
             sys.__unraisablehook__(unraisable)
 
-    def _is_importing(self, frame: FrameType | None) -> bool:
-        late = time.monotonic() - self._asked_at > _IMPORT
-        while frame is not None:
-            if frame.f_code.co_filename.startswith("<frozen importlib") and (
-                not late or isinstance(frame.f_locals.get("self"), ExtensionFileLoader)
-            ):
-                return True
-            frame = frame.f_back
-        return False
+
+def _called_from(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame and each that it was called from."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _is_handled() -> bool:
@@ -103,10 +112,15 @@ def stoppable() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     if stop.exit_code:
-        # torch 2.5 waits here for processes that compile, which end with this one anyway.
-        signal.signal(signal.SIGALRM, lambda number, frame: os._exit(stop.exit_code))
-        signal.setitimer(signal.ITIMER_REAL, _LEAVING)
-    _end(stop.exit_code or code)
+        _leave(stop.exit_code)
+    _end(code)
+
+
+def _leave(exit_code: int) -> None:
+    """End soon: torch 2.5 waits for processes that compile, which end with this one anyway."""
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(exit_code))
+    signal.setitimer(signal.ITIMER_REAL, _LEAVING)
+    _end(exit_code)
 
 
 def _end(exit_code: int) -> None:

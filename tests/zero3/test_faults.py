@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,12 @@ def sentences(phase: str, kind: str, culprit: int) -> list[str]:
     if kind == "interrupt":
         return [f"LoadFailedError: rank {culprit} failed: it was interrupted, as by Ctrl-C"]
     if culprit == 0:
-        return ["the process that keeps the ranks' common store (rank 0, unless the launcher does)"]
-    return [f"rank {culprit} failed: it gave no sign of life for 4.2 s: it ended or hangs"]
+        return [r"process that keeps the ranks' common store \(rank 0, unless the launcher does"]
+    # Before the ranks have met, a busy machine may not have heard of it at all.
+    missed = "it did not come to this load within 4.2 s: it ended, hangs"
+    silent = "it gave no sign of life for 4.2 s: it ended or hangs"
+    early = f"|{missed}" if phase in ("plan", "before zero3") else ""
+    return [f"rank {culprit} failed: ({silent}{early})"]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +127,7 @@ def test_every_rank_stops_in_time_and_names_the_culprit(
         assert survivor.code == 1, survivor.output
         assert survivor.seconds < LIMIT, survivor.output
         for sentence in sentences(phase, kind, culprit):
-            assert sentence in survivor.output
+            assert re.search(sentence, survivor.output), survivor.output
 
 
 def test_rank_that_is_stuck_in_a_collective_ends_with_the_reason(
