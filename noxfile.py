@@ -4,11 +4,13 @@
 """
 
 import re
+import runpy
 import shutil
 import sys
 from pathlib import Path
 
 import nox
+from nox.command import CommandFailed
 
 nox.needs_version = ">=2024.10.9"
 nox.options.default_venv_backend = "venv"
@@ -273,6 +275,27 @@ def two_hosts(session: nox.Session) -> None:
     """ZeRO-3 on two hosts, each a network namespace of this machine: needs root and iproute2."""
     session.install("-c", MODERN, *GROUPS["test"], ".[all]")
     session.run("pytest", "tests/zero3/two_hosts.py", *session.posargs)
+
+
+@nox.session(default=False)
+def versions(session: nox.Session) -> None:
+    """A small load of each kind on every transformers that llmload/host/tested.py names, by hand.
+
+    ``nox -s versions -- transformers==5.18.0 accelerate==1.1.0`` takes one version after the other.
+    """
+    tested = runpy.run_path("llmload/host/tested.py")
+    releases = [f"transformers=={version}" for version in tested["TRANSFORMERS"]]
+    failed = []
+    for release in session.posargs or releases:
+        # Also puts back what the version before has replaced.
+        session.install("-c", MODERN, *GROUPS["test"], ".[all]")
+        session.install(release)
+        try:
+            session.run("pytest", "tests/sweep_versions.py", env=ONE_THREAD)
+        except CommandFailed:
+            failed.append(release)
+    if failed:
+        session.error(f"not as it is written down: {', '.join(failed)}")
 
 
 @nox.session(default=False)

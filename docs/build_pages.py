@@ -5,8 +5,8 @@ A page asks for a part with a comment of its own line, which shows nothing elsew
     <!-- generated: section lora -->
 
 Parts: ``section KEY``, ``spec``, ``hooks``, ``public MODULE``, ``commands``, ``spellings TOOL``,
-``messages``, ``compatibility``, ``stacks``. In a fenced block the line ``# file: NAME`` stands for
-a file of the repository.
+``messages``, ``compatibility``, ``stacks``, ``versions``. In a fenced block the line
+``# file: NAME`` stands for a file of the repository.
 What is public is read from the source without importing it, so that no ML library is needed. Links
 of a page that lead out of ``docs/`` lead, in the site, to a page made of that file or to the file
 itself. The site also gets ``llms.txt``, a list of its pages, and ``llms-full.txt``, their text.
@@ -153,6 +153,7 @@ def _part(kind: str, name: str) -> str:
         "messages": messages,
         "compatibility": compatibility,
         "stacks": stacks,
+        "versions": versions,
         "spellings": spellings,
     }
     return makers[kind](name)
@@ -471,6 +472,20 @@ def stacks(_: str = "") -> str:
     for name, found in tested.ON_STACKS.items():
         cells = [f"{works}, {reason}" if reason else works for works, reason in found.values()]
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def versions(_: str = "") -> str:
+    """Say which loader an ordinary load has on each version of transformers."""
+    from llmload.host import tested
+
+    said = {
+        "streaming": "`streaming`",
+        "transformers": "`transformers`: `streaming` declines",
+        "refused": "none: refused by name",
+    }
+    lines = ["| transformers | loader |", "|---|---|"]
+    lines += [f"| {version} | {said[loader]} |" for version, loader in tested.TRANSFORMERS.items()]
     return "\n".join(lines)
 
 

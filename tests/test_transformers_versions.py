@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import llmload
 from llmload.errors import PluginError
 from llmload.hf import v4_51, v5
 from llmload.hf.interface import Transformers
 from llmload.hf.versions import installed_transformers, refuse_unsupported
+from llmload.host import tested
 from llmload.loading import planning
 from llmload.testing import tiny_llama
 
@@ -37,11 +39,25 @@ def test_another_version_is_refused_by_name(version: str) -> None:
     )
 
 
-def test_what_pip_may_install_is_what_is_supported() -> None:
+def ours() -> SpecifierSet:
     asked = [Requirement(text) for text in metadata.requires("llmload") or ()]
-    ours = next(one.specifier for one in asked if one.name == "transformers")
-    assert all(ours.contains(version, prereleases=True) for version in SUPPORTED)
-    assert not any(ours.contains(version, prereleases=True) for version in REFUSED[:-1])
+    return next(one.specifier for one in asked if one.name == "transformers")
+
+
+def test_what_pip_may_install_is_what_is_supported() -> None:
+    assert all(ours().contains(version, prereleases=True) for version in SUPPORTED)
+    assert not any(ours().contains(version, prereleases=True) for version in REFUSED[:-1])
+
+
+def test_the_table_of_versions_is_held_to_what_is_refused_and_to_the_loader_here(
+    tmp_path: Path,
+) -> None:
+    for version, loader in tested.TRANSFORMERS.items():
+        assert ours().contains(version) == (loader != "refused"), version
+    here = metadata.version("transformers")
+    loaded = llmload.load({"model": str(tiny_llama(tmp_path))})
+    assert loaded.report.loader == tested.TRANSFORMERS[here]
+    assert next(iter(tested.TRANSFORMERS)) == tested.STACKS["modern"]["transformers"]
 
 
 @pytest.fixture

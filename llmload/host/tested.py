@@ -13,6 +13,22 @@ STACKS: Final[Mapping[str, Mapping[str, str]]] = {
 }
 """Name -> what tells it from the other: constraints/NAME.txt has every version."""
 
+TRANSFORMERS: Final[Mapping[str, str]] = {
+    "5.24.0": "streaming",
+    "5.23.0": "streaming",
+    "5.22.2": "streaming",
+    "5.21.1": "streaming",
+    "5.20.2": "streaming",
+    "5.19.0": "streaming",
+    "5.18.0": "streaming",
+    "5.15.1": "transformers",
+    "5.3.0": "transformers",
+    "5.0.0": "refused",
+    "4.57.6": "transformers",
+    "4.51.3": "streaming",
+}
+"""Version -> the loader that an ordinary load on it has; ``nox -s versions`` holds it to that."""
+
 _EVERYWHERE: Final[Mapping[str, Works]] = {"modern": ("yes", ""), "colossalai": ("yes", "")}
 
 ON_STACKS: Final[Mapping[str, Mapping[str, Works]]] = {
