@@ -389,6 +389,53 @@ BAD_SPECS = [
         ),
     ),
     BadSpec(
+        "places of max_memory",
+        "model: gpt2\ndevice_map: auto\nmax_memory: {'cuda:1': 1GB, gpu: 1, disk: 1GB, '01': 1}\n",
+        (
+            "3:14: max_memory['cuda:1']: 'cuda:1' is no place for weights that `max_memory` knows."
+            " Accelerators have numbers: write '1'.",
+            "3:29: max_memory.gpu: 'gpu' is no place for weights that `max_memory` knows."
+            " Write the number of an accelerator, such as '0', or cpu or mps.",
+            "3:37: max_memory.disk: weights are not kept on a disk. Remove the key.",
+            "3:48: max_memory.01: '01' is no place for weights that `max_memory` knows."
+            " Write the number of an accelerator, such as '0', or cpu or mps.",
+        ),
+    ),
+    BadSpec(
+        "amounts of max_memory",
+        "model: gpt2\ndevice_map: auto\nmax_memory: {'0': a lot, '1': -1, '2': 10Gb, cpu: [1]}\n",
+        (
+            "3:14: max_memory.0: 'a lot' is no amount of memory. Write bytes, or a number and a"
+            " unit, such as 80GB (10**9 bytes) or 80GiB (2**30).",
+            "3:26: max_memory.1: -1 is no amount of memory. Write bytes, or a number and a"
+            " unit, such as 80GB (10**9 bytes) or 80GiB (2**30).",
+            "3:35: max_memory.2: '10Gb' would be bits: transformers takes a small b for those."
+            " Write '10GB' for bytes.",
+            "3:46: max_memory.cpu: expected a whole number or text, found a list",
+        ),
+    ),
+    BadSpec(
+        "max_memory of nothing",
+        "model: gpt2\ndevice_map: auto\nmax_memory: {}\n",
+        ("3:1: max_memory: must have 1 or more entries, found 0",),
+    ),
+    BadSpec(
+        "max_memory without device_map",
+        "model: gpt2\nmax_memory: {cpu: 60GiB}\n",
+        (
+            "1:1: `max_memory` says how far `device_map` spreads a model, and there is none."
+            " Write `device_map: auto`, or remove `max_memory`.",
+        ),
+    ),
+    BadSpec(
+        "max_memory beside a device",
+        "model: gpt2\ndevice_map: cpu\nmax_memory: {cpu: 60GiB}\n",
+        (
+            "1:1: `max_memory` says how far `device_map` spreads a model, and it names devices"
+            " itself. Write `device_map: auto`, or remove `max_memory`.",
+        ),
+    ),
+    BadSpec(
         "device map is a list",
         "model: gpt2\ndevice_map: [cuda]\n",
         ("2:1: device_map: expected a whole number, text or a mapping, found a list",),

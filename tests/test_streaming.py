@@ -529,6 +529,19 @@ def test_a_device_map_onto_a_gpu_gives_what_from_pretrained_gives(
     assert differences(result.model, theirs) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
+@pytest.mark.parametrize("on_gpu", ["20KB", "60KB", "1GB"])
+def test_max_memory_spreads_over_a_gpu_as_from_pretrained_does(on_gpu: str, tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    result = load(folder, device_map="auto", max_memory={"0": on_gpu, "cpu": "1GB"})
+    facts(result)
+    most = {0: on_gpu, "cpu": "1GB"}
+    theirs = from_pretrained(AutoModelForCausalLM, folder, device_map="auto", max_memory=most)
+    assert result.plan.device_map == getattr(theirs, "hf_device_map", {"": 0})
+    assert differences(result.model, theirs) == []
+
+
 @pytest.mark.skipif(not hasattr(torch, "accelerator"), reason="torch 2.5 opens no pickle")
 def test_an_allowed_pickle_is_streamed_too(tmp_path: Path) -> None:
     model = tiny_model(tie_word_embeddings=True)
@@ -664,15 +677,16 @@ def test_a_model_type_with_weights_in_further_files_is_left_to_from_pretrained(
 
 
 @pytest.mark.refused_late
-def test_what_would_have_to_be_kept_on_a_disk_is_refused_before_a_weight_is_read(
+def test_memory_that_is_gone_since_the_plan_is_refused_before_a_weight_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spread = {"model": "cpu", "lm_head": "disk"}  # as accelerate does where memory is short
-    monkeypatch.setattr(installed_transformers(), "resolve_device_map", lambda model, asked: spread)
+    maps = iter([{"": "cpu"}, {"model": "cpu", "lm_head": "disk"}])  # of the plan, of the load
+    monkeypatch.setattr(
+        installed_transformers(), "resolve_device_map", lambda *asked, **options: next(maps)
+    )
     assert refusal(tiny_llama(tmp_path), device_map="auto") == (
-        "device_map: 'auto' leaves modules without a device: the memory of all of them is too"
-        " little for the model, and weights are not kept on a disk. Quantise with `kbit`, partition"
-        " with `zero3`, or take a smaller model."
+        "device_map: 'auto' leaves modules without a device: there is less memory now than when the"
+        " plan was made. Free some of it, and load again."
     )
 
 

@@ -220,7 +220,7 @@ class Forecast:
         """Yield route, plugin, since when, place, whether on pages, and bytes of the weights in a
         phase."""
         found: dict[tuple[str, str, Phase, Place, bool], int] = {}
-        order = list(PHASES)
+        order, trains = list(PHASES), self.trains
         for weight in (*self.weights.values(), *self.replaced.values()):
             if order.index(weight.since) > order.index(phase):
                 continue
@@ -228,7 +228,7 @@ class Forecast:
             place = weight.place
             if phase in ("use", "train") and self.accelerated and not weight.stays:
                 place = "device"
-            written = phase == "train" and self.trains and weight.trained
+            written = phase == "train" and trains and weight.trained
             on_pages = weight.on_pages and place == "host" and not written
             key = weight.route, weight.by, weight.since, place, on_pages
             found[key] = found.get(key, 0) + nbytes

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from llmload.context import optimizers
 from llmload.errors import Problem, RequestError
+from llmload.spec.values import nbytes
 
-_UNITS: Final = {
-    **{f"{letter}B": 1000 ** (place + 1) for place, letter in enumerate("KMGT")},
-    **{f"{letter}IB": 1024 ** (place + 1) for place, letter in enumerate("KMGT")},
-    "B": 1,
-    "": 1,
-}
-_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 _USUAL_RANKS_PER_HOST: Final = 8
 
 
@@ -98,16 +91,14 @@ class Machine:
 
 
 def _bytes(text: str, where: str) -> int:
-    """Return the bytes that a text such as ``80GB`` or ``512 GiB`` says."""
-    found = _SIZE.fullmatch(text.strip())
-    unit = None if found is None else _UNITS.get(found[2].upper())
-    if found is None or unit is None:
+    found = nbytes(text)
+    if found is None:
         raise RequestError(
             f"{text!r} is no amount of memory",
             fix="Write a number and a unit, such as 80GB (10**9 bytes) or 80GiB (2**30).",
             where=where,
         )
-    return int(float(found[1]) * unit)
+    return found
 
 
 HERE: Final = Machine()

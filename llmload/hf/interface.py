@@ -7,7 +7,7 @@ outside ``llmload.hf`` asks for a version of transformers; it asks the installed
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -186,8 +186,19 @@ class Transformers(Protocol):
         """Return the dtype that each parameter and buffer will have, by name."""
         ...
 
-    def resolve_device_map(self, model: PreTrainedModel, requested: Any) -> DeviceMap | None:
-        """Return modules' devices, ``auto`` and the like resolved; None for the CPU alone."""
+    def resolve_device_map(
+        self,
+        model: PreTrainedModel,
+        requested: Any,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        *,
+        tied: bool = True,
+    ) -> DeviceMap | None:
+        """Return modules' devices, ``auto`` and the like resolved; None for the CPU alone.
+
+        :param max_memory: bytes that each may get, in place of what is free.
+        :param tied: whether the model is tied already, as :meth:`to_fill` leaves it.
+        """
         ...
 
     def fill(

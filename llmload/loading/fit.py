@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.accounting import as_quantised
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.errors import CheckpointError, Problem, some
 from llmload.hf import fusions, generation, installed_transformers, quantised, token_ids
+from llmload.hf.bars import muted
 from llmload.loading import audit
 from llmload.spec.suggest import closest
-from llmload.spec.values import dtype_name
+from llmload.spec.values import SPREADS, dtype_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG = "adapter_config.json"
 """By this file transformers finds an adapter."""
 
-SPREADING = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Values of ``device_map`` by which a model is spread over what is there."""
 _FEW = 12
 """Token ids up to which they are written out."""
 
@@ -129,12 +129,15 @@ def _absent_devices(ctx: LoadContext) -> Iterator[Problem]:
         return  # the plan is for another machine
     asked = ctx.spec.device_map
     by_key = asked if isinstance(asked, Mapping) else {"": asked}
-    for key, device in by_key.items():
+    named = {f"device_map.{key}" if key else "device_map": device for key, device in by_key.items()}
+    most = ctx.spec.most_memory or {}
+    named.update((f"max_memory.{device}", device) for device in most)
+    for where, device in named.items():
         number = device if isinstance(device, int) else None
         kind, _, index = str(device).partition(":")
         if number is not None:
             found, kind = _accelerators(), "accelerator"
-        elif device is None or kind in ("cpu", *SPREADING):
+        elif device is None or kind in ("cpu", *SPREADS):
             continue
         else:
             module: Any = getattr(torch, kind, None)
@@ -143,10 +146,69 @@ def _absent_devices(ctx: LoadContext) -> Iterator[Problem]:
         if number >= found:
             here = f"of kind {kind!r} there {'is' if found == 1 else 'are'} {found or 'none'} here"
             yield Problem(
-                where=f"device_map.{key}" if key else "device_map",
+                where=where,
                 message=f"there is no device {device!r}: {here}",
-                fix="Name one that is here, or remove `device_map` for the CPU.",
+                fix="Name one that is here, or remove `device_map` for the CPU."
+                if device not in most
+                else "Name one that is here, or remove the key.",
             )
+
+
+def device_map(ctx: LoadContext) -> dict[str, int | str]:
+    """Return where the modules will go, by name; empty for the CPU, and where transformers finds
+    out only in the load, by the sizes of quantised weights.
+
+    For a machine that is described, what spreads goes by the memory that the description says.
+    """
+    asked = ctx.spec.device_map
+    if isinstance(asked, Mapping):
+        return dict(asked)
+    if asked is None or ctx.checkpoint is None:
+        return {}
+    if asked not in SPREADS:
+        return {"": asked}
+    quantises = ctx.providing("quantisation") or quantised.declared(ctx.config) is not None
+    if quantises or ctx.splits or installed_transformers().unsuited() is not None:
+        return {}
+    most = ctx.spec.most_memory or _described_memory(ctx)
+    elsewhere = ctx.machine.device_memory is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the load itself gives them again
+        # accelerate says of each device of another machine that it is not here.
+        with muted("accelerate.utils.modeling") if elsewhere else nullcontext():
+            found = installed_transformers().resolve_device_map(ctx.blank, asked, most, tied=False)
+    return {
+        name: place if isinstance(place, int) else str(place)
+        for name, place in (found or {}).items()
+    }
+
+
+def _described_memory(ctx: LoadContext) -> dict[int | str, int | str] | None:
+    """Return what a described machine has, as `max_memory` says it: one accelerator per rank."""
+    machine = ctx.machine
+    if machine.device_memory is None:
+        return None
+    # transformers leaves a tenth of one accelerator free where nobody says how much to take.
+    most: dict[int | str, int | str] = {0: int(machine.device_memory) * 9 // 10}
+    if machine.host_memory is not None:
+        most["cpu"] = int(machine.host_memory)
+    return most
+
+
+def places(ctx: LoadContext, found: Mapping[str, int | str]) -> Iterator[Problem]:
+    """Refuse a model for which the memory of all places together is too little.
+
+    :param found: as :func:`device_map` finds it.
+    """
+    if "disk" in found.values():
+        limited = "what `max_memory` gives" if ctx.spec.max_memory else "the memory of all of them"
+        yield Problem(
+            where="max_memory" if ctx.spec.max_memory else "device_map",
+            message=f"{ctx.spec.device_map!r} leaves modules without a device: {limited} is too"
+            " little for the model, and weights are not kept on a disk",
+            fix=f"{'Give more, quantise' if ctx.spec.max_memory else 'Quantise'} with `kbit`,"
+            " partition with `zero3`, or take a smaller model.",
+        )
 
 
 def _accelerators() -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmload.checkpoint.dtypes import torch_dtype
-from llmload.context.forecast import PHASES, Cost, Forecast, Weight
+from llmload.context.forecast import PHASES, Cost, Forecast, Place, Weight
 from llmload.errors import PluginError
 from llmload.hf import installed_transformers, quantised
 from llmload.loading import hook_calls, room
@@ -40,7 +40,7 @@ def foretell(host: Host, plan: Plan, rehearsal: Rehearsal) -> Forecast:
     ctx = rehearsal.ctx
     forecast = Forecast(
         machine=ctx.machine,
-        rooms=room.rooms(ctx.machine),
+        rooms=room.rooms(ctx.machine, _accelerators(plan.device_map)),
         accelerated=ctx.machine.is_accelerated,
     )
     routes = _Routes(ctx, plan, rehearsal)
@@ -58,6 +58,11 @@ def foretell(host: Host, plan: Plan, rehearsal: Rehearsal) -> Forecast:
             forecast.costs.append(replace(cost, plugin=cost.plugin or plugin))
     forecast.costs += _of_host(rehearsal, forecast)
     return forecast
+
+
+def _accelerators(device_map: Mapping[str, int | str]) -> int:
+    """Return over how many accelerators one process spreads its model, at least one."""
+    return max(1, len({*device_map.values()} - {"cpu"}))
 
 
 def _of_host(rehearsal: Rehearsal, forecast: Forecast) -> Iterator[Cost]:
@@ -85,6 +90,7 @@ class _Routes:
             self._names.setdefault(id(parameter), []).append(name)
         self._keeps_pages = plan.loader in ctx.providing("mapped_pages")
         self._on_device = ctx.spec.device_map not in _ON_CPU
+        self._spread = len({*plan.device_map.values()}) > 1
         stored = ctx.checkpoint
         self._fetched = {file.path for file in stored.fetched} if stored is not None else set()
 
@@ -143,8 +149,24 @@ class _Routes:
             by=by,
             stored=0,
             trained=False,
-            place="device" if self._on_device else "host",
+            place=self._place(name),
+            # Hooks bring it to the accelerator for each use, and back.
+            stays=self._spread and self._place(name) == "host",
         )
+
+    def _place(self, name: str) -> Place:
+        """Return where the loader leaves a parameter: with the innermost module that has a place.
+
+        One that a plugin adds may have its module's name behind that of a wrapper.
+        """
+        places = self._plan.device_map
+        if not places:
+            return "device" if self._on_device else "host"
+        parts = name.split(".")
+        spans = ((i, j) for i in range(len(parts)) for j in range(len(parts), i, -1))
+        paths = (".".join(parts[i:j]) for i, j in spans)
+        path = next((path for path in paths if path in places), "")
+        return "host" if places.get(path, "cpu") == "cpu" else "device"
 
     def _way(self, names: list[str], parameter: Any, whole: int, kind: Any) -> tuple[str, str, int]:
         """Return route, reason, and bytes in the checkpoint."""
@@ -155,7 +177,7 @@ class _Routes:
             return "copied", f"`{self._plan.loader}` reads it as it likes", whole
         info = next((found.as_stored[name] for name in names if name in found.as_stored), None)
         if info is not None:
-            return *self._of_one(info, parameter, kind), info.nbytes
+            return *self._of_one(names[0], info, parameter, kind), info.nbytes
         joined = next((found.assembled[name] for name in names if name in found.assembled), None)
         if joined is not None:
             return "assembled", "put together from tensors of the file", joined
@@ -163,11 +185,11 @@ class _Routes:
             return "new", "not in the checkpoint", 0
         return "computed", "transformers computes it from tensors of the file", whole
 
-    def _of_one(self, info: Any, parameter: Any, kind: Any) -> tuple[str, str]:
+    def _of_one(self, name: str, info: Any, parameter: Any, kind: Any) -> tuple[str, str]:
         wanted = kind if parameter.is_floating_point() else parameter.dtype
         if torch_dtype(info.dtype) != wanted:
             return "cast", f"{info.dtype} in the file, {dtype_name(wanted)} in the model"
-        if self._on_device:
+        if self._place(name) == "device":
             return "copied", "to the accelerator"
         if info.file in self._fetched:
             return "copied", "its file lies on no disk of this machine"

@@ -67,6 +67,7 @@ def _pretrained(ctx: LoadContext) -> PreTrainedModel:
     options: dict[str, Any] = {
         "config": ctx.config,
         "device_map": ctx.spec.device_map,
+        **({} if ctx.spec.max_memory is None else {"max_memory": ctx.spec.most_memory}),
         "trust_remote_code": ctx.spec.trust_remote_code,
         "local_files_only": True,
         "output_loading_info": True,

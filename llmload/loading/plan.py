@@ -43,6 +43,9 @@ class Plan(BaseModel):
     """Loaders that will not be asked, with the reason each gave."""
     declined_adapters: dict[str, str] = Field(default_factory=dict)
     """Adapter plugins that declined, with the reason each gave."""
+    device_map: dict[str, int | str] = Field(default_factory=dict)
+    """Where the modules go, by name, ``auto`` and the like resolved; empty for the CPU alone, and
+    where it is known only in the load, as of weights that are quantised on the way."""
     checkpoint_tensors: int = 0
     """Tensors in the checkpoint."""
     checkpoint_bytes: int = 0

@@ -127,6 +127,9 @@ def prepare(
         _check(host, ctx, plan)
         try:
             plan.problems += fit.problems(ctx)
+            if not plan.errors:
+                plan.device_map = fit.device_map(ctx)
+                plan.problems += fit.places(ctx, plan.device_map)
         except RequestError as error:
             plan.problems += error.problems
         rehearsal = rehearse(host, ctx, plan)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from llmload.context.forecast import PHASES
 from llmload.errors import visible
-from llmload.spec.wording import size_text
+from llmload.spec.wording import alike, size_text
 
 if TYPE_CHECKING:
     from llmload.errors import Problem
@@ -66,6 +66,8 @@ def plan(plan: Any) -> RenderableType:
         facts.add_row("loader", plan.loader)
     for name, reason in plan.declined.items():
         facts.add_row("declined", f"{name}: {reason}")
+    for place, modules in _by_place(plan.device_map).items():
+        facts.add_row(f"on {place}", ", ".join(modules))
     if plan.parameters:
         facts.add_row("parameters", f"{plan.parameters:,}, {size_text(plan.parameter_bytes)}")
         facts.add_row("trainable", _trainable(plan))
@@ -173,6 +175,14 @@ def table(*names: str, last: str) -> Table:
         table.add_column(name, overflow="fold", no_wrap=name == names[0])
     table.add_column(last, overflow="fold")
     return table
+
+
+def _by_place(device_map: Mapping[str, int | str]) -> dict[int | str, list[str]]:
+    """Return what is on each device, names that differ in their numbers once."""
+    found: dict[int | str, list[str]] = {}
+    for name, place in device_map.items():
+        found.setdefault(place, []).append(name or "the whole model")
+    return {place: alike(names) for place, names in found.items()}
 
 
 def _trainable(plan: Any) -> str:

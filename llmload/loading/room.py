@@ -69,8 +69,11 @@ def _needed(forecast: Forecast, peak: Peak, where: str) -> str:
     return f"{size_text(nbytes)} of {of} in each of {ranks} processes, {together} together"
 
 
-def rooms(machine: Machine) -> dict[str, Room]:
-    """Return what there is on the host and on each accelerator, as far as it is known."""
+def rooms(machine: Machine, accelerators: int = 1) -> dict[str, Room]:
+    """Return what there is on the host and on accelerators, as far as it is known.
+
+    :param accelerators: over how many each process spreads its model.
+    """
     found: dict[str, Room] = {}
     supposed = "as the plan supposes"
     if machine.host_memory is not None:
@@ -80,19 +83,22 @@ def rooms(machine: Machine) -> dict[str, Room]:
         if here is not None:
             found["host"] = here
     if machine.device_memory is not None:
-        found["device"] = Room(int(machine.device_memory), supposed)
+        found["device"] = Room(accelerators * int(machine.device_memory), supposed)
     elif machine.is_accelerated:
-        found |= _on_device()
+        found |= _on_device(accelerators)
     return found
 
 
-def _on_device() -> dict[str, Room]:
+def _on_device(accelerators: int) -> dict[str, Room]:
     import torch
 
     if not torch.cuda.is_available():  # other kinds do not tell
         return {}
-    nbytes, _ = torch.cuda.mem_get_info()
-    return {"device": Room(nbytes, "on the accelerator")}
+    if accelerators == 1:
+        nbytes, _ = torch.cuda.mem_get_info()
+        return {"device": Room(nbytes, "on the accelerator")}
+    nbytes = sum(torch.cuda.mem_get_info(number)[0] for number in range(accelerators))
+    return {"device": Room(nbytes, f"on {accelerators} accelerators")}
 
 
 def _way_out(ctx: LoadContext, forecast: Forecast, registry: Registry) -> str:

@@ -40,9 +40,13 @@ from llmload.spec.refusals import (
 )
 from llmload.spec.values import (
     CLASS_PATH,
+    SPREADS,
+    amount_of_memory,
     auto_class_name,
     device_name,
     device_or_spread,
+    memory_place,
+    nbytes,
     regex,
     replacements,
 )
@@ -207,6 +211,19 @@ class LoadSpec(Section):
     ) = None
     """A device, ``auto`` and the like, or a mapping of module names to devices, as in transformers;
     null for the CPU. Refused where a plugin places the weights itself."""
+    max_memory: (
+        Annotated[
+            Mapping[
+                Annotated[str, AfterValidator(memory_place)],
+                Annotated[int | str, AfterValidator(amount_of_memory)],
+            ],
+            Field(min_length=1),
+        ]
+        | None
+    ) = Field(default=None, examples=[{"0": "20GiB", "cpu": "60GiB"}])
+    """The most that ``device_map: auto`` and the like give to weights on each accelerator, by its
+    number as text, and on the ``cpu``, as in transformers: bytes, or a text such as ``20GiB``.
+    Places that are not named get none; null for all that is free."""
     attn_implementation: str | None = None
     """Attention kernel, as in transformers (``eager``, ``sdpa``, ``flash_attention_2``); null for
     the model's own choice."""
@@ -258,6 +275,16 @@ class LoadSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _memory_is_of_a_spread_model(self) -> LoadSpec:
+        if self.max_memory is not None and self.device_map not in SPREADS:
+            asked = "there is none" if self.device_map is None else "it names devices itself"
+            raise InvalidValueError(
+                f"`max_memory` says how far `device_map` spreads a model, and {asked}",
+                fix="Write `device_map: auto`, or remove `max_memory`.",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _random_weights_have_no_keys(self) -> LoadSpec:
         given = [key for key in ("weights_from", "key_map", "key_rules") if getattr(self, key)]
         if self.weights == "random" and given:
@@ -280,6 +307,16 @@ class LoadSpec(Section):
     def sections(self) -> Mapping[str, Any]:
         """The plugins' sections by key, as given: models once validated, else plain data."""
         return MappingProxyType(self.model_extra or {})
+
+    @property
+    def most_memory(self) -> dict[int | str, int | str] | None:
+        """``max_memory`` as accelerate takes it: numbers for accelerators, bytes for text."""
+        if self.max_memory is None:
+            return None
+        return {
+            int(place) if place.isdecimal() else place: nbytes(str(amount)) or 0
+            for place, amount in self.max_memory.items()
+        }
 
     @property
     def cache_candidates(self) -> tuple[str, ...]:

@@ -13,8 +13,16 @@ from llmload.spec.words import AUTO_CLASSES
 
 CLASS_PATH: Final = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
 _LONGEST_PATTERN: Final = 10_000
-_PLACEMENTS: Final = ("auto", "balanced", "balanced_low_0", "sequential")
+SPREADS: Final = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Values of ``device_map`` by which a model is spread over what is there."""
 _DEVICES: Final = ("cpu", "cuda", "mps", "xpu", "npu", "hpu", "mlu", "musa")
+_UNITS: Final = {
+    **{f"{letter}B": 1000 ** (place + 1) for place, letter in enumerate("KMGT")},
+    **{f"{letter}IB": 1024 ** (place + 1) for place, letter in enumerate("KMGT")},
+    "B": 1,
+    "": 1,
+}
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
 def dtype_name(dtype: object) -> str:
@@ -72,7 +80,7 @@ def device_name(name: int | str) -> int | str:
 
 def device_or_spread(value: int | str) -> int | str:
     """Hold a value to a device, or a way to spread a model over several."""
-    if value in _PLACEMENTS:
+    if value in SPREADS:
         return value
     if value == "disk":
         return device_name(value)  # which refuses it in words of its own
@@ -81,10 +89,48 @@ def device_or_spread(value: int | str) -> int | str:
     except InvalidValueError:
         raise InvalidValueError(
             f"{value!r} is neither a device nor a way to spread the model",
-            fix=(isinstance(value, str) and nearest(value, (*_PLACEMENTS, *_DEVICES)))
-            or f"Write {', '.join(_PLACEMENTS)}, a device such as cuda:0, or a mapping of modules"
+            fix=(isinstance(value, str) and nearest(value, (*SPREADS, *_DEVICES)))
+            or f"Write {', '.join(SPREADS)}, a device such as cuda:0, or a mapping of modules"
             " to devices.",
         ) from None
+
+
+def nbytes(text: str) -> int | None:
+    """Return the bytes that a text such as ``80GB`` or ``512 GiB`` says, None where it is none."""
+    found = _SIZE.fullmatch(text.strip())
+    unit = None if found is None else _UNITS.get(found[2].upper())
+    return None if found is None or unit is None else int(float(found[1]) * unit)
+
+
+def memory_place(name: str) -> str:
+    """Hold a key of ``max_memory`` to what accelerate takes: the number of one, cpu or mps."""
+    if re.fullmatch(r"0|[1-9]\d*|cpu|mps", name):
+        return name
+    if name == "disk":
+        raise InvalidValueError("weights are not kept on a disk", fix="Remove the key.")
+    kind, _, number = name.partition(":")
+    raise InvalidValueError(
+        f"{name!r} is no place for weights that `max_memory` knows",
+        fix=f"Accelerators have numbers: write {number or '0'!r}."
+        if kind in _DEVICES and kind != "cpu"
+        else "Write the number of an accelerator, such as '0', or cpu or mps.",
+    )
+
+
+def amount_of_memory(value: int | str) -> int | str:
+    """Hold a value to bytes as accelerate reads them: a number, or text with a unit."""
+    found = value if isinstance(value, int) else nbytes(value)
+    if found is None or found < 0:
+        raise InvalidValueError(
+            f"{value!r} is no amount of memory",
+            fix="Write bytes, or a number and a unit, such as 80GB (10**9 bytes) or 80GiB (2**30).",
+        )
+    if isinstance(value, str) and value.endswith("b"):
+        raise InvalidValueError(
+            f"{value!r} would be bits: transformers takes a small b for those",
+            fix=f"Write '{value[:-1]}B' for bytes.",
+        )
+    return value
 
 
 def replacements(rules: Mapping[str, str]) -> Mapping[str, str]:

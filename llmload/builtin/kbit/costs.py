@@ -88,7 +88,9 @@ def in_4_bits(ctx: LoadContext, forecast: Forecast) -> Forecast:
         if isinstance(module, nn.Linear | Conv1D) and name not in left
     }
     for weight in smaller.weights.values():
-        if weight.name.replace(".base_layer", "").removesuffix(".weight").endswith(tuple(linear)):
+        # Behind the name of a wrapper stands that of the module.
+        parts = weight.name.replace(".base_layer", "").removesuffix(".weight").split(".")
+        if any(".".join(parts[at:]) in linear for at in range(len(parts))):
             weight.beside = int(weight.elements * _BITS_BESIDE / 8)
             weight.elements, weight.itemsize, weight.loaded = weight.elements // 2, 1, 1
             weight.on_pages = False

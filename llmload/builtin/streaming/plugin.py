@@ -90,10 +90,12 @@ class StreamingLoader:
         placement = ctx.placement or Plain()
         model = ctx.model_to_fill()
         device_map = transformers.resolve_device_map(
-            model, ctx.load_options.get("device_map", ctx.spec.device_map)
+            model,
+            ctx.load_options.get("device_map", ctx.spec.device_map),
+            ctx.spec.most_memory,
         )
         if device_map and "disk" in device_map.values():
-            raise RequestError(_too_little_memory(ctx))
+            raise RequestError(_less_memory(ctx))
         accounting = ctx.accounting(model)
         account(ctx, accounting)
         placement.prepare(model)
@@ -118,12 +120,12 @@ class StreamingLoader:
         )
 
 
-def _too_little_memory(ctx: LoadContext) -> Problem:
+def _less_memory(ctx: LoadContext) -> Problem:
     return Problem(
         where="device_map",
-        message=f"{ctx.spec.device_map!r} leaves modules without a device: the memory of all of"
-        " them is too little for the model, and weights are not kept on a disk",
-        fix="Quantise with `kbit`, partition with `zero3`, or take a smaller model.",
+        message=f"{ctx.spec.device_map!r} leaves modules without a device: there is less memory now"
+        " than when the plan was made",
+        fix="Free some of it, and load again.",
     )
 
 

@@ -34,7 +34,13 @@ if TYPE_CHECKING:
     from llmload.hf.interface import DeviceMap
 
 
-def resolve_device_map(model: PreTrainedModel, requested: Any) -> DeviceMap | None:
+def resolve_device_map(
+    model: PreTrainedModel,
+    requested: Any,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    *,
+    tied: bool = True,
+) -> DeviceMap | None:
     """Module names and their devices, ``auto`` and the like resolved."""
     import torch
     from transformers.modeling_utils import _get_device_map
@@ -43,9 +49,12 @@ def resolve_device_map(model: PreTrainedModel, requested: Any) -> DeviceMap | No
         requested = {"": requested}
     elif isinstance(requested, str) and requested not in _BALANCED:
         requested = {"": torch.device(requested)}
+    if not tied:
+        model = _tied_copy(model)
     dtype = model.config.torch_dtype
+    most = None if max_memory is None else dict(max_memory)  # which is written to
     return _get_device_map(  # type: ignore[no-any-return]
-        model, requested, None, None, dtype, _float32_pattern(model, dtype)
+        model, requested, most, None, dtype, _float32_pattern(model, dtype)
     )
 
 
@@ -89,13 +98,8 @@ def account(model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool = Fals
     A weight whose tie, if there is one, does not show yet would be called missing: a model that is
     not ``tied`` gets a tied copy.
     """
-    from llmload.model import reachable
-
     if not tied:
-        # Views of weights among its attributes cannot be copied, and nobody asks for them here.
-        views = {id(t): t.detach() for _, t in reachable.tensors(model) if not t.is_leaf}
-        model = copy.deepcopy(model, views)
-        model.tie_weights()
+        model = _tied_copy(model)
     keys = _Keys(model, checkpoint)
     state = model.state_dict()
     mismatched = []
@@ -125,6 +129,16 @@ def account(model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool = Fals
         computed=(),
         rules=None,
     )
+
+
+def _tied_copy(model: PreTrainedModel) -> PreTrainedModel:
+    from llmload.model import reachable
+
+    # Views of weights among its attributes cannot be copied, and nobody asks for them here.
+    views = {id(t): t.detach() for _, t in reachable.tensors(model) if not t.is_leaf}
+    model = copy.deepcopy(model, views)
+    model.tie_weights()
+    return model
 
 
 def _excused(model: PreTrainedModel, absent: Iterable[str]) -> list[str]:

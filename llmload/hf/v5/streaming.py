@@ -10,7 +10,7 @@ it differs from 5.23.0, which this was written against.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +35,22 @@ if TYPE_CHECKING:
     from llmload.hf.interface import DeviceMap
 
 
-def resolve_device_map(model: PreTrainedModel, requested: Any) -> DeviceMap | None:
-    """Module names and their devices, ``auto`` and a ``torch.device`` context resolved."""
+def resolve_device_map(
+    model: PreTrainedModel,
+    requested: Any,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    *,
+    tied: bool = True,
+) -> DeviceMap | None:
+    """Module names and their devices, ``auto`` and a ``torch.device`` context resolved.
+
+    Which names the config ties, the model itself says: it need not be ``tied``.
+    """
     from transformers.integrations.accelerate import _get_device_map, check_and_set_device_map
 
     checked = check_and_set_device_map(requested)
-    return None if checked is None else _get_device_map(model, checked, None, None)
+    most = None if max_memory is None else dict(max_memory)  # which is written to
+    return None if checked is None else _get_device_map(model, checked, most, None)
 
 
 def account(model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool = False) -> Accounting:
