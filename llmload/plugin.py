@@ -75,6 +75,7 @@ Models:
 
 Loaders:
 
+- ``track``: go through a long list, and show how far it is where transformers shows its loops.
 - ``from_pretrained``: load as transformers does, and account for every key.
 - ``account``: refuse a checkpoint that does not fit, and list what is missing and unexpected;
   ``MISSING`` is the reason that ``strict`` must excuse.
@@ -160,6 +161,7 @@ if TYPE_CHECKING:
     from llmload.hf.adapters import hold_adapter as hold_adapter
     from llmload.hf.adapters import matching_within_budget as matching_within_budget
     from llmload.hf.adapters import replicated_layers as replicated_layers
+    from llmload.hf.bars import track as track
     from llmload.hf.hub import cache_dir as cache_dir
     from llmload.hf.interface import Transformers as Transformers
     from llmload.hf.locating import locate as locate_files
@@ -309,6 +311,7 @@ __all__ = [
     "switch",
     "tell",
     "torch_dtype",
+    "track",
     "unwrapped",
     "version_of",
     "words",
@@ -362,6 +365,7 @@ _HOME = {
     "installed_transformers": "hf.versions",
     "default_dtype": "model.torch_defaults",
     "cache_dir": "hf.hub",
+    "track": "hf.bars",
     **dict.fromkeys(("locate_files", "read_config"), "hf.locating"),
     "MISSING": "loading.audit",
     **dict.fromkeys(("account", "from_pretrained"), "loading.loaders"),

@@ -295,6 +295,7 @@ def test_built_in_plugins_are_listed_like_others() -> None:
         "status": "active",
         "reason": "",
         "section": True,
+        "does": "Wraps the finished base model in a ``PeftModel``.",
         "hooks": ["check", "cost", "audit", "wrap_adapter"],
     }
 
@@ -629,3 +630,17 @@ def test_a_spec_file_that_is_not_there_is_not_taken_for_a_model() -> None:
 
 def test_help_has_a_short_name() -> None:
     assert run("plan", "-h").stdout == run("plan", "--help").stdout
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_help_is_cut_nowhere(columns: str) -> None:
+    shown = CliRunner().invoke(commands.app, ["--help"], env={"COLUMNS": columns}).stdout
+    assert max(map(len, shown.splitlines())) <= int(columns)
+    listing = shown.partition("Commands:")[2]
+    assert "..." not in listing
+    assert " ".join(commands.plan.__doc__.split()) in " ".join(listing.split())
+
+
+def test_the_table_of_plugins_says_what_each_does() -> None:
+    shown = " ".join(run("plugins").stdout.split())
+    assert "Wraps the finished base" in shown

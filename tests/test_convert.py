@@ -306,3 +306,13 @@ def test_what_cannot_be_converted_is_refused(
     assert done.exit_code == 2
     assert done.stderr == f"{said}\n"
     assert done.stdout == ""
+
+
+def test_a_quiet_command_says_nothing_of_what_is_left_out() -> None:
+    config = (
+        "base_model: gpt2\nadapter: lora\nlora_r: 8\nlora_target_linear: true\nwandb_project: p\n"
+    )
+    told, quiet = run("-", text=config), run("-", "-q", text=config)
+    assert (told.exit_code, quiet.exit_code) == (0, 0)
+    assert "for the trainer" in told.stderr or "not carried" in told.stderr
+    assert (quiet.stderr, quiet.stdout) == ("", told.stdout)

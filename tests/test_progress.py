@@ -10,9 +10,11 @@ from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
+from stacks import needs_transformers_5
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+import llmload
 from llmload.cli.progress import is_wanted, progress
 from llmload.testing import tiny_checkpoint
 
@@ -85,3 +87,99 @@ def test_bars_of_transformers_and_the_hub_are_silent_and_given_back() -> None:
     # In a process of its own: the variable that keeps the tests free of bars is read at import.
     environ = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
     subprocess.run([sys.executable, "-c", SILENT], check=True, env=environ)
+
+
+# --- what takes long --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Show transformers' bars, which the tests do without."""
+    monkeypatch.setattr(logging, "_tqdm_active", True)
+
+
+def finished(said: str) -> list[str]:
+    """The descriptions of the bars that were filled, in order."""
+    lines = said.replace("\r", "\n").splitlines()
+    return [line.partition(": 100%")[0] for line in lines if ": 100%" in line]
+
+
+LONG = {
+    "as it is stored": ({}, ["Loading weights"]),
+    "cast": ({"dtype": "bfloat16"}, ["Loading weights"]),
+    "every value looked at": (
+        {"verify": {"finite": True}}, ["Loading weights", "Looking for what is not finite"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("bars")
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_load_shows_a_line_for_each_long_work_on_the_first_rank(
+    name: str,
+    rank: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys, works = LONG[name]
+    folder = tiny_checkpoint(tmp_path / "m")
+    monkeypatch.setenv("RANK", rank)
+    capfd.readouterr()
+    llmload.load({"model": str(folder), **keys})
+    assert finished(capfd.readouterr().err) == (works if rank == "0" else [])
+
+
+@needs_transformers_5
+@pytest.mark.usefixtures("bars")
+def test_quantising_shows_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_checkpoint(tmp_path / "m")
+    capfd.readouterr()
+    llmload.load({"model": str(folder), "kbit": {}, "lora": {}})
+    assert finished(capfd.readouterr().err) == ["Loading weights"]
+
+
+@pytest.mark.usefixtures("bars")
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_hashing_shows_one_line_where_it_is_made_held_to_and_compared(
+    rank: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmload.host.registry import create_registry
+    from llmload.loading import lock
+    from llmload.loading.planning import prepare_to_load
+
+    spec = {"model": str(tiny_checkpoint(tmp_path / "m"))}
+    registry = create_registry()
+    prepared = prepare_to_load(registry.validate(spec), registry)
+    monkeypatch.setenv("RANK", rank)
+    capfd.readouterr()
+    made = lock.make(prepared)
+    hashing = ["Hashing files"] if rank == "0" else []
+    assert finished(capfd.readouterr().err) == hashing
+    assert list(lock.wrong_weights(made, prepared)) == []
+    assert finished(capfd.readouterr().err) == hashing
+    lock.write(made, tmp_path / "lock")
+    llmload.load({**spec, "lock": str(tmp_path / "lock")})
+    loading = ["Loading weights"] if rank == "0" else []
+    assert finished(capfd.readouterr().err) == loading + hashing
+
+
+@pytest.mark.usefixtures("bars")
+@pytest.mark.parametrize("command", ["lock", "verify", "load"])
+@pytest.mark.parametrize(("option", "shown"), [((), True), (("-q",), False), (("--json",), False)])
+def test_a_command_shows_it_at_a_terminal_unless_it_is_told_to_be_quiet(
+    command: str, option: tuple[str, ...], shown: bool, tmp_path: Path
+) -> None:
+    from llmload.cli.commands import app
+
+    folder, output = tiny_checkpoint(tmp_path / "m"), str(tmp_path / "lock")
+    app(["lock", str(folder), "-o", output, "-q"], standalone_mode=False)
+    more = {"lock": ["-o", output], "verify": ["--lock", output], "load": []}[command]
+    with redirect_stderr(Terminal()) as terminal:
+        app([command, str(folder), *more, *option], standalone_mode=False)
+    word = "Loading weights" if command == "load" else "Hashing files"
+    if command != "load" or hasattr(logging, "set_tqdm_hook"):
+        assert (word in terminal.getvalue()) is shown
+    if not shown:
+        assert terminal.getvalue() == ""

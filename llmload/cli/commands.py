@@ -113,7 +113,9 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
         raise typer.Exit(answer.exit_code)
 
     _take_options(run, {"quiet": Quiet, "verbose": Verbose})
-    return app.command()(run)
+    # Of a docstring click would cut the first sentence, in the list of commands.
+    summary = (function.__doc__ or "").partition("\n\n")[0]
+    return app.command(short_help=" ".join(summary.split()))(run)
 
 
 def _take_options(command: Callable[..., None], options: dict[str, Any]) -> None:
@@ -358,16 +360,17 @@ def convert(
 ) -> Answer:
     """Write a config of axolotl, LLaMA-Factory or TRL as a spec, and name what it leaves out.
 
-    What is left out, and why, is said on standard error. The spec is checked; look at it with
-    `plan`.
+    What is left out, and why, is said on standard error, unless `-q` is given. The spec is checked;
+    look at it with `plan`.
     """
     from llmload.cli import converting
+    from llmload.cli.progress import is_quiet
 
     made = converting.convert(file, tool, _registry(plugin))
     text = converting.spec_text(made, file)
     if to is not None:
         converting.write(text, to)
-    if not json:
+    if not (json or is_quiet()):
         typer.echo(visible(converting.explained(made, to)), err=True)
     return Answer(made, lambda: text if to is None else str(to))
 
@@ -387,13 +390,15 @@ def lock(
 
     Set `lock: FILE` in the spec, and a load that differs in anything is refused.
     """
+    from llmload.cli.progress import is_wanted, progress
     from llmload.loading import lock as locking
     from llmload.saving.writing import refused, require_place
 
     registry = _registry(plugin)
     wanted = _one_model(spec, settings, registry)
     require_place(output)
-    made = locking.make(_prepared(wanted, registry))
+    with progress(shown=is_wanted(json=json)):
+        made = locking.make(_prepared(wanted, registry))
     with refused(output):
         locking.write(made, output)
     size = sum(file.size for file in made.files.values())
@@ -415,6 +420,7 @@ def verify(
 
     Exit code 1 where anything differs.
     """
+    from llmload.cli.progress import is_wanted, progress
     from llmload.loading import lock as locking
 
     registry = _registry(plugin)
@@ -426,8 +432,9 @@ def verify(
             fix="Make one with `llmload lock`.",
         )
     locked = locking.read(path)
-    prepared = _prepared(wanted, registry)
-    found = [*locking.differences(locked, prepared), *locking.wrong_weights(locked, prepared)]
+    with progress(shown=is_wanted(json=json)):
+        prepared = _prepared(wanted, registry)
+        found = [*locking.differences(locked, prepared), *locking.wrong_weights(locked, prepared)]
     data = {"lock": path, "files": len(locked.files), "differences": found}
     text = "\n".join(found) or f"{path}: all {len(locked.files)} files are as locked"
     return Answer(data, lambda: text, LlmloadError.exit_code if found else 0)
@@ -463,7 +470,7 @@ def compat(
     *,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY]...", help="Sections or keys of a spec; by default all."),
+        typer.Argument(metavar="KEY", help="Sections or keys of a spec; by default all."),
     ] = None,
     plugin: Plugins = None,
     json: Json = False,
@@ -482,7 +489,7 @@ def compat(
 def doctor(
     *,
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Plugins; by default all.")
+        list[str] | None, typer.Argument(metavar="NAME", help="Plugins; by default all.")
     ] = None,
     plugin: Plugins = None,
     json: Json = False,
@@ -522,7 +529,7 @@ def schema(*, plugin: Plugins = None, json: Json = False) -> Answer:
 def explain(
     *,
     key: Annotated[
-        str, typer.Argument(metavar="[KEY]", help="Such as `lora` or `lora.r`; by default all.")
+        str, typer.Argument(metavar="KEY", help="Such as `lora` or `lora.r`; by default all.")
     ] = "",
     plugin: Plugins = None,
     json: Json = False,
@@ -578,16 +585,18 @@ def demo(
     """
     from llmload.cli import demo as demonstration
     from llmload.cli import show
-    from llmload.cli.progress import is_wanted, progress, tell
+    from llmload.cli.progress import is_quiet, is_wanted, progress, tell
     from llmload.saving.writing import new_folder
 
     registry = _registry(plugin)
     demonstration.require_new(directory)
     with new_folder(directory, room=demonstration.ROOM):
-        typer.echo(f"About a minute on two cores; model and spec will be in {directory}.", err=True)
+        promised = f"About a minute on two cores; model and spec will be in {directory}."
+        if not is_quiet():
+            typer.echo(promised, err=True)
         shown_as_bars = is_wanted(json=json)
         with progress(shown=shown_as_bars) as track:
-            track = track if shown_as_bars else tell
+            track = track if shown_as_bars or is_quiet() else tell
             shown = demonstration.run(directory, steps=steps, registry=registry, track=track)
     exit_code = 0 if shown.fine_tuning.loss_fell else LlmloadError.exit_code
     return Answer(shown, lambda: show.demonstration(shown), exit_code)

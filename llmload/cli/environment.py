@@ -67,6 +67,8 @@ class PluginEntry(BaseModel):
     """Why it is broken."""
     section: bool
     """Whether it has a spec key; without one it takes part in every load."""
+    does: str = ""
+    """What it does, in the first paragraph of its docstring."""
     hooks: list[str]
     """The hooks that it implements, in the manual's order."""
 
@@ -190,8 +192,15 @@ def _entry(info: PluginInfo) -> PluginEntry:
         status=info.status,
         reason=info.reason,
         section=info.section is not None,
+        does=_does(info.plugin),
         hooks=list(info.hooks),
     )
+
+
+def _does(plugin: object) -> str:
+    """Return the first paragraph of a plugin's docstring, in one line."""
+    text = getattr(plugin, "__doc__", None)
+    return " ".join(text.partition("\n\n")[0].split()) if isinstance(text, str) else ""
 
 
 def _devices() -> list[str]:

@@ -32,8 +32,12 @@ def is_wanted(*, json: bool, environ: Mapping[str, str] = os.environ) -> bool:
     """Say whether somebody may be looking at standard error."""
     rank = environ.get("RANK") or environ.get("LOCAL_RANK") or "0"
     unwanted = environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in _TRUE
-    quiet = not logging.getLogger("llmload").isEnabledFor(logging.WARNING)
-    return sys.stderr.isatty() and not json and rank == "0" and not unwanted and not quiet
+    return sys.stderr.isatty() and not json and rank == "0" and not unwanted and not is_quiet()
+
+
+def is_quiet() -> bool:
+    """Say whether a command was told to say nothing but its answer, and errors."""
+    return not logging.getLogger("llmload").isEnabledFor(logging.WARNING)
 
 
 def tell(items: Iterable[T], description: str) -> Iterator[T]:

@@ -144,14 +144,16 @@ def _shared(shared: Iterable[Sharing]) -> Table:
 
 def plugins(listed: PluginList) -> RenderableType:
     """Render the plugins as a table, the active ones in plan order."""
-    table = printed.table("plugin", "distribution", "key", "status", last="hooks, or what is wrong")
+    table = printed.table(
+        "plugin", "distribution", "key", "status", last="what it does, or what is wrong"
+    )
     for entry in listed.plugins:
         table.add_row(
             entry.name,
             entry.distribution,
             "yes" if entry.section else "",
             Text(entry.status, _COLOURS.get(entry.status, "")),
-            Text(entry.reason or ", ".join(entry.hooks)),
+            Text(entry.reason or _prose(entry.does) or ", ".join(entry.hooks)),
         )
     return Group(table, *printed.problems(listed.problems))
 

@@ -3,8 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def track(items: Collection[T], description: str) -> Iterable[T]:
+    """Return ``items`` again, one by one, and show where transformers shows its loops how many are
+    done and left: in a terminal, in a notebook, in a command's own display, or nowhere.
+
+    Of several ranks the first shows it for all.
+
+    :param description: what is done, in a few words.
+    """
+    from transformers.utils import logging as theirs
+
+    if not is_first_rank():
+        return items
+    bar: Iterable[T] = theirs.tqdm(items, desc=description)
+    return bar
+
+
+def is_first_rank() -> bool:
+    """Whether this is the process that says for all how far they are."""
+    return (os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0") == "0"
 
 
 @contextmanager

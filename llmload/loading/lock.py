@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from llmload.checkpoint.digests import of_file, of_weights
 from llmload.checkpoint.untrusted import MAX_TEXT_BYTES, UntrustedFolder, read_file
 from llmload.errors import CheckpointError, Problem
+from llmload.hf.bars import track
 from llmload.spec.files import read as read_spec
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ _MAKE: Final = "If the change is meant, make the lock anew with `llmload lock`."
 _SUFFIXES: Final = (".bin", ".pt", ".safetensors")
 _SHOWN = 8
 _THREADS = 2
+_HASHING: Final = "Hashing files"
 
 
 class LockedFile(BaseModel):
@@ -85,7 +87,8 @@ def make(prepared: Prepared) -> Lock:
     """
     files = _opened(prepared)
     with ThreadPoolExecutor(_THREADS) as pool:
-        digests = dict(zip(files, pool.map(_Opened.sha256, files.values()), strict=True))
+        found = pool.map(_Opened.sha256, files.values())
+        digests = dict(zip(track(files, _HASHING), found, strict=True))
     return Lock(
         model=str(prepared.ctx.spec.model),
         revision=_revision(prepared),
@@ -172,7 +175,7 @@ def differences(locked: Lock, prepared: Prepared) -> Iterator[str]:
 
 def wrong_weights(locked: Lock, prepared: Prepared) -> Iterator[str]:
     """Hash the files of weights, and yield those that are not as locked."""
-    for name, file in _weights(prepared, locked).items():
+    for name, file in track(_weights(prepared, locked).items(), _HASHING):
         yield from _other_content(name, file, locked.files[name])
 
 
@@ -197,7 +200,7 @@ def held_to(prepared: Prepared) -> Iterator[None]:
             for name, file in _weights(prepared, locked).items()
         ]
         yield
-        wrong = [text for one in hashed for text in one.result()]
+        wrong = [text for one in track(hashed, _HASHING) for text in one.result()]
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

@@ -65,12 +65,13 @@ class VerifyPlugin:
     @hookimpl
     def audit(self, ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         """Look at every value that this process holds."""
-        from llmload.plugin import some
+        from llmload.plugin import some, track
 
         if not ctx.section(VerifySection).finite:
             return
         named = [*model.named_parameters(), *model.named_buffers()]
-        wrong = [name for name, tensor in named if not all(map(_is_finite, _values(tensor)))]
+        looked_at = track(named, "Looking for what is not finite")
+        wrong = [name for name, tensor in looked_at if not all(map(_is_finite, _values(tensor)))]
         if wrong:
             yield Problem(
                 where="verify.finite",

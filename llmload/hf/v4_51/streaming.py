@@ -19,6 +19,7 @@ from llmload.checkpoint.accounting import Accounting, is_parameter
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.placer import Placer
 from llmload.errors import CheckpointError
+from llmload.hf.bars import track
 from llmload.hf.v4_51.building import is_of_a_library
 from llmload.spec.values import dtype_name
 
@@ -210,7 +211,7 @@ def fill(
     state = model.state_dict()
     devices = _devices(list(state), device_map)
     with Placer(model, state, files, placement, proof, devices) as placer:
-        for name, info in stored.items():
+        for name, info in track(stored.items(), "Loading weights"):
             value = files.unread(info)
             _, cast = _infer_parameter_dtype(model, name, value, kept, None)
             placed = placer.place(name, cast or value.dtype, value, info)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from llmload.hf.bars import is_first_rank, track
 from llmload.hf.v5.conversion_rules import rules_of
 from llmload.hf.v5.lazy_tensors import View
 from llmload.hf.v5.receiving import Handover, Receive
@@ -45,12 +46,11 @@ def place_by_name(
 ) -> Any:
     """What :func:`convert` does where there is nothing to convert."""
     from transformers.core_model_loading import dot_natural_key, set_param_for_module
-    from transformers.utils import logging
     from transformers.utils.loading_report import LoadStateDictInfo
 
     info = LoadStateDictInfo(names, set(), set(), [], {}, set())
     handover = Handover(receive)
-    for name in logging.tqdm(sorted(views, key=dot_natural_key), desc="Loading weights"):
+    for name in track(sorted(views, key=dot_natural_key), "Loading weights"):
         placed = receive(name, {name: views[name].plain()})
         set_param_for_module(model, name, placed[name], info, handover)
     return info
@@ -70,7 +70,8 @@ def convert(
         hf_quantizer=Handover(receive),
         weight_mapping=rules_of(model),
     )
-    info, _ = convert_and_load_state_dict_in_model(model, values, config)
+    with nullcontext() if is_first_rank() else no_progress_bar():
+        info, _ = convert_and_load_state_dict_in_model(model, values, config)
     return info
 
 
