@@ -339,8 +339,8 @@ def test_the_table_of_plugins_can_be_read_where_a_distribution_has_a_long_name(
     )
     table = run("plugins").stdout
     assert "gradient_checkpointing" in table
-    for hook in ("diagnose", "init_context", "wrap_adapter", "check_lora"):
-        assert hook in table
+    for word in ("Quantises", "checkpointing", "PeftModel", "floating-point"):
+        assert word in table
 
 
 def test_plugins_that_cannot_be_ordered_are_listed_with_the_circle() -> None:
