@@ -99,9 +99,9 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def finished(said: str) -> list[str]:
-    """The descriptions of the bars that were filled, in order."""
-    lines = said.replace("\r", "\n").splitlines()
-    return [line.partition(": 100%")[0] for line in lines if ": 100%" in line]
+    """The descriptions of the bars that were filled, in order: each ends its line once."""
+    last = [line.rpartition("\r")[2] for line in said.split("\n")]
+    return [text.partition(": 100%")[0] for text in last if ": 100%" in text]
 
 
 LONG = {
