@@ -185,7 +185,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_section() -> None:
 def test_an_unknown_key_like_no_other_is_answered_with_all_keys() -> None:
     assert refusal({"unheard_of": 1}) == (
         "unheard_of: unknown key. Known keys are: model, revision, subfolder, auto_class, labels,"
-        " dtype, config, weights, weights_from, lock, device_map, attn_implementation,"
+        " dtype, config, weights, weights_from, lock, device_map, max_memory, attn_implementation,"
         " trust_remote_code, ignore_adapter, allow_pickle, local_files_only, cache_dir, key_map,"
         " key_rules, strict, trainable, adapter, dropout."
     )
