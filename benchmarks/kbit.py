@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,38 @@ def theirs(folder: Path, prepare: str | None) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **LORA))
 
 
+def kept(folder: Path) -> Any:
+    """Load a base that an earlier process has quantised and kept."""
+    import llmload
+
+    return llmload.load(cached(folder))
+
+
+def cached(folder: Path) -> dict[str, Any]:
+    """Make the spec of a load with a cache beside the folder."""
+    place = folder.parent / f"{folder.name}-kept"
+    return spec(folder, None) | {"kbit": KBIT | {"cache": {"folder": str(place)}}}
+
+
+def filled(folder: Path) -> Iterator[Any]:
+    """Quantise and keep, as a first load does: the cache is empty before."""
+    import shutil
+
+    import llmload
+
+    shutil.rmtree(folder.parent / f"{folder.name}-first", ignore_errors=True)
+    place = folder.parent / f"{folder.name}-first"
+    section = KBIT | {"cache": {"folder": str(place)}}
+    result = llmload.load(spec(folder, None) | {"kbit": section})
+    yield "load"
+    assert result.report.facts["kbit"]["cache"]["outcome"] == "kept"
+
+
+def not_kept(folder: Path) -> Any:
+    """Load without a cache: quantise."""
+    return ours(folder, None)
+
+
 def _case(title: str, prepare: str | None, peer: str, target: str) -> Case:
     return Case(
         title=title,
@@ -68,6 +101,17 @@ def _case(title: str, prepare: str | None, peer: str, target: str) -> Case:
 
 
 CASES = {
+    "kept": Case(
+        title="nf4 with double quantisation, the second time",
+        sides={
+            "llmload": kept,
+            "llmload, the first time": filled,
+            "llmload, no cache": not_kept,
+        },
+        target="at least 5x faster than the first time",
+        final=partial(final_mib, prepare=None),
+        imports=IMPORTS,
+    ),
     "kbit": _case(
         "nf4 with double quantisation",
         None,

@@ -49,6 +49,8 @@ Files of a checkpoint:
 - ``KeyRule``: how what a system did to keys is undone, in a plugin's ``key_rules``.
 - ``main_file``: the file that another library wants to be pointed to.
 - ``filesystem``: on what kind of file system a file lies, and whether other machines write to it.
+- ``KeptFolders``: folders that are made once and kept, each under the key that ``key_of`` gives;
+  ``usual_place`` is where they lie if nobody says otherwise.
 
 Memory that a load takes:
 
@@ -123,6 +125,9 @@ if TYPE_CHECKING:
     from llmload.checkpoint.dtypes import torch_dtype as torch_dtype
     from llmload.checkpoint.folder import main_file as main_file
     from llmload.checkpoint.header import TensorInfo as TensorInfo
+    from llmload.checkpoint.kept import KeptFolders as KeptFolders
+    from llmload.checkpoint.kept import key_of as key_of
+    from llmload.checkpoint.kept import usual_place as usual_place
     from llmload.checkpoint.mapped import MappedCheckpoint as MappedCheckpoint
     from llmload.checkpoint.placement import WORTH_MAPPING as WORTH_MAPPING
     from llmload.checkpoint.placement import Part as Part
@@ -236,6 +241,7 @@ __all__ = [
     "Dtype",
     "Forecast",
     "InvalidValueError",
+    "KeptFolders",
     "KeyRule",
     "Keys",
     "LlmloadError",
@@ -288,6 +294,7 @@ __all__ = [
     "in_one_line",
     "installed_transformers",
     "installed_versions",
+    "key_of",
     "listed",
     "local_path",
     "locate_files",
@@ -313,6 +320,7 @@ __all__ = [
     "torch_dtype",
     "track",
     "unwrapped",
+    "usual_place",
     "version_of",
     "words",
     "world_size",
@@ -345,6 +353,7 @@ _HOME = {
     "AdapterSwitch": "context.switch",
     "Accounting": "checkpoint.accounting",
     **dict.fromkeys(("Checkpoint", "CheckpointFile"), "checkpoint.contents"),
+    **dict.fromkeys(("KeptFolders", "key_of", "usual_place"), "checkpoint.kept"),
     "MappedCheckpoint": "checkpoint.mapped",
     "Proof": "checkpoint.proof",
     "TensorInfo": "checkpoint.header",

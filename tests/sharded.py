@@ -24,16 +24,19 @@ LORA: dict[str, Any] = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"
 SECTION: dict[str, Any] = {"quant_type": "nf4", "double_quant": True}
 
 
-def zero3(folder: str, storage: str | None, offload: str | None, block: bool) -> dict[str, Any]:
+def zero3(
+    folder: str, storage: str | None, offload: str | None, block: bool, cache: str | None
+) -> dict[str, Any]:
     """Load for ZeRO-3, hold every part against transformers' whole model, and train both ways."""
     config = deepspeed_config("bfloat16", 0)
     if offload is not None:
         config["zero_optimization"]["offload_param"] = {"device": offload, "pin_memory": False}
     section = SECTION if storage is None else SECTION | {"quant_storage": storage}
+    kept = {} if cache is None else {"cache": {"folder": cache}}
     spec = {
         "model": folder,
         "dtype": "bfloat16",
-        "kbit": section,
+        "kbit": section | kept,
         "lora": LORA | {"adapter_dtype": "bfloat16"},
         "zero3": {"config": config},
     }
@@ -52,7 +55,12 @@ def zero3(folder: str, storage: str | None, offload: str | None, block: bool) ->
     answer: dict[str, Any] = {
         "loader": report.loader,
         "different": _different(ours.model, theirs),
-        "facts": {k: v for k, v in report.facts["kbit"].items() if k != "quantised_by"},
+        "facts": {
+            k: v for k, v in report.facts["kbit"].items() if k not in ("quantised_by", "cache")
+        },
+        "cache": report.facts["kbit"].get("cache"),
+        "quantised": report.facts["kbit"].get("quantised_by"),
+        "warnings": report.warnings,
         "planned": ours.plan.facts["kbit"],
         "held": _held_bytes(ours.model),
         "line": report.trainable_line(),

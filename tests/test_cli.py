@@ -87,6 +87,7 @@ def test_help_answers_in_less_than_300_ms() -> None:
 
 OF_EVERY_COMMAND = {"--quiet", "--verbose", "-q", "-v"}
 OPTIONS = {
+    "cache": ["--dir", "--json", "action", "keys"],
     "compat": ["--json", "--plugin", "-p", "names"],
     "convert": ["--from", "--json", "--plugin", "--to", "-p", "file"],
     "explain": ["--json", "--plugin", "-p", "key"],

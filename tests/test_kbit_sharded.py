@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantised import load
 from stacks import needs_bitsandbytes
 from zero3.farm import Job, Outcome, launch
 
@@ -19,8 +20,10 @@ ZERO3: dict[str, dict[str, Any]] = {
     "in host memory": {"offload": "cpu"},
     "by from_pretrained": {"block": True},
     "on three ranks": {},
+    "from the cache": {},
+    "with an empty cache": {},
 }
-USUAL = {"storage": None, "offload": None, "block": False}
+USUAL = {"storage": None, "offload": None, "block": False, "cache": None}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
         for name, changes in ZERO3.items()
     }
     jobs["on three ranks"].ranks = 3
+    # Filled by one process, with bytes as storage, for ranks that store as bfloat16.
+    full, empty = (tmp_path_factory.mktemp("cache") / name for name in ("full", "empty"))
+    load(folder, {"double_quant": True, "cache": {"folder": str(full)}})
+    for name, place in (("from the cache", full), ("with an empty cache", empty)):
+        jobs[name].args["cache"] = str(place)
     jobs["refused"] = Job("sharded:zero3_refusals", {"folder": str(folder)}, ranks=1)
     for version in (1, 2):
         jobs[f"fsdp {version}"] = Job("sharded:fsdp", {"folder": str(folder), "version": version})
@@ -83,6 +91,23 @@ def test_each_rank_keeps_its_part_of_the_codes(outcomes: dict[str, list[Any]], n
     assert max(held) - codes / len(ranks) < 64
     for answer in ranks:
         assert answer["facts"] == answer["planned"] | {"proven_layers": 14}
+
+
+def test_ranks_take_their_parts_from_the_cache_and_add_nothing_to_it(
+    outcomes: dict[str, list[Any]],
+) -> None:
+    for answer in outcomes["from the cache"]:
+        assert answer["cache"]["outcome"] == "found"
+        assert answer["quantised"] is None
+    warned = (
+        "kbit.cache: each process keeps a part of the weights, so that what is kept is taken, and"
+        " nothing is added. Fill the cache beforehand by one process, with the same `kbit` and"
+        " without the section that splits."
+    )
+    for answer in outcomes["with an empty cache"]:
+        assert answer["cache"]["outcome"] == "not kept"
+        assert answer["quantised"] is not None
+        assert warned in answer["warnings"]
 
 
 def test_what_zero3_cannot_have_is_refused_with_the_reason(outcomes: dict[str, list[Any]]) -> None:

@@ -1,4 +1,5 @@
-"""On what kind of file system a file lies, and whether others than this machine write to it."""
+"""On what kind of file system a file lies, whether others than this machine write to it, what tells
+a file from what it becomes, and that it has reached the disk."""
 
 from __future__ import annotations
 
@@ -55,6 +56,21 @@ def kind(path: Path, mounts: Path = _MOUNTS) -> str:
 def is_shared(kind: str) -> bool:
     """Say whether other machines may write to a file system of this kind."""
     return kind in _SHARED or kind.startswith("fuse.")
+
+
+def settle(folder: Path) -> None:
+    """Have all that lies in a folder reach the disk, before it gets its name."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_state(path: Path) -> FileState | None:

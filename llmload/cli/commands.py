@@ -466,6 +466,27 @@ def plugins(
 
 
 @_command
+def cache(
+    *,
+    action: Annotated[str, typer.Argument(metavar="list|clear", help="What to do.")],
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY]...", help="What to clear; by default all."),
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option("--dir", metavar="DIR", help="As `kbit.cache.folder`; by default the usual."),
+    ] = None,
+    json: Json = False,
+) -> Answer:
+    """List or clear the quantised weights that `kbit.cache` keeps."""
+    from llmload.cli import keeping, show
+
+    found = keeping.answer(action, keys or [], directory)
+    return Answer(found, lambda: show.kept(found))
+
+
+@_command
 def compat(
     *,
     names: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from llmload.cli.environment import Environment, HookList, PluginList
     from llmload.cli.explaining import Explanation
     from llmload.cli.inspecting import Inspection, StoredTensor, Targets
+    from llmload.cli.keeping import Kept
     from llmload.group.loading import GroupReport
     from llmload.group.planning import GroupPlan
     from llmload.group.sharing import Sharing
@@ -45,6 +47,19 @@ def saved(written: Saved) -> RenderableType:
     for file in written.files:
         facts.add_row("file", f"{file.name}, {size_text(file.size)}")
     return facts
+
+
+def kept(found: Kept) -> RenderableType:
+    """Render what is kept, or was removed."""
+    total = f"{len(found.folders)} in {found.place}, {size_text(found.size)}"
+    summary = Text(f"removed: {total}" if found.removed else total)
+    if not found.folders:
+        return summary
+    table = printed.table("key", "size", "last used", last="what")
+    for each in found.folders:
+        used = datetime.fromtimestamp(each.used, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+        table.add_row(each.key, size_text(each.size), used, each.about)
+    return Group(table, summary)
 
 
 def compatibility(found: Compatibility) -> RenderableType:

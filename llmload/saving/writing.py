@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from llmload.checkpoint.filesystem import settle, sync
 from llmload.errors import RequestError
 from llmload.spec.wording import size_text
 
@@ -71,26 +72,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             building.mkdir(parents=True)
         yield building
         with refused(folder):
-            _settle(building)
+            settle(building)
             building.replace(folder)  # of an empty folder too; one with files makes it fail
-            _sync(folder.parent)
+            sync(folder.parent)
     except BaseException:
         shutil.rmtree(made[-1] if made else building, ignore_errors=True)
         raise
-
-
-def _settle(folder: Path) -> None:
-    """Have all that lies in a folder reach the disk, before it gets its name."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def require_place(path: Path) -> None:

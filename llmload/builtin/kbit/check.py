@@ -12,9 +12,11 @@ from llmload.builtin.kbit.section import KbitSection
 from llmload.plugin import (
     Note,
     Problem,
+    RequestError,
     dtype_name,
     in_one_line,
     installed_transformers,
+    some,
     version_of,
 )
 
@@ -97,12 +99,62 @@ def check(ctx: LoadContext, section: KbitSection) -> Iterator[Problem | Note]:
                 text="each rank reads what it quantises whole, one weight at a time, and keeps its"
                 " part of the codes and all statistics"
             )
+    if section.cache is not None:
+        yield from _cache(ctx, section)
     yield from _beyond_linear_layers(ctx)
     yield Note(text=f"freeze the base model, prepared as {section.prepare}")
     if section.prepare in ("legacy", "trl_legacy") and not ctx.providing("gradient_checkpointing"):
         yield Note(
             text="no gradient checkpointing, which belongs to the preparation in PEFT and has its"
             " own section here"
+        )
+
+
+def _cache(ctx: LoadContext, section: KbitSection) -> Iterator[Problem | Note]:
+    """Say what will be kept and found, or why nothing can be."""
+    from llmload.builtin.kbit import cache
+
+    if stored_quantisation(ctx) is not None:
+        yield Problem(
+            where="kbit.cache",
+            message="the checkpoint is quantised already, so there is nothing to keep",
+            fix="Remove `cache`.",
+        )
+        return
+    one_by_one = installed_transformers().quantises_weight_by_weight()
+    if not one_by_one or ctx.spec.device_map in SPREADING:
+        yield Problem(
+            where="kbit.cache",
+            message="from_pretrained quantises this model, and keeps nothing",
+            fix="Remove `cache`"
+            + (", or leave `device_map` out." if one_by_one else ", or use transformers 5."),
+        )
+        return
+    files = ctx.checkpoint.files if ctx.checkpoint is not None else ()
+    unversioned = [file.name for file in files if file.fetch is not None and not file.version]
+    if unversioned:
+        yield Problem(
+            where="kbit.cache",
+            message=f"nothing tells whether {some(unversioned)}, which come from elsewhere, are"
+            " the same again",
+            fix="Remove `cache`, or load from a folder.",
+        )
+        return
+    try:
+        text = cache.described(section)
+    except RequestError as error:
+        for problem in error.problems:
+            yield problem.model_copy(update={"where": "kbit.cache.folder"})
+        return
+    yield Note(text=text)
+    if partitioned(ctx):
+        yield Problem(
+            where="kbit.cache",
+            severity="warning",
+            message="each process keeps a part of the weights, so that what is kept is taken, and"
+            " nothing is added",
+            fix="Fill the cache beforehand by one process, with the same `kbit` and without the"
+            " section that splits.",
         )
 
 

@@ -158,6 +158,14 @@ def _refuse_mixed_dtypes(casting: Casting, model: nn.Module) -> None:
         )
 
 
+def say_of_cache(ctx: LoadContext) -> None:
+    """Say where another loader has quantised, which asks no placement."""
+    if "cache" not in ctx.facts.get("kbit", {}):
+        text = "the quantised weights are not kept: the streaming loader did not load the model"
+        ctx.record("kbit", {"cache": {"outcome": "not kept", "why": text}})
+        ctx.show("kbit", "cache", text)
+
+
 def _facts(
     ctx: LoadContext, casting: Casting, model: nn.Module, layers: dict[str, QuantisedLayer]
 ) -> dict[str, Any]:
@@ -228,9 +236,12 @@ def audit(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         or check.stored_quantisation(ctx) is not None
     ):
         return
+    from safetensors import safe_open
+
     get_base_model = getattr(model, "get_base_model", lambda: model)
     finished = {layer: path for path, layer in quantised_layers(model)}
     proven, wrong = 0, []
+    opened: dict[Any, Any] = {}
     for path, layer in quantised_layers(get_base_model()):
         name = f"{path.removesuffix('.base_layer')}.weight"
         info = checkpoint.tensors.get(name)
@@ -240,7 +251,9 @@ def audit(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
         if info is None or info.shape != (shape[::-1] if _is_transposed(layer) else shape):
             continue
         proven += 1
-        if not _agrees(layer, info.file, name, ctx.dtype):
+        if info.file not in opened:  # once: its header may list thousands of tensors
+            opened[info.file] = safe_open(info.file, "pt")
+        if not _agrees(layer, opened[info.file], name, ctx.dtype):
             wrong.append(name)
     ctx.record("kbit", {"proven_layers": proven})
     if wrong:
@@ -256,13 +269,8 @@ def _is_transposed(layer: QuantisedLayer) -> bool:
 
 
 def _rows(layer: QuantisedLayer, file: Any, name: str, start: int, stop: int) -> torch.Tensor:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        stored = opened.get_slice(name)
-        rows: torch.Tensor = (
-            stored[:, start:stop].T if _is_transposed(layer) else stored[start:stop]
-        )
+    stored = file.get_slice(name)
+    rows: torch.Tensor = stored[:, start:stop].T if _is_transposed(layer) else stored[start:stop]
     return rows.to(layer.weight.device)
 
 

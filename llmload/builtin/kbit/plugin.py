@@ -118,7 +118,10 @@ class KbitPlugin:
         """Freeze the base model and cast what is not quantised."""
         from llmload.builtin.kbit import finish
 
-        finish.finish(ctx, ctx.section(KbitSection), model)
+        section = ctx.section(KbitSection)
+        finish.finish(ctx, section, model)
+        if section.cache is not None and not ctx.rehearsing:
+            finish.say_of_cache(ctx)
         return model
 
     @hookimpl

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -18,6 +18,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from llmload.builtin.kbit import check
+from llmload.builtin.kbit.cache import KeptWeights, device_names
 from llmload.builtin.kbit.casting import Casting
 from llmload.plugin import Part, Plain, RequestError, default_dtype, installed_transformers
 
@@ -95,6 +96,9 @@ class KbitPlacement:
         one_by_one = installed_transformers().quantises_weight_by_weight()
         ours = ctx.spec.device_map not in check.SPREADING and one_by_one
         self.honours = frozenset({"quantization_config"}) if ours else frozenset[str]()
+        self._kept: KeptWeights | None = None
+        if section.cache is not None:
+            self._kept = KeptWeights(ctx, section)
 
     def default_device_map(self) -> dict[str, Any]:
         """Return the device that transformers would choose, of this process's local rank."""
@@ -111,6 +115,21 @@ class KbitPlacement:
         self._casting = Casting(self._section, model)
         self._operation = self._quantiser.get_quantize_ops()
         model.hf_quantizer = self._quantiser
+        if self._kept is not None:
+            names = [
+                f"{path}.weight"
+                for path, _ in quantised_layers(model)
+                if self._quantiser.param_needs_quantization(model, f"{path}.weight")
+            ]
+            self._kept.look(names, self._devices())
+
+    def _devices(self) -> str:
+        """Return on what kinds of device weights are quantised."""
+        if self._splitting is not None:
+            return device_names([self._splitting.device])
+        chosen = self._ctx.load_options.get("device_map", self._ctx.spec.device_map)
+        places = chosen.values() if isinstance(chosen, Mapping) else [chosen or "cpu"]
+        return device_names(places)
 
     def place(self, target: Target, source: Source) -> torch.Tensor | Part:
         """Quantise on the target's device; the value is cast to the model's dtype before."""
@@ -126,16 +145,22 @@ class KbitPlacement:
             return placed
         cast = placed.to(self._casting.dtype(target.name, target.module, placed))
         if cast is not placed:
+            if self._kept is not None:
+                self._kept.remember(target.name, placed)
             source.release()
         return cast
 
     def _quantised(self, target: Target, source: Source) -> torch.Tensor | Part:
         splitting = self._splitting
         device = target.device if splitting is None else splitting.device
-        # The rounding to the model's dtype is part of the outcome: from_pretrained casts first too.
-        value = source.whole().to(device, target.dtype)
-        made = self._operation.convert({target.name: value}, model=self._model)[target.name]
-        source.release()
+        if self._kept is not None and self._kept.found:
+            made = self._kept.weight(target, device, may_stay=source.may_stay)
+        else:
+            # The rounding to the model's dtype is part of the outcome: from_pretrained casts first
+            # too.
+            value = source.whole().to(device, target.dtype)
+            made = self._operation.convert({target.name: value}, model=self._model)[target.name]
+            source.release()
         if splitting is None:
             return made  # type: ignore[no-any-return]
         codes = made.data.flatten()
@@ -146,6 +171,8 @@ class KbitPlacement:
     def finish(self, model: PreTrainedModel) -> None:
         """Mark the model as transformers does: that it is quantised, and how."""
         self._quantiser.postprocess_model(model)
+        if self._kept is not None:
+            self._kept.finish(model, splits=self._splitting is not None)
         self._others.finish(model)
 
 

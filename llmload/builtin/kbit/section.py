@@ -41,6 +41,23 @@ class Casts(Section):
     """All others: biases, routers, convolutions and the like."""
 
 
+class Cache(Section):
+    """Where quantised weights are kept, so that the next load of the same base need not quantise.
+
+    ``cache: {}`` does it with the defaults; ``llmload cache`` lists and clears them.
+    """
+
+    folder: Annotated[str, Field(min_length=1)] | None = None
+    """A folder that belongs to this user alone; null: ``$XDG_CACHE_HOME/llmload/kept``, by default
+    ``~/.cache/llmload/kept``."""
+    max_gb: Annotated[float, Field(gt=0)] = 100.0
+    """What all that is kept there may take, in GB: the least recently used goes."""
+    verify: bool = False
+    """Hash every byte of the source and of what is kept, each time. Else size, inode and times of
+    each file are looked at, and a few bytes of each tensor of the source. The section ``verify``
+    and ``lock`` ask for it too."""
+
+
 class KbitSection(Section):
     """Linear layers in 8 or 4 bits, the base model frozen: what QLoRA trains adapters on."""
 
@@ -76,6 +93,8 @@ class KbitSection(Section):
     to 0.28."""
     cast: Casts = Casts()
     """Other dtypes than the profile's, by group of parameters."""
+    cache: Cache | None = None
+    """Keep the quantised weights, and take them from there when the same base is loaded again."""
 
     @model_validator(mode="after")
     def _fits_the_bits(self) -> KbitSection:
