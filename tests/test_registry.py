@@ -604,6 +604,19 @@ def test_calling_one_plugin_calls_no_other_and_keeps_wrappers() -> None:
     assert calls == ["a"]
 
 
+def test_plugins_that_cannot_be_hashed_share_a_hook() -> None:
+    class Unhashable(Recorder):
+        __hash__ = None  # type: ignore[assignment]
+
+    calls: list[str] = []
+    plugins = [Unhashable("a", calls), Unhashable("b", calls), Recorder("c", calls)]
+    host = create_registry(plugins, autoload=False, environ={}).activate(LoadSpec(model="m"))
+    assert host.call("b", "post_load", ctx=None, model="m") == "m>b"
+    for name in "abc":
+        assert host.call(name, "post_load", ctx=None, model="m") == f"m>{name}"
+    assert calls == ["b", *"abc"]
+
+
 def test_a_plugin_can_declare_a_hook_that_others_implement() -> None:
     class Hooks:
         @staticmethod

@@ -55,15 +55,33 @@ class _Manager(pluggy.PluginManager):
         """Look at no attribute that every object has: looking at each takes a while."""
         return None if name.startswith("__") else super().parse_hookimpl_opts(plugin, name)
 
-    def call_one(self, plugin: object, hook: str, **kwargs: Any) -> Any:
-        """Call ``hook`` of ``plugin`` through pluggy; returns its result, None included."""
+    def add(self, plugin: object, name: str) -> None:
+        """Register a plugin by its name, one that cannot be hashed too: a dataclass, for instance.
+
+        pluggy hashes plugins to leave some out; for such a one stands what holds its hooks.
+        """
+        if type(plugin).__hash__ is None:
+            found = ((hook, self.parse_hookimpl_opts(plugin, hook)) for hook in dir(plugin))
+            hooks = [hook for hook, options in found if options is not None]
+            plugin = _Standing({hook: getattr(plugin, hook) for hook in hooks})
+        self.register(plugin, name=name)
+
+    def call_one(self, name: str, hook: str, **kwargs: Any) -> Any:
+        """Call a plugin's ``hook`` through pluggy; returns its result, None included."""
         others = [
             impl.plugin
             for impl in getattr(self.hook, hook).get_hookimpls()
-            if impl.plugin is not plugin and not impl.wrapper
+            if impl.plugin_name != name and not impl.wrapper
         ]
         results = self.subset_hook_caller(hook, others)(**kwargs)
         return results[0] if results else None
+
+
+class _Standing:
+    """Has the hooks of a plugin as attributes."""
+
+    def __init__(self, hooks: Mapping[str, Any]) -> None:
+        vars(self).update(hooks)
 
 
 class Host:
@@ -88,7 +106,7 @@ class Host:
                 self._manager.add_hookspecs(info.plugin.Hooks)
         # pluggy calls the last registered first: registered backwards, plan order is call order.
         for info in reversed(infos):
-            self._manager.register(info.plugin, name=info.name)
+            self._manager.add(info.plugin, info.name)
         # Misspelt hooks were found with the contracts; one that is unknown here belongs to a plugin
         # that takes no part, and is never called.
         self.hook = self._manager.hook
@@ -128,9 +146,8 @@ class Host:
 
         A hook that yields is run to its end here, so that its errors are told the same way.
         """
-        info = self._by_name[name]
         try:
-            result = self._manager.call_one(info.plugin, hook, **kwargs)
+            result = self._manager.call_one(name, hook, **kwargs)
             return list(result) if isinstance(result, Iterator) else result
         except RequestError as error:
             error.problems = tuple(problem.of(name) for problem in error.problems)
@@ -165,7 +182,7 @@ class Host:
         def ask_in_turn() -> Any:
             nonlocal answered
             for name in answering:
-                others = [i.plugin for i in impls if i.plugin is not self._by_name[name].plugin]
+                others = [impl.plugin for impl in impls if impl.plugin_name != name]
                 with self._blaming(name, hook):
                     result = self._manager.subset_hook_caller(hook, others)(**kwargs)
                 if result is not None:
@@ -371,8 +388,8 @@ class Registry:
     def _called_apart(self, info: PluginInfo, hook: str, **kwargs: Any) -> Any:
         manager = _Manager(GROUP)
         manager.add_hookspecs(hookspecs)
-        manager.register(info.plugin, name=info.name)
-        return manager.call_one(info.plugin, hook, **kwargs)
+        manager.add(info.plugin, info.name)
+        return manager.call_one(info.name, hook, **kwargs)
 
     def _refuse_unusable(self, keys: Iterable[str]) -> None:
         """Raise for plugins that this load names and that cannot be had."""
