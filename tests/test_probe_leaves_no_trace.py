@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -296,6 +297,29 @@ def test_generators_and_arrays_of_a_model_are_as_they_were_after_the_probe() -> 
     model = Draws()
     assert probe(model).method == "meta"
     assert model.draws() == Draws().draws()
+
+
+class Numbers(nn.Module):
+    """Takes from iterators of its own, one of which it has under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 4)
+        self.calls = itertools.count()
+        self.turns = itertools.cycle("abc")
+        self.rows = [iter([1, 2, 3, 4])]
+        self.same = self.rows[0]
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        next(self.turns)
+        return self.embedding(input_ids) * (next(self.calls) + next(self.rows[0]) + next(self.same))
+
+
+def test_iterators_of_a_model_are_where_they_were_after_the_probe() -> None:
+    model = Numbers()
+    assert probe(model).method == "meta"
+    assert (next(model.calls), next(model.turns), list(model.same)) == (0, "a", [1, 2, 3, 4])
+    assert model.same is model.rows[0]
 
 
 @pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook"])

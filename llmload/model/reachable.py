@@ -89,9 +89,10 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def replace_tensors(model: nn.Module, visit: Visit, *, code: bool = False) -> None:
     """Put what ``visit`` returns in the place of each tensor that a model can reach.
 
-    :param code: those too that its code keeps.
+    :param code: those too that its code keeps, and a copy in the place of each iterator: what takes
+        from it cannot give back.
     """
-    _Walk(visit, lambda holder: None, code=code).value("", model)
+    _Walk(visit, lambda holder: None, code=code, copy_iterators=code).value("", model)
 
 
 @contextmanager
@@ -144,17 +145,31 @@ class Surroundings:
                 put_back()
 
 
+def _is_plain_iterator(value: Any) -> bool:
+    return type(value).__module__ in ("builtins", "itertools") and isinstance(value, Iterator)
+
+
 class _Walk:
     """Goes through all that a model can reach, each object once.
 
     :param enter: is given each object that holds others and can change, before what is in it.
     :param code: go through what the code keeps, too.
+    :param copy_iterators: put a copy in the place of each iterator that can be copied.
     """
 
-    def __init__(self, visit: Visit, enter: Callable[[Any], None], *, code: bool = False) -> None:
+    def __init__(
+        self,
+        visit: Visit,
+        enter: Callable[[Any], None],
+        *,
+        code: bool = False,
+        copy_iterators: bool = False,
+    ) -> None:
         self._visit = visit
         self._enter = enter
         self._code = code
+        self._copy_iterators = copy_iterators
+        self._copies: dict[int, Any] = {}
         self._seen: dict[int, Any] = {}
         self._classes: set[type] = set()
 
@@ -167,6 +182,8 @@ class _Walk:
         # What cannot change is made anew where something in it was replaced.
         if isinstance(value, tuple | frozenset):
             return self._rebuilt(path, value)
+        if self._copy_iterators and _is_plain_iterator(value):
+            return self._copied(value)
         if id(value) not in self._seen:
             self._seen[id(value)] = value  # kept, so that no other object has its id
             if isinstance(value, nn.Module):
@@ -176,6 +193,24 @@ class _Walk:
             elif not (isinstance(value, _OPAQUE) or self._is_config(value)):
                 self._inside(path, value)
         return value
+
+    def _copied(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """Return a copy that goes on from here; of one that cannot be copied, itself.
+
+        A copy by ``copy`` would take from the same iterators below, as ``itertools.cycle`` has one.
+        """
+        if id(iterator) not in self._copies:
+            self._seen[id(iterator)] = copied = iterator
+            with suppress(Exception):  # a generator cannot
+                reduced: Any = iterator.__reduce__()
+                made, arguments, *state = reduced
+                below = [self._copied(a) if _is_plain_iterator(a) else a for a in arguments]
+                copied = made(*below)
+                if state:
+                    copied.__setstate__(*state)
+            self._copies[id(iterator)] = copied
+        found: Iterator[Any] = self._copies[id(iterator)]
+        return found
 
     def _is_config(self, value: Any) -> bool:
         return hasattr(value, "to_diff_dict") and not self._code
