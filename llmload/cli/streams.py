@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -53,6 +52,8 @@ def temporary_folder_told() -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
+        import tempfile
+
         try:
             tempfile.gettempdir()
         except FileNotFoundError:
