@@ -340,7 +340,11 @@ def test_a_module_that_the_forward_replaces_is_put_back() -> None:
 def test_watched_modules_tell_the_shape_of_what_they_return(on_meta: bool) -> None:
     model = tiny_model("llama")
     if not on_meta:
-        model.register_forward_hook(lambda module, args, output: output.logits.sum().item())
+
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            output.logits.sum().item()
+
+        model.register_forward_hook(look)
     watch = ["model.layers.1.mlp.up_proj", "model.layers.0", "model", "model.layers"]
     found = probe(model, watch=watch)
     assert found.method == ("meta" if on_meta else "real")
