@@ -53,9 +53,9 @@ OF_TRL: dict[str, Any] = {
 }
 
 
-def announced() -> bool:
-    """Say whether ``accelerate launch`` has the DeepSpeed config, and tells the trainers of it."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+ANNOUNCED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+"""Whether ``accelerate launch`` has the DeepSpeed config, and tells the trainers of it. Seen before
+the first trainer, which says so itself from then on."""
 
 
 def options(place: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def options(place: str) -> dict[str, Any]:
     file.write_text(json.dumps(CONFIG))
     return {
         "output_dir": place,
-        "deepspeed": None if announced() else str(file),
+        "deepspeed": None if ANNOUNCED else str(file),
         "use_cpu": True,
         "bf16": True,
         "max_steps": 3,
@@ -80,7 +80,7 @@ def options(place: str) -> dict[str, Any]:
 
 
 def spec(folder: str, *, adapter: bool) -> dict[str, Any]:
-    zero3 = {} if announced() else {"config": CONFIG}
+    zero3 = {} if ANNOUNCED else {"config": CONFIG}
     asked: dict[str, Any] = {"model": folder, "dtype": "bfloat16", "zero3": zero3}
     return asked | ({"lora": LORA | {"adapter_dtype": "base"}} if adapter else {})
 
