@@ -136,8 +136,9 @@ def prepare(
         if rehearsal is not None:
             plan.problems += fit.untrained(ctx, rehearsal.model)
             plan.problems += fit.ids_without_rows(ctx, rehearsal.model)
-            plan.problems += _undone(host, rehearsal)
             if not plan.errors:  # plugins count on what their checks found out
+                plan.problems += _undone(host, rehearsal)
+            if not plan.errors:
                 _foresee(host, registry, plan, rehearsal)
     prepared = Prepared(plan=plan, host=host, ctx=ctx, rehearsal=rehearsal)
     if not plan.errors:

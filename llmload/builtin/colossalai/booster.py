@@ -190,7 +190,11 @@ def unfound(ctx: LoadContext, model: nn.Module) -> Iterator[Problem]:
     skipped = {*ctx.accounting(blank).missing, *ctx.accounting(blank).excused}
     skipped |= installed_transformers().tied_names(blank)
     weights = {}
+    # Of what is tied only the first name, as the Booster fills one tensor once.
+    first = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     for name, tensor in model.state_dict().items():
+        if name not in first:
+            continue
         plain = name.removeprefix(_UNDER_PEFT).replace(".base_layer.", ".")
         if plain in base and plain not in skipped:
             weights[name] = tensor.shape
