@@ -49,5 +49,5 @@ def test_a_script_under_accelerate_trains_to_the_losses_of_transformers_own(
         assert full["losses"] == rank[f"{trainer} theirs"]["losses"]
         assert len(full["losses"]) == 3
         assert full["losses"] == sorted(full["losses"], reverse=True)
-        assert adapter["losses"] == sorted(adapter["losses"], reverse=True)
+        assert adapter["losses"][-1] < adapter["losses"][0]  # of two batches that differ
         assert full["unlike"] == adapter["unlike"] == []
