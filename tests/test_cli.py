@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -70,17 +69,23 @@ def test_import_llmload_imports_no_heavy_library() -> None:
     assert heavy_modules_after("import llmload; llmload.load; llmload.create_registry()") == []
 
 
-def test_help_answers_in_less_than_300_ms() -> None:
-    command = [sys.executable, "-c", "from llmload.cli import main; main()", "--help"]
-
-    def processor_seconds() -> float:
-        # What the wall time is on an idle machine: the command waits for nothing.
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(command, capture_output=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-
-    assert any(processor_seconds() < 0.3 for _ in range(10))
+def test_help_imports_few_modules() -> None:
+    code = """
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+sys.argv = ["llmload", "--help"]
+from llmload.cli import app
+try:
+    with redirect_stdout(StringIO()):
+        app()
+except SystemExit:
+    print(len(sys.modules))
+"""
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # Where it takes 0.13 s; each package of a model stack has more by itself.
+    assert 100 < int(said) < 280
 
 
 # --- surface ------------------------------------------------------------------------------------
