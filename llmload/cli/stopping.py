@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ _SIGNALS: Final = ("SIGINT", "SIGTERM", "SIGHUP")
 _LOOK: Final = 0.05
 """Seconds between two looks at what the process is at."""
 _IMPORT: Final = 1.4
-"""Seconds that an import may still go on."""
+"""Seconds that an import may still go on; the start of a C library, until it is done."""
 _ABORTS: Final = "torch"
 """Whose C++ calls Python while it is imported (pybind11), and aborts where that raises."""
 _WRITERS: Final = ("llmload.saving", "llmload.checkpoint.kept", "llmload.cli.demo")
@@ -62,6 +63,8 @@ class _Stop:
             writing = any(name.startswith(_WRITERS) for name in modules)
             if not writing and any(name.partition(".")[0] == _ABORTS for name in modules):
                 _leave(self.exit_code)
+            if any(isinstance(found.f_locals.get("self"), ExtensionFileLoader) for found in below):
+                return
         signal.default_int_handler(signal.SIGINT, frame)
 
     @staticmethod
