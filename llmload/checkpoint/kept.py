@@ -73,6 +73,11 @@ class _Manifest(BaseModel):
     made_from: dict[str, Any]
     files: dict[str, _Digested]
 
+    @property
+    def size(self) -> int:
+        """Bytes of its files."""
+        return sum(file.state[2] for file in self.files.values())
+
 
 class KeptFolder(BaseModel):
     """A folder that is kept."""
@@ -291,12 +296,11 @@ class KeptFolders:
                 for path in sorted(building.rglob("*"))
                 if path.is_file()
             }
-            size = sum(path.stat().st_size for path in building.rglob("*") if path.is_file())
-            if size > limit:
-                return f"it has {size:,} bytes, of {limit:,} allowed for all"
             manifest = _Manifest.model_validate(
                 {"key": key, "about": about, "made_from": dict(made_from), "files": files}
             )
+            if manifest.size > limit:
+                return f"it has {manifest.size:,} bytes, of {limit:,} allowed for all"
             _write(building / MANIFEST, manifest)
             settle(building)
             building.replace(folder)
@@ -357,7 +361,7 @@ class KeptFolders:
             return KeptFolder(
                 key=manifest.key,
                 about=manifest.about,
-                size=sum(file.state[2] for file in manifest.files.values()),
+                size=manifest.size,
                 used=(folder / MANIFEST).stat().st_mtime,
                 folder=str(folder),
             )
