@@ -5,7 +5,7 @@ A page asks for a part with a comment of its own line, which shows nothing elsew
     <!-- generated: section lora -->
 
 Parts: ``section KEY``, ``spec``, ``hooks``, ``public MODULE``, ``commands``, ``spellings TOOL``,
-``messages``, ``compatibility``, ``stacks``, ``versions``. In a fenced block the line
+``messages``, ``compatibility``, ``stacks``, ``versions``, ``libraries``. In a fenced block the line
 ``# file: NAME`` stands for a file of the repository.
 What is public is read from the source without importing it, so that no ML library is needed. Links
 of a page that lead out of ``docs/`` lead, in the site, to a page made of that file or to the file
@@ -154,6 +154,7 @@ def _part(kind: str, name: str) -> str:
         "compatibility": compatibility,
         "stacks": stacks,
         "versions": versions,
+        "libraries": libraries,
         "spellings": spellings,
     }
     return makers[kind](name)
@@ -486,6 +487,15 @@ def versions(_: str = "") -> str:
     }
     lines = ["| transformers | loader |", "|---|---|"]
     lines += [f"| {version} | {said[loader]} |" for version, loader in tested.TRANSFORMERS.items()]
+    return "\n".join(lines)
+
+
+def libraries(_: str = "") -> str:
+    """Say which releases of the other libraries are taken, and which have been tried."""
+    from llmload.host import tested
+
+    lines = ["| library | oldest | newest tried |", "|---|---|---|"]
+    lines += [f"| {name} | {' | '.join(ends)} |" for name, ends in tested.LIBRARIES.items()]
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
-"""What holds on every version that is supported, small: run by ``nox -s versions`` on each of them.
+"""What holds on every version that is supported, small: run by ``nox -s versions`` on each of them,
+and on the oldest of each other library.
 
 On a version of transformers that is not supported, that it is refused by name.
 """
@@ -15,6 +16,7 @@ import torch
 import transformers
 from packaging.version import Version
 from quantised import load, plain
+from zero3.test_trainers import assert_trained_alike, results, train_each_way
 
 import llmload
 from llmload.errors import PluginError, SpecError
@@ -137,6 +139,33 @@ def test_quantised_weights_are_transformers_own(llama: Path, bits: int) -> None:
     result = load(llama, section)
     assert result.report.loader == tested.TRANSFORMERS[INSTALLED]
     assert not unlike(result.model, plain(llama, section))
+
+
+@works
+@pytest.mark.skipif(NO_BITSANDBYTES, reason="this transformers refuses bitsandbytes")
+def test_an_adapter_over_quantised_weights_trains_as_pefts_own(llama: Path) -> None:
+    section = {"double_quant": True}
+    ours = load(llama, section, lora=LORA).model
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **LORA)
+    other = peft.get_peft_model(plain(llama, section), config)
+    _reseed(ours, other)
+    assert losses(ours, 3) == losses(other, 3)
+
+
+@works
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["full", "adapter"])
+def test_zero3_trains_on_two_ranks_as_trainers_own(
+    trained: dict[str, list[dict[str, Any]]], what: str
+) -> None:
+    for mine, other in zip(trained["after"], trained["theirs"], strict=True):
+        assert_trained_alike(mine[f"trainer {what}"], other[f"trainer {what}"])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    ways = {way: ["trainer"] for way in ("theirs", "after")}
+    return results(train_each_way(tmp_path_factory.mktemp("ranks"), ways))
 
 
 @works

@@ -1,4 +1,5 @@
-"""Which versions of transformers are supported, and that both lines answer every question."""
+"""Which versions of transformers and of the other libraries are supported, and that both lines of
+transformers answer every question."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import llmload
 from llmload.errors import PluginError
@@ -17,6 +19,7 @@ from llmload.hf import v4_51, v5
 from llmload.hf.interface import Transformers
 from llmload.hf.versions import installed_transformers, refuse_unsupported
 from llmload.host import tested
+from llmload.host.registry import create_registry
 from llmload.loading import planning
 from llmload.testing import tiny_llama
 
@@ -39,9 +42,9 @@ def test_another_version_is_refused_by_name(version: str) -> None:
     )
 
 
-def ours() -> SpecifierSet:
+def ours(library: str = "transformers") -> SpecifierSet:
     asked = [Requirement(text) for text in metadata.requires("llmload") or ()]
-    return next(one.specifier for one in asked if one.name == "transformers")
+    return next(one.specifier for one in asked if one.name == library)
 
 
 def test_what_pip_may_install_is_what_is_supported() -> None:
@@ -58,6 +61,21 @@ def test_the_table_of_versions_is_held_to_what_is_refused_and_to_the_loader_here
     loaded = llmload.load({"model": str(tiny_llama(tmp_path))})
     assert loaded.report.loader == tested.TRANSFORMERS[here]
     assert next(iter(tested.TRANSFORMERS)) == tested.STACKS["modern"]["transformers"]
+
+
+@pytest.mark.parametrize("library", tested.LIBRARIES)
+def test_the_table_of_libraries_is_held_to_what_is_asked_for_and_to_the_modern_stack(
+    library: str,
+) -> None:
+    oldest, newest = map(Version, tested.LIBRARIES[library])
+    builtin = [info.plugin for info in create_registry().plugins if info.builtin]
+    needs = [Requirement(text) for plugin in builtin for text in getattr(plugin, "requires", ())]
+    asked = [need.specifier for need in needs if need.name == library]
+    assert asked
+    for clause in (clause for each in (ours(library), *asked) for clause in each):
+        assert (clause.operator, Version(clause.version)) == (">=", oldest)
+    pinned = (Path(__file__).parent.parent / "constraints/modern.txt").read_text()
+    assert f"\n{library}=={newest}\n" in pinned
 
 
 @pytest.fixture

@@ -29,6 +29,14 @@ TRANSFORMERS: Final[Mapping[str, str]] = {
 }
 """Version -> the loader that an ordinary load on it has; ``nox -s versions`` holds it to that."""
 
+LIBRARIES: Final[Mapping[str, tuple[str, str]]] = {
+    "peft": ("0.13.2", "0.21.2"),
+    "accelerate": ("1.3.0", "1.15.0"),
+    "deepspeed": ("0.19.4", "0.19.8"),
+    "bitsandbytes": ("0.50.0", "0.50.2"),
+}
+"""Library -> the oldest release that is taken, and the newest that was tried."""
+
 _EVERYWHERE: Final[Mapping[str, Works]] = {"modern": ("yes", ""), "colossalai": ("yes", "")}
 
 ON_STACKS: Final[Mapping[str, Mapping[str, Works]]] = {

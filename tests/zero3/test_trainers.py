@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What each way gave on each rank."""
-    outcomes: dict[str, list[Outcome]] = _run(tmp_path_factory)["outcomes"]
+    return results(_run(tmp_path_factory)["outcomes"])
+
+
+def results(outcomes: Mapping[str, list[Outcome]]) -> dict[str, list[dict[str, Any]]]:
+    """Return what every rank gave, each way; fail with the output of one that ended otherwise."""
     for ranks in outcomes.values():
         for rank in ranks:
             assert rank.code == 0, rank.output
@@ -44,17 +49,21 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
 def _run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         place = tmp_path_factory.mktemp("trainers")
-        folder = testing.tiny_llama(place, dtype=torch.bfloat16, pad=True)
-        jobs = []
-        for way, kinds in WAYS.items():
-            own = place / way
-            own.mkdir()
-            arguments = {"folder": str(folder), "place": str(own), "way": way, "kinds": kinds}
-            jobs.append(Job("zero3.training:every", arguments, timeout=200))
-        outcomes = launch(jobs, timeout=280)
-        return {"place": str(place), "outcomes": dict(zip(WAYS, outcomes, strict=True))}
+        return {"place": str(place), "outcomes": train_each_way(place, WAYS)}
 
     return once(tmp_path_factory, "trainers", make)
+
+
+def train_each_way(place: Path, ways: Mapping[str, list[str]]) -> dict[str, list[Outcome]]:
+    """Train with each kind of trainer that a way names, on two ranks; return how each ended."""
+    folder = testing.tiny_llama(place, dtype=torch.bfloat16, pad=True)
+    jobs = []
+    for way, kinds in ways.items():
+        own = place / way
+        own.mkdir()
+        arguments = {"folder": str(folder), "place": str(own), "way": way, "kinds": kinds}
+        jobs.append(Job("zero3.training:every", arguments, timeout=200))
+    return dict(zip(ways, launch(jobs, timeout=280), strict=True))
 
 
 @pytest.mark.parametrize(("way", "case"), OURS)
@@ -62,11 +71,16 @@ def test_a_model_of_ours_is_trained_to_the_losses_of_the_tools_own_path(
     found: dict[str, list[dict[str, Any]]], way: str, case: str
 ) -> None:
     for mine, other in zip(found[way], found["theirs"], strict=True):
-        assert mine[case]["losses"] == other[case]["losses"]
-        assert len(mine[case]["losses"]) == 3
-        assert mine[case]["losses"] == sorted(mine[case]["losses"], reverse=True)
-        assert mine[case]["partitioned"]
-        assert trained(mine[case]) == trained(other[case])
+        assert_trained_alike(mine[case], other[case])
+
+
+def assert_trained_alike(mine: dict[str, Any], other: dict[str, Any]) -> None:
+    """Hold three falling losses, and every parameter after them, to those of the own path."""
+    assert mine["losses"] == other["losses"]
+    assert len(mine["losses"]) == 3
+    assert mine["losses"] == sorted(mine["losses"], reverse=True)
+    assert mine["partitioned"]
+    assert trained(mine) == trained(other)
 
 
 def trained(outcome: dict[str, Any]) -> dict[str, str]:

@@ -43,7 +43,7 @@ class KbitPlugin:
     name = "kbit"
     stage = "quantisation"
     Section = KbitSection
-    requires = ("accelerate>=1.0", "bitsandbytes>=0.50")
+    requires = ("accelerate>=1.3", "bitsandbytes>=0.50")
     provides = ("quantisation",)
     conflicts = (
         Conflict(

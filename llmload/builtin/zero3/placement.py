@@ -152,7 +152,8 @@ class Partitioned:
         for buffer in model.buffers():
             if not buffer.is_meta:  # another name of one that is not: it becomes that one
                 buffer.data = buffer.data.to(init.local_device)
-        init._keep_in_fp32(model)
+        if hasattr(init, "_keep_in_fp32"):  # since 0.19.8
+            init._keep_in_fp32(model)
         if init.mem_efficient_linear:
             init._enable_mem_efficient_linear()
         self._done(model)

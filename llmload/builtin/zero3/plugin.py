@@ -52,7 +52,7 @@ class Zero3Plugin:
     name = "zero3"
     stage = "parallel"
     Section = Zero3Section
-    requires = ("deepspeed>=0.19", "accelerate")
+    requires = ("deepspeed>=0.19.4", "accelerate>=1.3")
     conflicts = (
         Conflict(
             key="device_map",
