@@ -304,6 +304,14 @@ def versions(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def tools(session: nox.Session) -> None:
+    """Trainer, accelerate and TRL with every combination of sections that is allowed, by hand."""
+    session.install("-c", MODERN, *GROUPS["test"], *GROUPS["train"], ".[all]")
+    session.install(*LAZY_INIT)
+    session.run("pytest", "-n", "2", "tests/sweep_tools.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
 def long_trust(session: nox.Session) -> None:
     """The long set of SECURITY.md's promises, which writes its figures there: hours, by hand.
 

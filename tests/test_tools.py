@@ -1,6 +1,7 @@
 """Trainer, accelerate and TRL train a model of ours to the losses of their own path.
 
-Each tool and each combination of sections once. With DeepSpeed: ``zero3/test_trainers.py``.
+Each tool and some combinations of sections; every tool with every combination: ``nox -s tools``.
+With DeepSpeed: ``zero3/test_trainers.py``.
 """
 
 from __future__ import annotations
@@ -8,18 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tools
+from tools import SOME, called, compare, small_folders
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return tools.folders(tmp_path_factory.mktemp("tools"))
+    return small_folders(tmp_path_factory.mktemp("tools"))
 
 
-@pytest.mark.parametrize(("tool", "name"), tools.SOME)
+@pytest.mark.parametrize(
+    ("tool", "names"), [pytest.param(tool, n, id=f"{tool}-{called(n)}") for tool, n in SOME]
+)
 def test_two_steps_give_the_losses_of_the_tools_own_path(
-    tool: str, name: str, folders: dict[str, Path], tmp_path: Path
+    tool: str, names: tuple[str, ...], folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    tools.compare(tool, name, folders, tmp_path)
+    compare(tool, names, folders, tmp_path)

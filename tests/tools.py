@@ -6,6 +6,7 @@ import copy
 import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, combinations, cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from torch import nn
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 import llmload
+from llmload.cli.environment import compatibility
 from llmload.testing import SENTENCES, tiny_checkpoint
 
 SEED = 42
 """The trainers seed themselves with this before they draw an adapter."""
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"]}
-_ADAPTER: dict[str, Any] = {"lora": LORA}
 _ROWS = 192
 
 TOOLS = (
@@ -70,42 +71,91 @@ def _with_wide_norms(model: Any) -> None:
 
 
 _RECOMPUTED: dict[str, Any] = {"gradient_checkpointing": {}}
-_ROWS_SECTION = {"embeddings": {"pad_to_multiple_of": _ROWS, "init_new": "zero"}}
-COMBINATIONS: dict[str, Combination] = {
-    "all parameters": Combination(),
-    "adapter": Combination(_ADAPTER),
-    "4 bits": Combination(_ADAPTER | {"kbit": {"double_quant": True}}, dtype="bfloat16"),
-    "8 bits": Combination(_ADAPTER | {"kbit": {"bits": 8}}, dtype="bfloat16"),
-    "4 bits recomputed": Combination(
-        _ADAPTER | _RECOMPUTED | {"kbit": {}}, dtype="bfloat16", checkpointing=True
-    ),
+PARTS: dict[str, Combination] = {
+    "adapter": Combination({"lora": LORA}),
+    "4 bits": Combination({"kbit": {"double_quant": True}}, dtype="bfloat16"),
+    "8 bits": Combination({"kbit": {"bits": 8}}, dtype="bfloat16"),
     "recomputed": Combination(_RECOMPUTED, checkpointing=True),
-    "adapter recomputed": Combination(_ADAPTER | _RECOMPUTED, checkpointing=True),
     "dropout": Combination({"dropout": {"p": 0.1}}, _with_dropout),
-    "more rows": Combination(_ROWS_SECTION, _with_rows),
-    "adapter, more rows": Combination(_ADAPTER | _ROWS_SECTION, _with_rows),
+    "more rows": Combination(
+        {"embeddings": {"pad_to_multiple_of": _ROWS, "init_new": "zero"}}, _with_rows
+    ),
     "wide norms": Combination(
         {"cast": {"modules": {"norm": "float32"}}},
         _with_wide_norms,
         dtype="bfloat16",
         autocast=True,
     ),
-    "adapter, wide norms": Combination(
-        _ADAPTER | {"cast": {"modules": {"norm": "float32"}}},
-        _with_wide_norms,
-        dtype="bfloat16",
-        autocast=True,
-    ),
     "lazily": Combination({"colossalai": {}}),
-    "adapter, lazily": Combination(_ADAPTER | {"colossalai": {}}),
 }
-if NO_BITSANDBYTES:
-    COMBINATIONS = {k: c for k, c in COMBINATIONS.items() if "kbit" not in c.sections}
-SOME = [(TOOLS[place % len(TOOLS)], name) for place, name in enumerate(COMBINATIONS)]
-"""Each tool and each combination at least once."""
+"""One section each; what two of them name alike they have alike."""
 
 
-def folders(place: Path) -> dict[str, Path]:
+def together(*names: str) -> Combination:
+    """Return the combination of some parts; of none, a model as it is loaded without sections."""
+    parts = [PARTS[name] for name in names]
+
+    def changed(model: Any) -> None:
+        for part in parts:
+            part.changed(model)
+
+    return Combination(
+        {key: section for part in parts for key, section in part.sections.items()},
+        changed,
+        dtype="bfloat16" if any(part.dtype == "bfloat16" for part in parts) else "float32",
+        checkpointing=any(part.checkpointing for part in parts),
+        autocast=any(part.autocast for part in parts),
+    )
+
+
+def allowed() -> list[tuple[str, ...]]:
+    """Return the combinations that the table of what goes with what lets through, and that train.
+
+    Quantised weights take no gradients: there an adapter has to be trained.
+    """
+    table = compatibility(llmload.create_registry(environ={}))
+    refused = {frozenset((p.one, p.other)) for p in table.pairs if p.works == "no"}
+    found = []
+    for names in chain.from_iterable(combinations(PARTS, n) for n in range(len(PARTS) + 1)):
+        keys = [key for name in names for key in PARTS[name].sections]
+        clashes = any(frozenset(pair) in refused for pair in combinations(keys, 2))
+        twice = len(set(keys)) < len(keys)
+        useless = "kbit" in keys and (NO_BITSANDBYTES or "lora" not in keys)
+        if not (clashes or twice or useless):
+            found.append(names)
+    return found
+
+
+_CHOSEN: list[tuple[str, ...]] = [
+    (),
+    ("adapter",),
+    ("adapter", "4 bits"),
+    ("adapter", "8 bits"),
+    ("adapter", "4 bits", "recomputed"),
+    ("recomputed",),
+    ("adapter", "recomputed"),
+    ("dropout",),
+    ("more rows",),
+    ("adapter", "more rows"),
+    ("wide norms",),
+    ("adapter", "wide norms"),
+    ("lazily",),
+    ("adapter", "lazily"),
+]
+SOME = [
+    (tool, names)
+    for tool, names in zip(cycle(TOOLS), _CHOSEN, strict=False)
+    if not (NO_BITSANDBYTES and {"4 bits", "8 bits"} & set(names))
+]
+"""Each tool, and each part with an adapter or without, at least once."""
+
+
+def called(names: tuple[str, ...]) -> str:
+    """What a test calls a combination."""
+    return ", ".join(names) or "all parameters"
+
+
+def small_folders(place: Path) -> dict[str, Path]:
     """Return the folder of a causal model and one that has a score, by auto class."""
     size = {"hidden_size": 64, "intermediate_size": 160, "pad_token_id": 3}
     return {
@@ -234,9 +284,9 @@ def _rows() -> list[list[int]]:
     return [list(range(4 + row, 16 + row)) for row in range(4)]
 
 
-def compare(tool: str, name: str, folders: Mapping[str, Path], place: Path) -> None:
+def compare(tool: str, names: tuple[str, ...], folders: Mapping[str, Path], place: Path) -> None:
     """Train both ways: the losses, and every parameter after it, have to be the same."""
-    combination, folder = COMBINATIONS[name], folders[auto_class(tool)]
+    combination, folder = together(*names), folders[auto_class(tool)]
     mine, model = train(tool, combination, ours(tool, combination, folder), place / "ours")
     other, their = train(tool, combination, theirs(tool, combination, folder), place / "theirs")
     assert mine == other
