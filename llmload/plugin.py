@@ -37,7 +37,8 @@ Files of a checkpoint:
   ``Checkpoint.described``, of files that ``CheckpointFile.on_disk`` looks at or
   ``CheckpointFile.fetched`` gets from elsewhere. ``torch_dtype`` is the dtype that a header names,
   ``dtype_name`` what torch calls one.
-- ``MappedCheckpoint``: the same files mapped, and tensors over their pages.
+- ``MappedCheckpoint``: the same files mapped, and tensors over their pages; ``Reading``: how their
+  bytes come into memory.
 - ``Proof``: what a loader read, and the digest of what it placed.
 - ``UntrustedFolder``: configs and other small files of a folder, each read by strict rules;
   ``local_path`` and ``read_file``: a path that a spec names, and a small file there.
@@ -137,6 +138,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint.placement import Splitting as Splitting
     from llmload.checkpoint.placement import Target as Target
     from llmload.checkpoint.proof import Proof as Proof
+    from llmload.checkpoint.reading import Reading as Reading
     from llmload.checkpoint.untrusted import UntrustedFolder as UntrustedFolder
     from llmload.checkpoint.untrusted import local_path as local_path
     from llmload.checkpoint.untrusted import read_file as read_file
@@ -262,6 +264,7 @@ __all__ = [
     "Proof",
     "RandomOp",
     "Ranks",
+    "Reading",
     "Regex",
     "Removal",
     "Renaming",
@@ -356,6 +359,7 @@ _HOME = {
     **dict.fromkeys(("KeptFolders", "key_of", "usual_place"), "checkpoint.kept"),
     "MappedCheckpoint": "checkpoint.mapped",
     "Proof": "checkpoint.proof",
+    "Reading": "checkpoint.reading",
     "TensorInfo": "checkpoint.header",
     **dict.fromkeys(("UntrustedFolder", "local_path", "read_file"), "checkpoint.untrusted"),
     **dict.fromkeys(("WRAPPERS", "KeyRule", "Renaming", "unwrapped"), "spec.renaming"),

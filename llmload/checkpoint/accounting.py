@@ -11,6 +11,7 @@ from llmload.errors import Problem
 if TYPE_CHECKING:
     from torch import nn
 
+    from llmload.checkpoint.assembled import Assembled
     from llmload.checkpoint.header import TensorInfo
 
 
@@ -41,9 +42,9 @@ class Accounting:
     """Name -> why transformers could not convert its tensors."""
     as_stored: Mapping[str, TensorInfo]
     """Name in the model -> the tensor of the file that it is, whole and unchanged."""
-    assembled: Mapping[str, int]
-    """Name in the model -> bytes of the value, as stored: put together from several tensors of the
-    file or cut out of one, every element just where it can be computed."""
+    assembled: Mapping[str, Assembled]
+    """Name in the model -> how its value is put together from several tensors of the file or cut
+    out of one, without values: where every element lies can be computed."""
     computed: tuple[TensorInfo, ...]
     """Tensors of the file that are changed in other ways, for which they are read whole."""
     rules: tuple[Any, ...] | None

@@ -157,6 +157,11 @@ class Assembled:
             return cls(found, places)
         return None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the value, as stored."""
+        return self.shape.numel() * self.dtype.itemsize
+
     def origin(self, piece: torch.Tensor) -> TensorInfo:
         """Return the tensor of the file that a piece is a view of."""
         return self._places[storage_of(piece)]

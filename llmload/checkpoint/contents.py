@@ -29,6 +29,7 @@ from llmload.checkpoint.header import (
     read_header,
     read_header_afar,
 )
+from llmload.checkpoint.page_cache import expect
 from llmload.checkpoint.pickled import read_pickle, refuse_pickle, require_safe_torch
 from llmload.errors import CheckpointError, Problem, some
 
@@ -364,6 +365,7 @@ def _describe_afar(
 
 
 def _pread(descriptor: int, start: int, length: int) -> bytes:
+    expect(descriptor, sequence=False)  # a header is wanted, not what lies behind it
     return os.pread(descriptor, length, start)
 
 

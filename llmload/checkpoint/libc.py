@@ -27,6 +27,7 @@ def libc() -> Any:
     library.mmap.argtypes = [address, size, number, number, number, ctypes.c_int64]
     library.munmap.argtypes = [address, size]
     library.madvise.argtypes = [address, size, number]
+    library.mincore.argtypes = [address, size, address]
     return library
 
 

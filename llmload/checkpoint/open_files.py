@@ -11,6 +11,7 @@ from typing import Final
 
 from llmload.checkpoint.contents import CheckpointFile, identity
 from llmload.checkpoint.folder import open_regular, refuse
+from llmload.checkpoint.page_cache import expect
 
 _MOST: Final = 16
 """Tensors are asked for file by file, or of the few files that a layer lies in."""
@@ -56,7 +57,9 @@ class OpenFiles(AbstractContextManager["OpenFiles"]):
         to_fetch: dict[Path, list[tuple[int, memoryview]]] = {}
         for path, start, length in places:
             if self._files[path].fetch is None:
-                piece = bytearray(os.pread(self.descriptor(path), length, start))
+                descriptor = self.descriptor(path)
+                expect(descriptor, sequence=False)
+                piece = bytearray(os.pread(descriptor, length, start))
                 if len(piece) != length:
                     raise changed(path)
             else:

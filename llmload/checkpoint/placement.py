@@ -7,7 +7,8 @@ shares sets its own ``ctx.placement`` in ``init_context``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -63,7 +64,7 @@ class Source:
     def __init__(
         self,
         value: torch.Tensor | Assembled,
-        asked: Callable[[torch.Tensor], None],
+        asked: Callable[..., None],
         release: Callable[[], None],
         fill: Callable[[torch.Tensor, torch.Tensor], None],
         own: Callable[[torch.Tensor], torch.Tensor | None],
@@ -99,12 +100,16 @@ class Source:
             return torch.empty_like(self._value, dtype=dtype)
         return torch.empty(self.shape, dtype=dtype)
 
-    def whole(self) -> torch.Tensor:
-        """The value, on the CPU; over the file's own pages unless it was converted."""
+    def whole(self, *, later: bool = False) -> torch.Tensor:
+        """The value, on the CPU; over the file's own pages unless it was converted.
+
+        :param later: nobody looks at the values of what lies on pages before the load is over: they
+            need not be in memory yet.
+        """
         import torch
 
         if isinstance(self._value, torch.Tensor):
-            self._asked(self._value)
+            self._asked(self._value, later=later)
             return self._value
         return self.flat(0, self.shape.numel()).view(self.shape)
 
@@ -133,12 +138,12 @@ class Source:
         import torch
 
         if (start, stop) == (0, None) and isinstance(self._value, torch.Tensor):
-            self._asked(self._value)
+            self._asked(self._value, later=True)
             self._fill(out, self._value)
             return
         stop = self.shape.numel() if stop is None else stop
         for piece in self._pieces(start, stop):
-            self._asked(piece)
+            self._asked(piece, later=True)
             # `out` shrinks to what is still to be filled.
             first, out = out.view(-1).tensor_split([piece.numel()])
             self._fill(first, piece)
@@ -156,7 +161,7 @@ class Source:
         (piece,) = self._pieces(start, stop)
         owned = self._own(piece)
         if owned is not None:
-            self._asked(piece)
+            self._asked(piece, later=True)
         return owned
 
     def _pieces(self, start: int, stop: int) -> Iterator[torch.Tensor]:
@@ -223,6 +228,21 @@ class Plain:
     def prepare(self, model: PreTrainedModel) -> None:
         """Leave the model as it is."""
 
+    def extent(
+        self, name: str, module: nn.Module, attribute: str, shape: Sequence[int]
+    ) -> tuple[int, int]:
+        """Return which elements of a value, laid out flat, ``place`` will ask for: all.
+
+        Called after ``prepare``, for every target that the checkpoint has.
+
+        :param name: the target's full name.
+        :param module: the module that owns it.
+        :param attribute: its name there.
+        :param shape: of the value.
+        :return: the first, and one past the last; the same twice for none.
+        """
+        return 0, math.prod(shape)
+
     def place(self, target: Target, source: Source) -> torch.Tensor:
         """Return the value in the target's dtype on its device, copied only where it must be.
 
@@ -234,7 +254,8 @@ class Plain:
             copied = source.empty(target.dtype)
             source.fill(copied)
             return copied
-        value = source.whole()
+        stays = target.device.type == "cpu"
+        value = source.whole(later=stays)
         placed = value.to(target.device, target.dtype)
         # Under `to`, a value of the right dtype and device is itself: it stays on the pages.
         if placed is not value:

@@ -94,10 +94,10 @@ class Placer(AbstractContextManager["Placer"]):
         def origin(part: torch.Tensor) -> TensorInfo | None:
             return info if isinstance(value, torch.Tensor) else value.origin(part)
 
-        def asked(part: torch.Tensor) -> None:
+        def asked(part: torch.Tensor, *, later: bool = False) -> None:
             found = origin(part)
             if found is not None:  # a computed value was counted when its tensors were read
-                self._files.ask(found, part)
+                self._files.ask(found, part, later=later)
             reading.add(part)
 
         def release() -> None:
@@ -141,6 +141,8 @@ class Placer(AbstractContextManager["Placer"]):
                 # Computed or fetched, so that it is in memory, or a part with gaps, which torch has
                 # to walk through.
                 from_file = found is not None and self._files.is_mapped(found)
+                if found is not None:
+                    self._files.arrive(found, part)
                 if found is None or not from_file or not _are_laid_out_alike(out, part):
                     populate(out)
                     out.copy_(part)

@@ -180,7 +180,7 @@ class _Routes:
             return *self._of_one(names[0], info, parameter, kind), info.nbytes
         joined = next((found.assembled[name] for name in names if name in found.assembled), None)
         if joined is not None:
-            return "assembled", "put together from tensors of the file", joined
+            return "assembled", "put together from tensors of the file", joined.nbytes
         if {*found.missing, *found.excused}.issuperset(names):
             return "new", "not in the checkpoint", 0
         return "computed", "transformers computes it from tensors of the file", whole

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from llmload.checkpoint import free_memory
 from llmload.context.forecast import Room
 from llmload.errors import LoadFailedError, Problem, in_one_line
 from llmload.spec.wording import size_text
@@ -27,7 +25,7 @@ _FIX: Final = "Give it more, load in a narrower dtype, or onto another device wi
 
 def free() -> Room | None:
     """Return the tightest of the limits that this system tells of, or None."""
-    return min(_limits(), default=None)
+    return min((Room(*limit) for limit in free_memory.limits()), default=None)
 
 
 def problems(ctx: LoadContext, forecast: Forecast, registry: Registry) -> Iterator[Problem]:
@@ -128,32 +126,3 @@ def advice(error: BaseException) -> str:
 def refusal(what: str, error: BaseException) -> LoadFailedError:
     """Return the error of a load that ran out of memory outside of any plugin."""
     return LoadFailedError(f"{what} ran out of memory: {in_one_line(error)}", fix=advice(error))
-
-
-def _limits() -> Iterator[Room]:
-    with suppress(OSError, ValueError, KeyError):
-        found = _numbers("/proc/meminfo")
-        swap = found["SwapFree:"]
-        yield Room(1024 * (found["MemAvailable:"] + swap), "by what the machine has", shared=True)
-    with suppress(OSError, ValueError, ImportError):
-        import resource
-
-        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if soft != resource.RLIM_INFINITY:
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            yield Room(soft - pages * os.sysconf("SC_PAGE_SIZE"), "by `ulimit -v`")
-    with suppress(OSError, ValueError, KeyError, StopIteration):
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        path = next(line[3:] for line in lines if line.startswith("0::"))
-        group = Path("/sys/fs/cgroup", path.lstrip("/"))
-        most = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        # Pages of files are given up when memory is short.
-        cached = _numbers(group / "memory.stat")["file"]
-        yield Room(most - used + cached, "by the container's limit", shared=True)
-
-
-def _numbers(path: str | Path) -> dict[str, int]:
-    """Read a file that has a word and a number on each line."""
-    lines = (line.split() for line in Path(path).read_text().splitlines())
-    return {words[0]: int(words[1]) for words in lines if len(words) > 1}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -130,6 +130,17 @@ class KbitPlacement:
         chosen = self._ctx.load_options.get("device_map", self._ctx.spec.device_map)
         places = chosen.values() if isinstance(chosen, Mapping) else [chosen or "cpu"]
         return device_names(places)
+
+    def extent(
+        self, name: str, module: nn.Module, attribute: str, shape: Sequence[int]
+    ) -> tuple[int, int]:
+        """Return all of what is quantised, unless it was kept; see ``llmload.plugin.Plain``."""
+        if self._quantiser.param_needs_quantization(self._model, name):
+            kept = self._kept is not None and self._kept.found
+            return 0, 0 if kept else math.prod(shape)
+        of_others = getattr(self._others, "extent", None)
+        found: tuple[int, int] = of_others(name, module, attribute, shape) if of_others else (0, 0)
+        return found
 
     def place(self, target: Target, source: Source) -> torch.Tensor | Part:
         """Quantise on the target's device; the value is cast to the model's dtype before."""

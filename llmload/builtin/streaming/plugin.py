@@ -12,7 +12,7 @@ from llmload.plugin import Decline, Note, Problem, RequestError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llmload.plugin import LoadContext
+    from llmload.plugin import LoadContext, Reading
 
 _HONOURED = {"device_map"}
 _OF_TRAINER = ("trainer_state.json", "training_args.bin")
@@ -44,6 +44,8 @@ class StreamingLoader:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note | Problem | Decline]:
         """Decline what cannot be loaded exactly as ``from_pretrained`` would."""
+        from llmload.plugin import Reading
+
         reason = _unfit(ctx)
         if reason:
             yield Decline(reason)
@@ -58,9 +60,12 @@ class StreamingLoader:
         yield from _changing_pages(ctx)
         assert ctx.checkpoint is not None
         files, size = len(ctx.checkpoint.files), ctx.checkpoint.total_bytes
+        reading = Reading.choose(ctx.checkpoint, ctx.section(StreamingSection).reading)
+        ctx.handed_on[self.name] = reading
         yield Note(
             text=lambda: (
                 f"read {ctx.reads or f'{size:,} bytes'} from {files} file(s), each tensor once"
+                f"{_how(reading)}"
             )
         )
 
@@ -101,7 +106,12 @@ class StreamingLoader:
         placement.prepare(model)
         section = ctx.section(StreamingSection)
         proof = Proof(digests=section.digests)
-        with MappedCheckpoint(ctx.checkpoint, may_stay=section.mapped) as files, proof:
+        reading: Reading = ctx.handed_on[self.name]
+        with (
+            MappedCheckpoint(ctx.checkpoint, may_stay=section.may_stay, reading=reading) as files,
+            proof,
+        ):
+            files.read_ahead(model, accounting, placement)
             missing = transformers.fill(
                 model,
                 files,
@@ -112,12 +122,20 @@ class StreamingLoader:
                 device_map=device_map,
                 name_or_path=str(ctx.folder),
             )
-            ctx.record(self.name, proof.facts(files))
+            facts = {"reading": reading.way, "fetched_ahead": files.finish()}
+            ctx.record(self.name, facts | proof.facts(files))
         for name in missing:
             ctx.newly_initialised.setdefault(name, MISSING)
         return transformers.finish(
             model, ctx.folder, device_map, trust_remote_code=ctx.spec.trust_remote_code
         )
+
+
+def _how(reading: Reading) -> str:
+    if reading.way == "mapped":
+        return ""
+    how = "ahead of use" if reading.way == "ahead" else "into own memory"
+    return f", {how}, by {reading.threads} threads ({reading.why})"
 
 
 def _less_memory(ctx: LoadContext) -> Problem:
@@ -160,7 +178,7 @@ def _changing_pages(ctx: LoadContext) -> Iterator[Problem]:
 
     assert ctx.checkpoint is not None  # else it is not for us
     stay = any(torch_dtype(info.dtype) == ctx.dtype for info in ctx.checkpoint.tensors.values())
-    if not (stay and ctx.section(StreamingSection).mapped) or ctx.placed_by is not None:
+    if not (stay and ctx.section(StreamingSection).may_stay) or ctx.placed_by is not None:
         return
     if len(ctx.checkpoint.fetched) == len(ctx.checkpoint.files):
         return

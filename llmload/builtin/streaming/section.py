@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from llmload.plugin import Section
 
 
@@ -13,6 +15,13 @@ class StreamingSection(Section):
     memory. They then follow the file where it is overwritten in place, and the process ends where
     it is cut off: ``false`` copies them into memory of their own."""
 
+    reading: Literal["auto", "mapped", "ahead", "read"] = "auto"
+    """How bytes come from the files. ``mapped``: as pages are touched, which is best where they are
+    in memory already. ``ahead``: threads have the kernel fetch what this process will read, and
+    nothing else, before it is used. ``read``: threads read into memory of the process's own; no
+    weight stays on pages then. ``auto`` takes what suits: ``mapped`` for files in memory, ``read``
+    where a file system cannot map, else ``ahead``."""
+
     digests: bool = False
     """Record SHA-256 of every weight as read and as placed. Reads every byte, also of weights that
     would stay on the file's pages, and takes a second or so per GB."""
@@ -20,4 +29,9 @@ class StreamingSection(Section):
     @property
     def withholds(self) -> frozenset[str]:
         """What others cannot count on in this load."""
-        return frozenset() if self.mapped else frozenset({"mapped_pages"})
+        return frozenset() if self.may_stay else frozenset({"mapped_pages"})
+
+    @property
+    def may_stay(self) -> bool:
+        """Whether weights may stay on the pages of their files."""
+        return self.mapped and self.reading != "read"

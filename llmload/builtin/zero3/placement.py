@@ -10,7 +10,8 @@ Imported lazily, by functions: this module needs torch and deepspeed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,14 @@ class Partitioned:
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Leave the model as it is."""
+
+    def extent(
+        self, name: str, module: nn.Module, attribute: str, shape: Sequence[int]
+    ) -> tuple[int, int]:
+        """Return this rank's part; see :meth:`llmload.plugin.Plain.extent`."""
+        ranks = self._init.dp_world_size
+        span = own_span(module, attribute, math.prod(shape), self._init.rank, ranks)
+        return span.start, span.stop
 
     def place(self, target: Target, source: Source) -> torch.Tensor | Part:
         """Return a parameter without storage of its own; only its part is read.

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from llmload.checkpoint.assembled import Assembled
     from llmload.checkpoint.contents import Checkpoint
     from llmload.checkpoint.header import TensorInfo
     from llmload.checkpoint.mapped import MappedCheckpoint
@@ -65,7 +66,7 @@ def account(model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool = Fals
 
     taken: Taken = []
     unchanged: dict[str, TensorInfo] = {}
-    joined: dict[str, int] = {}
+    joined: dict[str, Assembled] = {}
     computed: list[TensorInfo] = []
 
     def receive(first: str, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -75,8 +76,8 @@ def account(model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool = Fals
         infos = as_stored(taken, values)
         if infos is not None:
             unchanged.update(infos)
-        elif assembled(taken, values) is not None:
-            joined.update((name, value.nbytes) for name, value in values.items())
+        elif (made := assembled(taken, values)) is not None:
+            joined.update(made)
         else:
             computed.extend(info for info, _ in taken)
         taken.clear()

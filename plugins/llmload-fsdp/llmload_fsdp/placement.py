@@ -8,7 +8,7 @@ in a whole model. FSDP2 takes over in :mod:`llmload_fsdp.sharding`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,6 +81,15 @@ class Sharded:
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Leave the model as it is."""
+
+    def extent(
+        self, name: str, module: nn.Module, attribute: str, shape: Sequence[int]
+    ) -> tuple[int, int]:
+        """Return this rank's rows, laid out flat; of a buffer all."""
+        if attribute in module._buffers:
+            return 0, math.prod(shape)
+        span = span_of(shape, self.rank, self.ranks)
+        return span.start, span.stop
 
     def place(self, target: Target, source: Source) -> torch.Tensor | Part:
         """Return a parameter without storage of its own; only its rows are read.

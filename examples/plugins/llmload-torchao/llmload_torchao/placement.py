@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,6 +97,12 @@ class TorchaoPlacement:
         """Find out which weights are to be quantised."""
         self._quantiser = Quantiser(self._config, model)
         self._wanted = frozenset(self._quantiser.names())
+
+    def extent(
+        self, name: str, module: nn.Module, attribute: str, shape: Sequence[int]
+    ) -> tuple[int, int]:
+        """Say what ``place`` will ask for: the whole of every value."""
+        return self._others.extent(name, module, attribute, shape)
 
     def place(self, target: Target, source: Source) -> torch.Tensor | Part:
         """Quantise on the target's device; the value is cast to the model's dtype before."""
