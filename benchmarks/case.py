@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from .folders import folder
 
 TOPICS = (
     "loading",
+    "cold",
     "kbit",
     "groups",
     "colossalai",
@@ -60,6 +62,8 @@ class Case:
     stacks: tuple[str, ...] = ("modern",)
     """Stacks it can run on: ``modern`` is the interpreter that runs the benchmarks, others are
     named with ``--python``."""
+    around: Callable[[Path], AbstractContextManager[Path]] = nullcontext
+    """Entered around each run with the folder; gives the one that the run sees."""
     pss: bool = False
     """Also measure the proportional set size, in one more run of each side that is not timed,
     because taking it slows the process down. Always done with several ranks."""

@@ -39,8 +39,9 @@ def compare(
         script = case.sides[side]
         if isinstance(script, str):
             return run_script(python, script.format(folder=str(made)), threads=threads)
-        arguments = [topic, name, side, str(made)]
-        return run_ranks(python, arguments, ranks=case.ranks, threads=threads, pss=pss)
+        with case.around(made) as seen:
+            arguments = [topic, name, side, str(seen)]
+            return run_ranks(python, arguments, ranks=case.ranks, threads=threads, pss=pss)
 
     for side in case.sides:  # fills the page cache and tells how much memory it takes; not counted
         touched[side] = run(side).touched_mib

@@ -16,7 +16,7 @@ from .case import Case, Mark
 
 TITLE = "ZeRO-3 on several ranks, side by side"
 
-_IMPORTS = ("accelerate", "deepspeed", "llmload.builtin.zero3.loading_session")
+IMPORTS = ("accelerate", "deepspeed", "llmload.builtin.zero3.loading_session")
 _MIB = 2**20
 _FASTER_ON_TWO = "at least 8x faster, stretch 12x; peak RSS at most 1.03x a rank's part"
 _FASTER_ON_FOUR = "at least 15x faster, stretch 25x; peak RSS at most 1.03x a rank's part"
@@ -48,19 +48,15 @@ def part_mib(folder: Path, ranks: int) -> float:
     return kept / _MIB
 
 
-def ours(folder: Path, *, train: bool = False) -> Iterator[Mark]:
+def our_load(folder: Path) -> Any:
     """Load through llmload: plan, load, audit and report."""
     import llmload
 
     spec = {"model": str(folder), "dtype": "bfloat16", "zero3": {"config": config()}}
-    result = llmload.load(spec)
-    files = result.report.facts["streaming"]["files"].values()
-    yield "load", {"MiB read by a rank": sum(file["bytes_read"] for file in files) / _MIB}
-    if train:
-        yield from _initialize(result.model)
+    return llmload.load(spec)
 
 
-def theirs(folder: Path, *, train: bool = False) -> Iterator[Mark]:
+def their_load(folder: Path) -> Any:
     """Load with transformers while its DeepSpeed config is alive, as its documentation shows."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -69,6 +65,21 @@ def theirs(folder: Path, *, train: bool = False) -> Iterator[Mark]:
     alive = HfDeepSpeedConfig(config())
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     del alive
+    return model
+
+
+def ours(folder: Path, *, train: bool = False) -> Iterator[Mark]:
+    """Load through llmload, and let DeepSpeed initialize where asked."""
+    result = our_load(folder)
+    files = result.report.facts["streaming"]["files"].values()
+    yield "load", {"MiB read by a rank": sum(file["bytes_read"] for file in files) / _MIB}
+    if train:
+        yield from _initialize(result.model)
+
+
+def theirs(folder: Path, *, train: bool = False) -> Iterator[Mark]:
+    """The same with transformers."""
+    model = their_load(folder)
     yield "load"
     if train:
         yield from _initialize(model)
@@ -98,7 +109,7 @@ def _case(title: str, target: str, ranks: int, sizes: tuple[str, ...], **options
         target=target,
         final=partial(part_mib, ranks=ranks),
         sizes=sizes,
-        imports=_IMPORTS,
+        imports=IMPORTS,
         prepare=join,
         ranks=ranks,
     )

@@ -260,7 +260,7 @@ def test_part_keeps_its_own_pages_and_no_descriptor(tmp_path: Path) -> None:
     assert resident_file_bytes() - before >= 16 * 2**20
     parts[0].add_(1)  # copy on write
     parts.pop(1)
-    assert resident_file_bytes() - before < 2**20
+    assert resident_file_bytes() - before < 2**21
     assert torch.equal(parts[0], big[: 2**20] + 1)
     with MappedCheckpoint(checkpoint) as files:
         assert torch.equal(files.tensor(checkpoint["w"]), big)
