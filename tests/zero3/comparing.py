@@ -52,6 +52,7 @@ def ours(
     dtype: str,
     key_map: dict[str, str] | None = None,
     loader: str = "streaming",
+    reading: str = "auto",
 ) -> torch.nn.Module:
     block = {"streaming"} - {loader}
     result = llmload.load(
@@ -62,6 +63,7 @@ def ours(
             "key_map": key_map or {},
             "strict": False,
             "zero3": {"config": config},
+            "streaming": {"reading": reading},
         },
         registry=llmload.create_registry(block=block),
     )
@@ -191,11 +193,12 @@ def compare(
     offload: str | None = None,
     key_map: dict[str, str] | None = None,
     loader: str = "streaming",
+    reading: str = "auto",
 ) -> dict[str, Any]:
     """Load one folder both ways and return what differs; empty lists if nothing does."""
     config = deepspeed_config(dtype, threshold, offload)
     torch.manual_seed(1)
-    mine = ours(kind, folder, config, dtype, key_map, loader)
+    mine = ours(kind, folder, config, dtype, key_map, loader, reading)
     torch.manual_seed(1)
     try:
         other = theirs(kind, folder, config, key_map)

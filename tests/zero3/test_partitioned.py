@@ -42,6 +42,8 @@ VARIANTS = {
     "a missing head": {"kind": "sequence_classification"},
     "from_pretrained partitions": {"loader": "zero3", "train": True},
     "other keys": {"folder": "renamed", "key_map": {"^transformer": "model"}},
+    "fetched ahead of use": {"folder": "bfloat16", "reading": "ahead", "train": True},
+    "read into own memory": {"folder": "bfloat16", "reading": "read"},
 }
 """Compared with transformers' own beside the architectures."""
 BEYOND_4_51 = {"other keys": "state dictionary of the model you are trying to load is corrupted"}
