@@ -66,9 +66,10 @@ LONG = {
     "LLMLOAD_TEST_FLIPS": 1000,
     "LLMLOAD_TEST_PROCESSES": 10,
     "LLMLOAD_TEST_FAULTS": 2,
+    "LLMLOAD_TEST_SABOTAGE": 1,
 }
 """Mutants and headers, interrupted loads, raced loads of each kind, flipped bits, processes that
-load the same, rounds of failing ranks."""
+load the same, rounds of failing ranks, and every way in which each hook of each plugin fails."""
 # torch 2.5 starts processes that compile, in every rank, though nothing here is compiled.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
