@@ -169,7 +169,9 @@ def test_an_error_in_any_hook_of_any_plugin_leaves_nothing_behind(
     name: str, hook: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name == "zero3":  # in a process of its own, for its process group stays
-        assert run_on_ranks(left_by, name, hook, folder, tmp_path, ranks=1) == [[]]
+        # Where nothing was compiled before, DeepSpeed does so first.
+        found = run_on_ranks(left_by, name, hook, folder, tmp_path, ranks=1, timeout=280.0)
+        assert found == [[]]
     else:
         monkeypatch.setattr(tempfile, "tempdir", None)  # and is restored
         assert left_by(name, hook, folder, tmp_path) == []

@@ -84,6 +84,12 @@ def test_an_import_that_takes_long_is_not_waited_for(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (130, "")
 
 
+def test_an_interrupt_while_our_own_first_modules_are_imported_is_answered(tmp_path: Path) -> None:
+    (tmp_path / "pydantic.py").write_text(TOP + "stop()\ntime.sleep(600)")
+    done = run(tmp_path, "plugins")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_no_exception_is_raised_below_the_cpp_of_torch_which_would_abort(tmp_path: Path) -> None:
     code = """
 try:

@@ -19,10 +19,11 @@ __all__ = ["app", "main"]
 def main() -> None:
     """Run the command line and exit: 130 after Ctrl-C, 143 after SIGTERM."""
     from llmload.cli.stopping import stoppable
-    from llmload.cli.streams import open_closed_streams, written_or_told
 
-    open_closed_streams()
-    with stoppable():  # before the rest is imported, which takes a moment
+    with stoppable():  # before anything is imported that takes a moment
+        from llmload.cli.streams import open_closed_streams, written_or_told
+
+        open_closed_streams()
         from llmload.cli.commands import app
 
         # Commands say so themselves of their answers.
