@@ -97,7 +97,7 @@ class Placer(AbstractContextManager["Placer"]):
         def asked(part: torch.Tensor, *, later: bool = False) -> None:
             found = origin(part)
             if found is not None:  # a computed value was counted when its tensors were read
-                self._files.ask(found, part, later=later)
+                self._files.ask(found, part, later=later and not reading.hashes)
             reading.add(part)
 
         def release() -> None:

@@ -110,6 +110,8 @@ class Reading:
         """As stored in the checkpoint; None until something is read."""
         self.numel = 0
         """Elements that were read."""
+        self.hashes = pool is not None
+        """Whether it looks at every value."""
         self._pool = pool
         self._hash = hashlib.sha256()
         self._last: Future[None] | None = None
