@@ -6,7 +6,9 @@ import ctypes
 import errno
 import mmap
 import os
+import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -291,6 +293,40 @@ def test_few_of_many_files_are_open_at_a_time(
         reading.finish()
     assert opened[0] == 0
     assert 1 <= most[0] <= ahead._MOST_OPEN + 4
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_whatever_is_needed_in_whatever_order_comes(seed: int, folder: Path) -> None:
+    """Three readers at a time, with little room, that use what they needed or keep it."""
+    files, checkpoint, chance = files_of(folder), Checkpoint.open(folder), random.Random(seed)
+    size = files[0].stat().st_size
+    cuts = sorted(chance.sample(range(size), 8))
+    spans = [ByteRange(f, a, b) for f in files for a, b in zip(cuts[::2], cuts[1::2], strict=True)]
+    asked = [
+        (chance.choice(files), *sorted(chance.sample(range(size), 2)), chance.random() < 0.5)
+        for _ in range(60)
+    ]
+
+    def read(one: tuple[Path, int, int, bool]) -> None:
+        file, start, stop, is_used = one
+        reading.need(file, start, stop)
+        if is_used:
+            reading.used(file, start, stop)
+
+    room = chance.choice([0, 2**16, 2**22])
+    piece = chance.choice([2**12, 2**16, 2**20])
+    with (
+        fetching(checkpoint, *spans, room=room, piece=piece) as reading,
+        ThreadPoolExecutor(3) as readers,
+    ):
+        list(readers.map(read, asked))
+        for span in spans:
+            there = resident(span.file)
+            for file, start, stop, _ in asked:
+                first, last = max(start, span.start), min(stop, span.stop)
+                if file == span.file and first < last:
+                    assert there.issuperset(range(first // PAGE, -(-last // PAGE)))
+        reading.finish()
 
 
 # --- a model's ------------------------------------------------------------------------------------
