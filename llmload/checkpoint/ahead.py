@@ -11,7 +11,7 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,6 @@ from llmload.checkpoint.open_files import changed
 from llmload.checkpoint.page_cache import PageCache, expect, read_on
 from llmload.checkpoint.ranges import ByteRange
 from llmload.checkpoint.reading import Reading
-from llmload.errors import CheckpointError
 
 _MOST_OPEN = 8
 """Files that are kept open though nothing is read of them just now."""
@@ -78,12 +77,17 @@ class ReadAhead(AbstractContextManager["ReadAhead"]):
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._open: dict[Path, _Opened] = {}
-        self._threads = [
-            threading.Thread(target=self._work, args=(reading.piece,), name="llmload-ahead")
-            for _ in range(min(reading.threads, len(self._pieces)))
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        try:
+            for _ in range(min(reading.threads, len(self._pieces))):
+                thread = threading.Thread(
+                    target=self._work, args=(reading.piece,), name="llmload-ahead"
+                )
+                thread.start()
+                self._threads.append(thread)
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *exc: object) -> None:
         with self._changed:
@@ -169,27 +173,35 @@ class ReadAhead(AbstractContextManager["ReadAhead"]):
         return None
 
     def _work(self, size: int) -> None:
-        memory = memoryview(bytearray(size))
-        while True:
+        try:
+            memory = memoryview(bytearray(size))
+            while self._read_next(memory):
+                pass
+        except Exception as error:  # whoever waits is told, and nobody waits for ever
             with self._changed:
-                piece = self._take()
-                if piece is None:
-                    self._changed.notify_all()
-                    return
-                piece.state = "taken"
-                self._ahead += piece.left
-            try:
-                with self._in_use(piece.file) as file:
-                    count = file.fetch(piece, memory)
-            except (CheckpointError, OSError) as error:
-                with self._changed:
-                    self._error = self._error or _said(piece.file, error)
-                    self._changed.notify_all()
-                return
+                self._error = self._error or error
+        finally:
             with self._changed:
-                self.fetched += count
-                piece.state = "there"
                 self._changed.notify_all()
+
+    def _read_next(self, memory: memoryview) -> bool:
+        with self._changed:
+            piece = self._take()
+            if piece is None:
+                return False
+            piece.state = "taken"
+            self._ahead += piece.left
+        try:
+            with self._in_use(piece.file) as file:
+                count = file.fetch(piece, memory)
+        except OSError as error:
+            why = f"the file cannot be read: {error.strerror}"
+            raise refuse(piece.file, why) from error
+        with self._changed:
+            self.fetched += count
+            piece.state = "there"
+            self._changed.notify_all()
+        return True
 
     @contextmanager
     def _in_use(self, path: Path) -> Iterator[_Opened]:
@@ -215,22 +227,18 @@ def _pieces(wanted: Iterable[ByteRange], size: int) -> Iterator[_Piece]:
             yield _Piece(file, place, end, behind=stop - end, left=end - place)
 
 
-def _said(path: Path, error: Exception) -> Exception:
-    if isinstance(error, OSError):
-        return refuse(path, f"the file cannot be read: {error.strerror}")
-    return error
-
-
 class _Opened:
     """A file that is read in two ways: so that the kernel reads on, and so that it does not."""
 
     def __init__(self, file: CheckpointFile) -> None:
         self.users = 0
+        self._cache: PageCache | None = None
         self._closing = ExitStack()
         try:
             self._onwards = self._descriptor(file, sequence=True)
             self._exactly = self._descriptor(file, sequence=False)
-            self._cache = PageCache(self._exactly)
+            with suppress(OSError):  # where it cannot be mapped, nothing is known
+                self._cache = PageCache(self._exactly)
             self._read_on = read_on(self._exactly)
         except BaseException:
             self.close()
@@ -253,7 +261,7 @@ class _Opened:
 
         A file that has become shorter is told of by whoever uses it.
         """
-        if self._cache.holds(piece.start, piece.stop):
+        if self._cache is not None and self._cache.holds(piece.start, piece.stop):
             return 0
         # Read on by the kernel, requests are larger, and fewer.
         reads_on = self._read_on is not None and piece.behind >= self._read_on

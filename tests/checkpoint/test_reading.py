@@ -255,6 +255,21 @@ def test_a_disk_that_fails_is_an_error_and_not_the_end_of_the_process(
     assert "the file cannot be read: Input/output error" in str(caught.value)
 
 
+def test_nobody_waits_for_a_thread_that_ended_in_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(ahead._Opened, "fetch", fail)
+    (first, _), checkpoint = files_of(folder), Checkpoint.open(folder)
+    with (
+        fetching(checkpoint, ByteRange(first, 0, 2**21)) as reading,
+        pytest.raises(MemoryError),
+    ):
+        reading.need(first, 0, 10)
+
+
 def test_no_thread_and_no_descriptor_is_left_whatever_happens(folder: Path) -> None:
     (first, _), checkpoint = files_of(folder), Checkpoint.open(folder)
     opened = len(os.listdir("/proc/self/fd"))
