@@ -52,7 +52,7 @@ def ours(
     dtype: str,
     key_map: dict[str, str] | None = None,
     loader: str = "streaming",
-    reading: str = "auto",
+    reading: str | None = None,
 ) -> torch.nn.Module:
     block = {"streaming"} - {loader}
     result = llmload.load(
@@ -63,7 +63,7 @@ def ours(
             "key_map": key_map or {},
             "strict": False,
             "zero3": {"config": config},
-            "streaming": {"reading": reading},
+            **({"streaming": {"reading": reading}} if reading else {}),
         },
         registry=llmload.create_registry(block=block),
     )
@@ -193,7 +193,7 @@ def compare(
     offload: str | None = None,
     key_map: dict[str, str] | None = None,
     loader: str = "streaming",
-    reading: str = "auto",
+    reading: str | None = None,
 ) -> dict[str, Any]:
     """Load one folder both ways and return what differs; empty lists if nothing does."""
     config = deepspeed_config(dtype, threshold, offload)

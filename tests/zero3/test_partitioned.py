@@ -42,7 +42,7 @@ VARIANTS = {
     "a missing head": {"kind": "sequence_classification"},
     "from_pretrained partitions": {"loader": "zero3", "train": True},
     "other keys": {"folder": "renamed", "key_map": {"^transformer": "model"}},
-    "fetched ahead of use": {"folder": "bfloat16", "reading": "ahead", "train": True},
+    "fetched ahead of use": {"folder": "bfloat16", "reading": "ahead"},
     "read into own memory": {"folder": "bfloat16", "reading": "read"},
 }
 """Compared with transformers' own beside the architectures."""
