@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ import typer
 from llmload.loading.forecasting import ALLOCATOR
 
 from .case import Case, Mark
+from .colossalai import import_colossalai
 from .folders import folder
 from .measure import Phase, run_ranks
 from .zero3 import join
@@ -24,6 +26,8 @@ from .zero3 import join
 TITLE = "Memory, foretold and measured"
 _MIB = 2**20
 _TOKENS = 8
+_LIVE = 100_000_000
+"""Parameters that ZeRO-3 may keep gathered, and gradients that go to their ranks together."""
 _LITTLE = 256
 """MiB below which a share says nothing."""
 _STEADY = {"MALLOC_MMAP_THRESHOLD_": "262144"}
@@ -62,28 +66,40 @@ def two(folder: Path) -> Iterator[Mark]:
 
 
 def parted(folder: Path) -> Iterator[Mark]:
-    """Load under ZeRO-3, then let DeepSpeed initialise for AdamW."""
+    """Load under ZeRO-3 with few weights gathered at a time, and train one step with SGD.
+
+    AdamW's states of 1.1B parameters would not fit into this machine.
+    """
     import deepspeed
     import torch
 
     import llmload
 
     config = {
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_max_live_parameters": _LIVE,
+            "stage3_prefetch_bucket_size": _LIVE,
+            "reduce_bucket_size": _LIVE,
+        },
         "bf16": {"enabled": True},
         "train_micro_batch_size_per_gpu": 1,
     }
     spec = {"model": str(folder), "dtype": "bfloat16", "zero3": {"config": config}}
+    # A load plans for the usual optimizer.
+    plan = llmload.plan(spec, machine=llmload.Machine(optimizer="sgd"))
     result = llmload.load(spec)
-    yield "load", _foretold(result.plan, "load", "finish")
+    yield "load", _foretold(plan, "load", "finish")
     gc.collect()
-    trained = [p for p in result.model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=result.model,
-        optimizer=torch.optim.AdamW(trained, lr=1e-4),
+        optimizer=torch.optim.SGD(result.model.parameters(), lr=1e-4),
         config=config | {"zero_allow_untested_optimizer": True},
     )
-    yield "train", _foretold(result.plan, "train")
+    ids = torch.arange(_TOKENS).unsqueeze(0)
+    engine.backward(engine(input_ids=ids, labels=ids).loss)
+    engine.step()
+    yield "train", _foretold(plan, "train")
     engine.destroy()
 
 
@@ -119,7 +135,23 @@ def _mib(nbytes: float, kept: float = 0) -> dict[str, float]:
     return {"foretold": nbytes / _MIB, "without": (nbytes - kept) / _MIB}
 
 
-def _case(title: str, side: Any, **options: Any) -> Case:
+def _warm(side: Any) -> None:
+    """Do all of it once with a tiny model: what libraries set up for themselves is there then."""
+    from llmload.testing import tiny_checkpoint
+
+    with TemporaryDirectory() as place:
+        for _ in side(tiny_checkpoint(Path(place) / "tiny", hidden_size=64, intermediate_size=160)):
+            pass
+    gc.collect()
+
+
+def _case(title: str, side: Any, *, warm: bool = False, **options: Any) -> Case:
+    """Make a case of one side.
+
+    :param warm: do all of it with a tiny model first; for what is little beside the libraries.
+    """
+    if warm:
+        options["prepare"] = partial(_warm, side)
     return Case(
         title=title,
         sides={"llmload": side},
@@ -142,32 +174,34 @@ CASES = {
     "kbit": _case(
         "4 bits, statistics quantised",
         partial(one, kbit={"double_quant": True}),
+        warm=True,
         imports=("bitsandbytes",),
     ),
     "qlora": _case(
         "the same with LoRA on every layer, AdamW",
         partial(one, train=True, **_QLORA),
+        warm=True,
         imports=("bitsandbytes", "peft"),
     ),
     "lora": _case(
         "LoRA on every layer, AdamW", partial(one, train=True, lora=_ADAPTER), imports=("peft",)
     ),
-    "two-ranks": _case(
-        "ZeRO-3 on 2 ranks, float32 cast to bfloat16, AdamW",
-        parted,
-        checkpoint=_WIDE,
-        ranks=2,
-        imports=("deepspeed", "transformers.integrations.deepspeed"),
-        prepare=join,
+    "lazy": _case(
+        "lazily built by ColossalAI and filled, AdamW",
+        partial(one, train=True, colossalai={}),
+        prepare=import_colossalai,
     ),
-    "four-ranks": _case(
-        "ZeRO-3 on 4 ranks, float32 cast to bfloat16, AdamW",
-        parted,
-        checkpoint=_WIDE,
-        ranks=4,
-        imports=("deepspeed", "transformers.integrations.deepspeed"),
-        prepare=join,
-    ),
+    **{
+        f"{count}-ranks": _case(
+            f"ZeRO-3 on {ranks} ranks, float32 cast to bfloat16, SGD",
+            parted,
+            checkpoint=_WIDE,
+            ranks=ranks,
+            imports=("deepspeed", "transformers.integrations.deepspeed"),
+            prepare=join,
+        )
+        for count, ranks in (("two", 2), ("four", 4))
+    },
     "group": _case("a policy and its frozen reference, cast to float32", two),
 }
 
@@ -249,11 +283,11 @@ def page(found: dict[str, Any]) -> str:
         f"# {TITLE}",
         "",
         "`python -m benchmarks.memory`: the peak of each phase in MiB, of the largest rank, pages"
-        " of files included, above the process with its imports done. `load` is the whole load,"
-        " `use` a look at every weight, `train` a step on 8 tokens, of ZeRO-3 DeepSpeed's"
-        " `initialize`. The last two columns are a second run with"
-        " `MALLOC_MMAP_THRESHOLD_=262144`, in which glibc's allocator gives back what is freed;"
-        " they are held to what is foretold but for that.",
+        " of files included, above the process with its imports done, in 4 bits above one that has"
+        " done all of it with a tiny model. `load` is the whole load,"
+        " `use` a look at every weight, `train` a step on 8 tokens. The last two columns are a"
+        " second run with `MALLOC_MMAP_THRESHOLD_=262144`, in which glibc's allocator gives back"
+        " what is freed; they are held to what is foretold but for that.",
         "",
         "| case | phase | foretold | measured | off by | allocator held | off by |",
         "|---|---|---|---|---|---|---|",

@@ -179,7 +179,20 @@ def test_an_offloaded_optimizer_is_foretold_on_the_host(
     assert memory is not None
     places = {item.what: item.place for item in memory.items if item.phase == "train"}
     assert places["gradients"] == places["optimizer adamw_torch_fused"] == place
+    assert places["gradients in the optimizer's dtype"] == place
     assert places["gathered weights"] == "device"
+
+
+@needs_transformers_5
+def test_a_step_under_zero3_lays_out_a_bucket_and_a_sub_group_of_gradients(folder: Path) -> None:
+    stage = {"stage": 3, "reduce_bucket_size": 1000, "sub_group_size": 500}
+    config = {"zero_optimization": stage, "bf16": {"enabled": True}}
+    machine = llmload.Machine(ranks=2)
+    memory = planned(folder, machine, dtype="bfloat16", zero3={"config": config}).memory
+    assert memory is not None
+    items = {item.what: item for item in memory.items if item.phase == "train"}
+    assert items["gradients on their way"].nbytes == 2 * 1000
+    assert items["gradients in the optimizer's dtype"].nbytes == (2 + 4) * 500
 
 
 def test_a_load_that_cannot_fit_is_refused_with_what_would(folder: Path) -> None:

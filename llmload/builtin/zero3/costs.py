@@ -48,3 +48,28 @@ def costs(forecast: Forecast, config: DeepSpeedConfig) -> Iterator[Cost]:
     gathered = min(sum(whole), max(live * itemsize, max(whole, default=0)))
     for phase in ("use", "train"):
         yield Cost(what="gathered weights", nbytes=gathered, phase=phase, place=place)
+    if forecast.trains:
+        yield from _of_gradients([w for w in weights if w.trained], forecast, config, place)
+
+
+def _of_gradients(
+    trained: list[Weight], forecast: Forecast, config: DeepSpeedConfig, place: Any
+) -> Iterator[Cost]:
+    """Yield the bucket of gradients that go to their ranks together, and copies for the optimizer.
+
+    Those of a sub-group of parts are laid out in one piece, and then in the optimizer's dtype.
+    """
+    itemsize = max(weight.itemsize for weight in trained)
+    elements = sum(weight.elements for weight in trained)
+    if config.zero.get("contiguous_gradients", True):
+        bucket = min(elements, int(config.zero.get("reduce_bucket_size", 5e8))) * itemsize
+        what = "gradients on their way"
+        yield Cost(what=what, nbytes=bucket, phase="train", lasting=True, place=place)
+    part = sum(Span.of(weight.elements, 0, weight.parts).size for weight in trained)
+    what = "gradients in the optimizer's dtype"
+    wide = 4 if forecast.in_float32 else 0
+    if forecast.states_on_host:
+        yield Cost(what=what, nbytes=part * wide, phase="train", lasting=True)
+    else:
+        group = min(part, int(config.zero.get("sub_group_size", 1e9)))
+        yield Cost(what=what, nbytes=group * (itemsize + wide), phase="train", place=place)
