@@ -47,11 +47,17 @@ HOST_TESTS = (
 )
 OF_NO_STACK = (
     *(file for file in HOST_TESTS if "doctor" not in file),
+    "tests/test_cli_refusals.py",
+    "tests/test_common_mistakes.py",
     "tests/test_conformance.py",
+    "tests/test_convert.py",
+    "tests/test_docs.py",
     "tests/test_example_plugins.py",
+    "tests/test_explain.py",
     "tests/test_groupspec.py",
     "tests/test_new_plugin.py",
     "tests/test_plugins_page.py",
+    "tests/test_skipped_everywhere.py",
 )
 # Minutes of building and installing, for which there are sessions: example_plugins, new_plugins.
 BY_HAND = (
