@@ -36,7 +36,8 @@ Files of a checkpoint:
   known before a weight is read. The hook ``open_checkpoint`` makes its own with
   ``Checkpoint.described``, of files that ``CheckpointFile.on_disk`` looks at or
   ``CheckpointFile.fetched`` gets from elsewhere. ``torch_dtype`` is the dtype that a header names,
-  ``dtype_name`` what torch calls one.
+  ``dtype_name`` what torch calls one. ``checkpoint_by_ranges`` describes weights on the hub of
+  which only what is read is fetched.
 - ``MappedCheckpoint``: the same files mapped, and tensors over their pages; ``Reading``: how their
   bytes come into memory.
 - ``Proof``: what a loader read, and the digest of what it placed.
@@ -173,6 +174,7 @@ if TYPE_CHECKING:
     from llmload.hf.interface import Transformers as Transformers
     from llmload.hf.locating import locate as locate_files
     from llmload.hf.locating import read_config as read_config
+    from llmload.hf.spans import checkpoint_by_ranges as checkpoint_by_ranges
     from llmload.hf.versions import installed_transformers as installed_transformers
     from llmload.host.distributions import installed_versions as installed_versions
     from llmload.host.distributions import name_and_version as name_and_version
@@ -286,6 +288,7 @@ __all__ = [
     "account",
     "alike",
     "cache_dir",
+    "checkpoint_by_ranges",
     "closest",
     "connect",
     "default_dtype",
@@ -378,6 +381,7 @@ _HOME = {
     "installed_transformers": "hf.versions",
     "default_dtype": "model.torch_defaults",
     "cache_dir": "hf.hub",
+    "checkpoint_by_ranges": "hf.spans",
     "track": "hf.bars",
     **dict.fromkeys(("locate_files", "read_config"), "hf.locating"),
     "MISSING": "loading.audit",

@@ -1,6 +1,7 @@
 """A server on this machine that speaks the protocol of the model hub, for folders as repositories.
 
-It knows one commit of each. How many bytes it gave is counted by file, and told at ``/sent``.
+It knows one commit of each. How many bytes it gave is counted by file, and told at ``/sent``. Files
+of safetensors are told of by their SHA-256, as large files are there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import hashlib
 import json
 import re
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +37,12 @@ class Hub:
         """Set when half of a stalled file was sent."""
         self.sent: Counter[str] = Counter()
         """Bytes sent since ``/sent`` was asked for last, by repository and path."""
+        self.sent_to: dict[str, Counter[str]] = defaultdict(Counter)
+        """The same by the token of whoever asked, and never cleared."""
+        self.without_ranges: set[str] = set()
+        """Files that are sent whole whatever is asked for."""
+        self.wrongly_listed: set[str] = set()
+        """Files of which another digest is told than they have."""
         self.url = ""
 
     def environment(self, cache: Path) -> dict[str, str]:
@@ -98,10 +105,10 @@ class _Handler(BaseHTTPRequestHandler):
         asked = json.loads(body) if is_json else parse_qs(body)
         found = _API.fullmatch(unquote(urlsplit(self.path).path))
         root = self._root(found["id"] if found else "")
-        if root is None:
+        if found is None or root is None:
             return
         names = [name for name in asked["paths"] if (root / name).is_file()]
-        self._json([_entry(root, root / name) for name in names])
+        self._json([self._entry(found["id"], root, root / name) for name in names])
 
     def _api(self, repository: str, what: str, revision: str) -> None:
         root = self._root(repository)
@@ -112,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         files = sorted(path for path in root.rglob("*") if path.is_file())
         if what == "tree":
-            self._json([_entry(root, path) for path in files])
+            self._json([self._entry(repository, root, path) for path in files])
         else:
             names = [{"rfilename": path.relative_to(root).as_posix()} for path in files]
             self._json({"id": repository, "sha": COMMIT, "siblings": names})
@@ -130,18 +137,23 @@ class _Handler(BaseHTTPRequestHandler):
         data = (root / name).read_bytes()
         first, last = 0, len(data) - 1
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if f"{repository}/{name}" in self.served.without_ranges:
+            asked = None
         if asked:
             first, last = int(asked[1]), min(last, int(asked[2] or last))
         self.send_response(206 if asked else 200)
         self.send_header("Content-Length", str(last + 1 - first))
-        self.send_header("Accept-Ranges", "bytes")
+        if f"{repository}/{name}" not in self.served.without_ranges:
+            self.send_header("Accept-Ranges", "bytes")
         if asked:
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-        self.send_header("ETag", f'"{_digest(root / name)}"')
+        self.send_header("ETag", f'"{self._digest(repository, root, root / name)}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.end_headers()
         if self.command == "GET":
-            self.served.sent[f"{repository}/{name}"] += last + 1 - first
+            token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            for count in (self.served.sent, self.served.sent_to[token]):
+                count[f"{repository}/{name}"] += last + 1 - first
             self._stall(f"{repository}/{name}", data[first : (first + last) // 2])
             self.wfile.write(data[first : last + 1])
 
@@ -175,11 +187,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
+    def _digest(self, repository: str, root: Path, path: Path) -> str:
+        name = path.relative_to(root).as_posix()
+        if f"{repository}/{name}" in self.served.wrongly_listed:
+            return hashlib.sha256(b"another file").hexdigest()
+        return _digest(path)
+
+    def _entry(self, repository: str, root: Path, path: Path) -> dict[str, Any]:
+        name, size = path.relative_to(root).as_posix(), path.stat().st_size
+        digest = self._digest(repository, root, path)
+        entry = {"type": "file", "path": name, "size": size, "oid": digest[:40]}
+        if _is_large(path):
+            entry["lfs"] = {"oid": digest, "size": size, "pointerSize": 130}
+        return entry
+
+
+def _is_large(path: Path) -> bool:
+    return path.suffix == ".safetensors"
+
 
 def _digest(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
-
-
-def _entry(root: Path, path: Path) -> dict[str, Any]:
-    name = path.relative_to(root).as_posix()
-    return {"type": "file", "path": name, "size": path.stat().st_size, "oid": _digest(path)}
+    method = "sha256" if _is_large(path) else "sha1"
+    return hashlib.new(method, path.read_bytes()).hexdigest()

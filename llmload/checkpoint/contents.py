@@ -42,6 +42,10 @@ Fetch: TypeAlias = Callable[[Iterable[tuple[int, memoryview]]], None]
 """Fills each memory with a file's bytes from the place before it on, all of it or raises. Several
 at a time, so that they can be asked for at once; any thread may call it."""
 
+Prefetch: TypeAlias = Callable[[int, int], int]
+"""Has a file's bytes, from the first number to before the second, lie on this machine before they
+are asked for, and returns how many of them did not. Any thread may call it."""
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFile:
@@ -64,6 +68,8 @@ class CheckpointFile:
     """How its bytes come here; None for a file on a disk, which is mapped."""
     version: str = ""
     """What tells the content of one that is fetched from any other, such as a store's checksum."""
+    prefetch: Prefetch | None = None
+    """How bytes of one that is fetched are brought nearer, where what was fetched is kept."""
 
     @classmethod
     def on_disk(cls, path: Path, root: Path) -> CheckpointFile:
@@ -79,7 +85,14 @@ class CheckpointFile:
 
     @classmethod
     def fetched(
-        cls, place: str, size: int, fetch: Fetch, *, name: str = "", version: str = ""
+        cls,
+        place: str,
+        size: int,
+        fetch: Fetch,
+        *,
+        name: str = "",
+        version: str = "",
+        prefetch: Prefetch | None = None,
     ) -> CheckpointFile:
         """Describe a file that lies on no disk of this machine.
 
@@ -88,11 +101,22 @@ class CheckpointFile:
         :param fetch: gets bytes of it, and raises where it is not that file any more.
         :param name: for the report; by default the last part of the address.
         :param version: equal where the content is, such as a checksum that the store knows.
+        :param prefetch: brings bytes nearer, to where ``fetch`` finds them; threads of a load call
+            it in the order of the file, for what this process will ask for.
         """
         name = name or place.rpartition("/")[2]
         nothing = MappingProxyType[str, str]({})
         unknown = (0, 0, 0)
-        return cls(Path(place), name, size, unknown, nothing, fetch=fetch, version=version)
+        return cls(
+            Path(place),
+            name,
+            size,
+            unknown,
+            nothing,
+            fetch=fetch,
+            version=version,
+            prefetch=prefetch,
+        )
 
     def safetensors(self) -> tuple[TensorInfo, ...]:
         """Read what tensors lie in it, by its header, where it is a file of safetensors.
@@ -114,12 +138,14 @@ class CheckpointFile:
 
 @dataclass(frozen=True, slots=True)
 class FileElsewhere:
-    """A file of weights that is not in its folder, and of which a plan needs the header only."""
+    """A file of weights that is not in its folder, of which a plan needs the header only."""
 
     size: int
     """Bytes, header included."""
     read: Callable[[int, int], bytes]
     """Returns that many bytes from an offset on: ``read(start, length)``."""
+    file: CheckpointFile | None = None
+    """What a load reads in its stead, where it can: one that is fetched as it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +155,7 @@ class Checkpoint:
     root: Path
     """The folder that holds the files, or that of the model where they are fetched."""
     format: Literal["safetensors", "pickle", "other"]
-    """``other``: as a plugin described it."""
+    """``other``: as a plugin described it, or fetched."""
     files: tuple[CheckpointFile, ...]
     tensors: Mapping[str, TensorInfo]
     """By name, file by file, each file in the order of its bytes."""
@@ -147,7 +173,7 @@ class Checkpoint:
         """Describe the checkpoint at ``path``: a folder, an index file or a file of weights.
 
         ``elsewhere`` has files of the folder that are not there, by name; of those just the headers
-        are read, and of such a checkpoint no tensor can be.
+        are read, and of such a checkpoint no tensor can be but of those that are fetched.
 
         A pickle may be the archive of the DPO reference code (``step_idx``, ``state`` and
         ``metrics``), whose ``state`` is then read. Takes ``model.safetensors`` before
@@ -223,11 +249,14 @@ class Checkpoint:
         if problems:
             raise CheckpointError(problems)
         _hold_to_be_a_model(root, tensors)
+        is_found = all(file.fetch is None for file in files)
+        known: Literal["safetensors", "pickle"] = "pickle" if is_pickle else "safetensors"
         return cls(
             root,
-            "pickle" if is_pickle else "safetensors",
+            known if is_found else "other",
             tuple(files),
             MappingProxyType(tensors),
+            as_stored=is_found,
         )
 
     @classmethod
@@ -356,6 +385,11 @@ def _describe_afar(
     path: Path, name: str, file: FileElsewhere
 ) -> tuple[CheckpointFile, list[TensorInfo]]:
     """Describe a file of which only the header is fetched, by the rules for any other."""
+    if file.file is not None:
+        tensors, metadata = read_header(file.read, path, file.size)
+        return replace(
+            file.file, path=path, name=name, metadata=MappingProxyType(metadata)
+        ), tensors
     tensors, metadata = read_header_afar(file.read, path, file.size)
     unknown = (0, 0, 0)
     found = CheckpointFile(

@@ -23,6 +23,7 @@ from llmload.checkpoint.contents import Checkpoint, CheckpointFile, Fetch
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.folder import refuse
 from llmload.checkpoint.open_files import OpenFiles, changed
+from llmload.checkpoint.prefetching import Prefetching
 from llmload.checkpoint.ranges import ranges
 from llmload.checkpoint.reading import Reader, Reading, filled
 
@@ -74,8 +75,11 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
         self._descriptors = OpenFiles(checkpoint.files)
         self._reader = Reader(self.reading)
         self._ahead: ReadAhead | None = None
+        self._prefetching: Prefetching | None = None
 
     def __exit__(self, *exc: object) -> None:
+        if self._prefetching is not None:
+            self._prefetching.__exit__()
         if self._ahead is not None:
             self._ahead.__exit__()
         self._reader.__exit__()
@@ -83,16 +87,23 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
         self._descriptors.__exit__()
 
     def read_ahead(self, model: nn.Module, accounting: Accounting, placement: Placement) -> None:
-        """Begin to fetch in other threads what will be read, where that is the way to read.
+        """Begin to fetch in other threads what will be read, where that is the way to read, and
+        what has to be fetched from afar, where it is kept.
 
         :param model: prepared by the placement.
         :param placement: one without ``extent`` does not say what it will read, and nothing is
             fetched.
         """
-        if self.reading.way != "ahead":
+        keeping = {file.path for file in self.checkpoint.files if file.prefetch is not None}
+        if self.reading.way != "ahead" and not keeping:
             return
         wanted = ranges(model, accounting, placement)
-        if wanted is not None:
+        if wanted is None:
+            return
+        if keeping:
+            afar = (one for one in wanted if one.file in keeping)
+            self._prefetching = Prefetching(self.checkpoint.files, afar)
+        if self.reading.way == "ahead":
             here = (one for one in wanted if self._files[one.file].fetch is None)
             files, room = self.checkpoint.files, free_memory.for_pages()
             self._ahead = ReadAhead(files, here, self.reading, room=room)
@@ -102,10 +113,13 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
 
         :raises CheckpointError: a file could not be read.
         """
-        if self._ahead is None:
-            return 0
-        self._ahead.finish()
-        return self._ahead.fetched
+        count = 0
+        if self._prefetching is not None:
+            count += self._prefetching.finish()
+        if self._ahead is not None:
+            self._ahead.finish()
+            count += self._ahead.fetched
+        return count
 
     def tensor(self, info: TensorInfo) -> torch.Tensor:
         """The tensor over the file's own pages; writable, and not counted as read yet.

@@ -48,7 +48,7 @@ def snapshot(spec: LoadSpec, *, weights: bool, files: Sequence[str] | None = Non
     try:
         small = [*_METADATA, *([_CODE] if spec.trust_remote_code else [])]
         folder = _fetch(spec, small if files is None else files, below=False)
-        for names in _weights(folder / (spec.subfolder or ""), spec) if weights else ():
+        for names in weights_of(folder / (spec.subfolder or ""), spec) if weights else ():
             folder = _fetch(spec, names, below=True)
         return folder
     except GatedRepoError:
@@ -76,18 +76,17 @@ def unfetched(spec: LoadSpec, folder: Path) -> dict[str, FileElsewhere]:
     :param folder: of the model, in the snapshot that :func:`snapshot` returned.
     """
     from huggingface_hub import HfApi, constants, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.hf_api import RepoFile
 
     if spec.local_files_only or constants.HF_HUB_OFFLINE:
         return {}
     repository, base = str(spec.model), f"{spec.subfolder}/" if spec.subfolder else ""
     commit = Path(str(folder).removesuffix(base.rstrip("/"))).name
-    for names in _weights(folder, spec):
+    for names in weights_of(folder, spec):
         missing = [base + name for name in names if not (folder / name).exists()]
         try:
             found = HfApi().get_paths_info(repository, missing, revision=commit) if missing else []
-        except (HfHubHTTPError, OSError):
+        except failures():
             return {}
         if found or not missing:
             return {
@@ -105,7 +104,6 @@ def _range(url: str, start: int, length: int) -> bytes:
 
     :raises CheckpointError: it cannot be fetched.
     """
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # which lists no names
         build_hf_headers,
         hf_raise_for_status,
@@ -116,11 +114,19 @@ def _range(url: str, start: int, length: int) -> bytes:
     try:
         answer = http_backoff("GET", url, headers=headers)
         hf_raise_for_status(answer)
-    except (HfHubHTTPError, OSError) as error:
+    except failures() as error:
         message = f"the header of {url} cannot be fetched: {in_one_line(error)}"
         fix = "Try again, or fetch the weights with `hf download`."
         raise CheckpointError(message, fix=fix, where="model") from error
     return bytes(answer.content[:length])
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return what a request raises that the hub does not answer, or answers with an error."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The HTTP library's own error is above it, and not below OSError in every version.
+    return HfHubHTTPError, HfHubHTTPError.__bases__[0], OSError
 
 
 def fetch_code(repository: str, spec: LoadSpec) -> None:
@@ -160,8 +166,8 @@ def _fetch(spec: LoadSpec, names: Sequence[str], *, below: bool) -> Path:
     )
 
 
-def _weights(folder: Path, spec: LoadSpec) -> Iterator[list[str]]:
-    """Yield the files of weights to fetch, until there are some."""
+def weights_of(folder: Path, spec: LoadSpec) -> Iterator[list[str]]:
+    """Yield the files of weights that a load reads, by kind, until there are some."""
     kinds = [(SINGLE, INDEX)] + ([(PICKLE_SINGLE, PICKLE_INDEX)] if spec.allow_pickle else [])
     for single, index in kinds:
         yield _shards(folder / index) or [single]

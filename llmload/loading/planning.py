@@ -172,16 +172,20 @@ def find(host: Host, spec: LoadSpec, download: Download) -> Found:
 
     :raises RequestError: there is no such model, or a file of it is missing, damaged or unsafe.
     """
-    blindly = download is Download.UNFORESEEABLE and bool(host.implementing("admit"))
     of_model = spec.weights == "pretrained" and spec.weights_from is None
-    folder = locating.resolve(spec, weights=of_model and (blindly or download is Download.ALL))
+    blindly = of_model and download is not Download.NOTHING and bool(host.implementing("admit"))
+    folder = locating.resolve(spec, weights=blindly)
     _admit(host, spec, folder)
     files = UntrustedFolder(folder)
     content = locating.read_config(files, spec)
     if spec.weights != "pretrained":
         return Found(folder, files, content, None)
     place = locating.weights_place(files, content, spec)
-    checkpoint = _described(host, spec, folder, place) or _headers(spec, folder, place, download)
+    checkpoint = _described(host, spec, folder, place)
+    if checkpoint is None:
+        if of_model and download is Download.ALL:
+            locating.resolve(spec, weights=True)
+        checkpoint = _headers(spec, folder, place, download)
     return Found(folder, files, content, checkpoint)
 
 

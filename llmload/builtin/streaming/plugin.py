@@ -10,9 +10,11 @@ from llmload.hookspecs import hookimpl
 from llmload.plugin import Decline, Note, Problem, RequestError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedModel
 
-    from llmload.plugin import LoadContext, Reading
+    from llmload.plugin import Checkpoint, LoadContext, LoadSpec, Reading
 
 _HONOURED = {"device_map"}
 _OF_TRAINER = ("trainer_state.json", "training_args.bin")
@@ -42,6 +44,19 @@ class StreamingLoader:
             )
 
     @hookimpl
+    def open_checkpoint(self, spec: LoadSpec, folder: Path, place: Path) -> Checkpoint | None:
+        """Fetch headers of weights whose bytes are fetched as they are read, where that is asked.
+
+        :raises CheckpointError: the hub cannot give them in that way.
+        """
+        section = spec.sections.get(self.name)
+        if not isinstance(section, StreamingSection) or section.fetch == "whole":
+            return None
+        from llmload.plugin import checkpoint_by_ranges
+
+        return checkpoint_by_ranges(spec, folder, place)
+
+    @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Note | Problem | Decline]:
         """Decline what cannot be loaded exactly as ``from_pretrained`` would."""
         from llmload.plugin import Reading
@@ -56,12 +71,20 @@ class StreamingLoader:
                     f" their files: {reason}",
                     fix="Remove `mapped: false`, or copy the folder to where nobody writes.",
                 )
+            if _by_spans(ctx):
+                yield Problem(
+                    where="streaming.fetch",
+                    message=f"from_pretrained loads this model, and needs whole files: {reason}",
+                    fix="Leave out `fetch: spans`.",
+                )
             return
         yield from _changing_pages(ctx)
         assert ctx.checkpoint is not None
         files, size = len(ctx.checkpoint.files), ctx.checkpoint.total_bytes
         reading = Reading.choose(ctx.checkpoint, ctx.section(StreamingSection).reading)
         ctx.handed_on[self.name] = reading
+        if ctx.section(StreamingSection).fetch == "spans":
+            yield Note(text=lambda: _fetching(ctx))
         yield Note(
             text=lambda: (
                 f"read {ctx.reads or f'{size:,} bytes'} from {files} file(s), each tensor once"
@@ -129,6 +152,27 @@ class StreamingLoader:
         return transformers.finish(
             model, ctx.folder, device_map, trust_remote_code=ctx.spec.trust_remote_code
         )
+
+
+def _by_spans(ctx: LoadContext) -> bool:
+    """Whether some of the weights are fetched byte by byte as they are read."""
+    is_asked = ctx.section(StreamingSection).fetch == "spans"
+    return is_asked and ctx.checkpoint is not None and bool(ctx.checkpoint.fetched)
+
+
+def _fetching(ctx: LoadContext) -> str:
+    """Say what comes from the hub, once what is read is known."""
+    assert ctx.checkpoint is not None
+    files = ctx.checkpoint.fetched
+    if not files:
+        return "fetch nothing: the weights are here"
+    size = ctx.checkpoint.total_bytes
+    named = (
+        f" of {len(files)} file(s)"
+        if len(files) == len(ctx.checkpoint.files)
+        else (f", as far as they are in the {len(files)} file(s) that are not here")
+    )
+    return f"fetch {ctx.reads or f'{size:,} bytes'}{named} by ranges, what is not here yet"
 
 
 def _how(reading: Reading) -> str:

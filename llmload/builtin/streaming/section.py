@@ -22,6 +22,12 @@ class StreamingSection(Section):
     weight stays on pages then. ``auto`` takes what suits: ``mapped`` for files in memory, ``read``
     where a file system cannot map, else ``ahead``."""
 
+    fetch: Literal["whole", "spans"] = "whole"
+    """What comes of weights that are on the hub and not here. ``whole``: the files. ``spans``: the
+    bytes that are read, by range requests; under ZeRO-3 a machine so fetches what its ranks keep.
+    They lie beside the hub's cache, for all processes of the machine and for later loads. What is
+    in a folder, or in the cache already, is read from there."""
+
     digests: bool = False
     """Record SHA-256 of every weight as read and as placed. Reads every byte, also of weights that
     would stay on the file's pages, and takes a second or so per GB."""
