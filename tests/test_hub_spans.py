@@ -55,7 +55,7 @@ SPANS = {"streaming": {"fetch": "spans"}}
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     tmp = tmp_path_factory.mktemp("hub")
-    large = {"hidden_size": 64, "vocab_size": 4096}
+    large: Any = {"hidden_size": 64, "vocab_size": 4096}
     with serving() as served:
         plain = tiny_llama(tmp, name="plain", shards=2, **large)
         single = tiny_llama(tmp, name="single", **large)

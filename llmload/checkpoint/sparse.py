@@ -33,7 +33,7 @@ Get: TypeAlias = Callable[[int, int], bytes]
 """Fetches bytes: ``get(start, length)`` returns all of them or raises."""
 
 THREADS: Final = 8
-PIECE: Final = 2**23
+PIECE = 2**23
 """Bytes that are asked for at a time, so that as many threads have a bounded part in memory."""
 
 _MARK: Final = 16

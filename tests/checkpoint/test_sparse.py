@@ -3,6 +3,7 @@ for a value."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -193,8 +194,8 @@ def test_where_a_file_system_has_no_locks_it_works_without(
     def refused(*args: object) -> None:
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(sparse.fcntl, "fcntl", refused)
-    monkeypatch.setattr(sparse.fcntl, "flock", refused)
+    monkeypatch.setattr(fcntl, "fcntl", refused)
+    monkeypatch.setattr(fcntl, "flock", refused)
     assert read(file_of(tmp_path, source), 0, 5000) == DATA[:5000]
 
 

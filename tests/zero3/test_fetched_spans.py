@@ -6,7 +6,6 @@ Hosts are caches of their own on this machine; a token tells the server which on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +48,7 @@ if not IS_MODERN:  # transformers 4.51 refuses bitsandbytes on the CPU
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     tmp = tmp_path_factory.mktemp("spans")
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2048}
+    sizes: Any = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 2048}
     with serving() as hub, pytest.MonkeyPatch.context() as patch:
         hub.repositories = {
             "org/plain": testing.tiny_llama(tmp, dtype=torch.bfloat16, shards=2, **sizes),
