@@ -23,7 +23,6 @@ from llmload.checkpoint.contents import Checkpoint, CheckpointFile, Fetch
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.folder import refuse
 from llmload.checkpoint.open_files import OpenFiles, changed
-from llmload.checkpoint.prefetching import Prefetching
 from llmload.checkpoint.ranges import ranges
 from llmload.checkpoint.reading import Reader, Reading, filled
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from llmload.checkpoint.accounting import Accounting
     from llmload.checkpoint.header import TensorInfo
     from llmload.checkpoint.placement import Placement
+    from llmload.checkpoint.prefetching import Prefetching
 
 # mmap names this flag from Python 3.13 on. Without it Linux refuses a private mapping larger than
 # the machine's memory, though no page of it may ever be written.
@@ -101,6 +101,8 @@ class MappedCheckpoint(AbstractContextManager["MappedCheckpoint"]):
         if wanted is None:
             return
         if keeping:
+            from llmload.checkpoint.prefetching import Prefetching  # needs locks of POSIX
+
             afar = (one for one in wanted if one.file in keeping)
             self._prefetching = Prefetching(self.checkpoint.files, afar)
         if self.reading.way == "ahead":
