@@ -82,6 +82,9 @@ LONG = {
 load the same, rounds of failing ranks, and every way in which each hook of each plugin fails."""
 # torch 2.5 starts processes that compile, in every rank, though nothing here is compiled.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+COMPILE = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+"""DeepSpeed's operator for ranks on one host, which takes a minute. The first test on ranks would
+compile it while others wait, and where the test's deadline ends that, a lock is left behind."""
 
 
 @nox.session
@@ -161,6 +164,7 @@ def rlhf(session: nox.Session) -> None:
     """The plugin distribution ``llmload-rlhf`` beside the built core, as a user installs both: by
     hand, since ``tests`` and ``colossalai`` end with its tests."""
     session.install("-c", MODERN, *GROUPS["test"], ".[hf,deepspeed]", f"./{RLHF}")
+    session.run("python", "-c", COMPILE)
     _pytest_rlhf(session)
 
 
@@ -187,6 +191,7 @@ def fsdp_architectures(session: nox.Session) -> None:
 def _pytest(session: nox.Session, name: str, *chosen: str) -> None:
     """Run the tests; the outcome of a whole run is kept for the session ``skips``."""
     arguments = session.posargs or (f"--junit-xml={OUTCOMES / name}.xml", *chosen)
+    session.run("python", "-c", COMPILE)
     session.run("pytest", "-n", "2", *arguments, env=ONE_THREAD)
 
 
@@ -349,6 +354,7 @@ def long_trust(session: nox.Session) -> None:
     session.install(*LAZY_INIT)
     promised = re.findall(r"`(tests/[\w/]+\.py::\w+)`", Path("SECURITY.md").read_text())
     counts = {name: str(max(1, round(count * scale))) for name, count in LONG.items()}
+    session.run("python", "-c", COMPILE)
     outcomes = OUTCOMES / "trust.xml"
     tests = dict.fromkeys(promised)
     session.run(
