@@ -401,6 +401,9 @@ def _tokenizers() -> Iterator[Row]:
     yield Row(
         "special tokens", fields(named, extra_special_tokens=[str(n) for n in range(9000)]), "9,000"
     )
+    yield Row("a token of 20,000 characters", fields(named, pad_token="x" * 20_000), "20,000")
+    added = {"0": {"content": "x" * 20_000, "special": True}}
+    yield Row("an added token of 20,000", fields(named, added_tokens_decoder=added), "20,000")
     yield Row(
         "tokens of old",
         written("added_tokens.json", json.dumps({f"<{n}>": n for n in range(40_000)})),

@@ -6,6 +6,7 @@ millions.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,6 +34,8 @@ _NAMED_WORDS: Final = 2**19
 _ADDED_TOKENS: Final = 16_384
 """Added tokens, or as many as half of the embedding has rows: speech models have a codebook."""
 _SPECIAL_TOKENS: Final = 8192
+_TOKEN_CHARACTERS: Final = 1000
+"""Of one added token: tokenizers 0.21 takes a time that grows with the square of them."""
 _ENTRIES: Final = 1000
 """Files of a tokenizer, or templates beside it, each of which is opened; most have a dozen."""
 _FIELDS: Final = 7
@@ -56,6 +59,7 @@ def vet(folder: Path, ctx: LoadContext) -> UntrustedFolder:
         if name in _CONFIGS or name == _ADDED:
             content = files.tokenizer_config(name, trusted=trusted or name == _ADDED)
             _hold_listed(files, name, content)
+            _hold_lengths(files, name, content)
             _hold_added(files, name, _mapped(name, content), ctx)
         elif name.startswith(_VOCABULARIES) or name.endswith(_VOCABULARY_KINDS):
             _hold_words(files, name, ctx)
@@ -104,6 +108,32 @@ def _hold_listed(files: UntrustedFolder, name: str, content: dict[str, Any]) -> 
                 name,
                 f"{key!r} lists {len(value):,} tokens, more than the {_SPECIAL_TOKENS:,} allowed",
             )
+
+
+def _hold_lengths(files: UntrustedFolder, name: str, content: dict[str, Any]) -> None:
+    """Hold the text of each token that a config adds or names to a length."""
+    for where, token in _tokens(name, content):
+        if len(token) > _TOKEN_CHARACTERS:
+            raise files.refusal(
+                name,
+                f"{where!r} is a token of {len(token):,} characters, more than the"
+                f" {_TOKEN_CHARACTERS:,} allowed",
+            )
+
+
+def _tokens(name: str, content: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the text of each token, and under which key it stands."""
+    if name == _ADDED:
+        yield from (("a key", token) for token in content)
+        return
+    for key, value in content.items():
+        if not (key.endswith(("_token", "_tokens")) or key == "added_tokens_decoder"):
+            continue
+        several = value.values() if isinstance(value, dict) else value
+        for one in (value, *(several if isinstance(value, dict | list) else ())):
+            text = one.get("content") if isinstance(one, dict) else one
+            if isinstance(text, str):
+                yield key, text
 
 
 def _hold_added(files: UntrustedFolder, name: str, count: int, ctx: LoadContext) -> None:
