@@ -9,7 +9,6 @@ time, of the slowest rank.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,8 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
+from . import kbit
 from .folders import SIZES, folder
-from .measure import environment
+from .measure import environment, free_port, of_rank
 
 app = typer.Typer(add_completion=False)
 
@@ -112,16 +112,10 @@ def qlora_by_hand(clock: Clock, place: Path) -> None:
     with clock.part("import"):
         import torch
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: F401
     with clock.part("load"):
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
         model = AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.bfloat16, quantization_config=config
+            place, dtype=torch.bfloat16, quantization_config=kbit.their_config()
         )
         model = prepare_model_for_kbit_training(model)
         wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **_LORA))
@@ -215,14 +209,14 @@ def script(kind: str, side: str, place: Path) -> None:
 
 def _run(kind: str, side: str, place: Path) -> dict[str, float]:
     """Run one side on all its ranks; return the seconds of the slowest."""
-    ranks = KINDS[kind][2]
+    ranks, port = KINDS[kind][2], free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "benchmarks.first_step", "script", kind, side, str(place)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=environment(2 // ranks) | (_of_rank(rank, ranks) if ranks > 1 else {}),
+            env=environment(2 // ranks) | (of_rank(rank, ranks, port) if ranks > 1 else {}),
         )
         for rank in range(ranks)
     ]
@@ -233,18 +227,6 @@ def _run(kind: str, side: str, place: Path) -> dict[str, float]:
             raise RuntimeError(f"{kind}, {side}: {errors[-2000:]}")
         found.append(json.loads(said.splitlines()[-1]))
     return max(found, key=lambda seconds: sum(seconds.values()))
-
-
-def _of_rank(rank: int, ranks: int) -> dict[str, str]:
-    port = 29500 + os.getpid() % 1000
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
 
 
 def _medians(runs: list[dict[str, float]]) -> dict[str, float]:

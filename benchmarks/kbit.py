@@ -37,20 +37,27 @@ def ours(folder: Path, prepare: str | None) -> Any:
     return llmload.load(spec(folder, prepare))
 
 
-def theirs(folder: Path, prepare: str | None) -> Any:
-    """Load with transformers, and with ``prepare`` go on with PEFT, as its documentation shows."""
-    import peft
+def their_config() -> Any:
+    """Return transformers' words for what ``KBIT`` asks for."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
+
+
+def theirs(folder: Path, prepare: str | None) -> Any:
+    """Load with transformers, and with ``prepare`` go on with PEFT, as its documentation shows."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, dtype=torch.bfloat16
+        folder, quantization_config=their_config(), dtype=torch.bfloat16
     )
     if prepare is None:
         return model

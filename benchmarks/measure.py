@@ -73,21 +73,13 @@ def run_ranks(
     :param pss: take the proportional set size, which slows the processes down.
     :raises RuntimeError: a rank failed or took too long; with the end of what it printed.
     """
-    port = _free_port()
+    port = free_port()
     with ExitStack() as stack:
         processes = [
             stack.enter_context(
                 _Rank(
                     [python, "-m", "benchmarks.side", *arguments],
-                    environment(max(1, threads // ranks))
-                    | {
-                        "RANK": str(rank),
-                        "LOCAL_RANK": str(rank),
-                        "WORLD_SIZE": str(ranks),
-                        "LOCAL_WORLD_SIZE": str(ranks),
-                        "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": port,
-                    },
+                    environment(max(1, threads // ranks)) | of_rank(rank, ranks, port),
                 )
             )
             for rank in range(ranks)
@@ -240,7 +232,19 @@ def _phase(ranks: Sequence[_Rank], answers: Sequence[dict[str, Any]], pss: bool)
     )
 
 
-def _free_port() -> str:
+def of_rank(rank: int, ranks: int, port: str) -> dict[str, str]:
+    """Return the variables by which a launcher tells a process which rank it is."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+
+
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
