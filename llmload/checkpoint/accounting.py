@@ -51,6 +51,12 @@ class Accounting:
     """transformers' rules for the model, each of which says whether it matched, where they change
     no key of the checkpoint; None where they do."""
 
+    @property
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes in the checkpoint of each value that is read as it is or put together, by name."""
+        whole = {name: info.nbytes for name, info in self.as_stored.items()}
+        return whole | {name: value.nbytes for name, value in self.assembled.items()}
+
     def misfits(self) -> list[Problem]:
         """Return the problem of each tensor of another shape or kind than the model takes."""
         return [

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llmload.checkpoint.contents import CheckpointFile, identity
+from llmload.checkpoint.contents import CheckpointFile
 from llmload.checkpoint.folder import open_regular, refuse
-from llmload.checkpoint.open_files import changed
+from llmload.checkpoint.open_files import hold
 from llmload.checkpoint.page_cache import PageCache, expect, read_on
 from llmload.checkpoint.ranges import ByteRange
-from llmload.checkpoint.reading import Reading
+from llmload.checkpoint.reading import Reading, filled
 
 _MOST_OPEN = 8
 """Files that are kept open though nothing is read of them just now."""
@@ -247,8 +247,7 @@ class _Opened:
     def _descriptor(self, file: CheckpointFile, *, sequence: bool) -> int:
         descriptor, state = open_regular(file.path)
         self._closing.callback(os.close, descriptor)
-        if (state.st_size, identity(state)) != (file.size, file.identity):
-            raise changed(file.path)
+        hold(file, state)
         expect(descriptor, sequence=sequence)
         return descriptor
 
@@ -266,10 +265,6 @@ class _Opened:
         # Read on by the kernel, requests are larger, and fewer.
         reads_on = self._read_on is not None and piece.behind >= self._read_on
         descriptor = self._onwards if reads_on else self._exactly
-        place = piece.start
-        while place < piece.stop:
-            count = os.preadv(descriptor, [memory[: piece.stop - place]], place)
-            if not count:
-                break
-            place += count
-        return place - piece.start
+        size = piece.stop - piece.start
+        filled(descriptor, piece.start, memory[:size])
+        return size

@@ -42,9 +42,7 @@ class OpenFiles(AbstractContextManager["OpenFiles"]):
             if len(self._open) == _MOST:
                 os.close(self._open.popitem(last=False)[1])
             self._open[path] = open_regular(path)[0]
-        file, state = self._files[path], os.fstat(self._open[path])
-        if (state.st_size, identity(state)) != (file.size, file.identity):
-            raise changed(path)
+        hold(self._files[path], os.fstat(self._open[path]))
         return self._open[path]
 
     def pieces(self, places: Iterable[tuple[Path, int, int]]) -> list[bytearray]:
@@ -71,6 +69,15 @@ class OpenFiles(AbstractContextManager["OpenFiles"]):
             assert fetch is not None
             fetch(spans)
         return found
+
+
+def hold(file: CheckpointFile, state: os.stat_result) -> None:
+    """Raise ``CheckpointError`` where an open file is not what it was when its header was checked.
+
+    :param state: of the open file.
+    """
+    if (state.st_size, identity(state)) != (file.size, file.identity):
+        raise changed(file.path)
 
 
 def changed(path: Path) -> Exception:

@@ -65,12 +65,12 @@ class Reading:
         if kind in _IN_MEMORY:
             return cls()
         try:
-            found = [_seems_whole(file) for file in files]
+            found = next((found for found in map(_seems_whole, files) if not found), True)
         except CheckpointError:
             return cls()  # for the load to say what became of them
-        if None in found:
+        if found is None:
             return cls("read", threads, piece, f"files {on} cannot be mapped")
-        if all(found):
+        if found:
             return cls()
         return cls("ahead", threads, piece, f"not in memory yet, {on}")
 

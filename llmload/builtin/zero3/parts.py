@@ -48,9 +48,7 @@ def share(ctx: LoadContext, accounting: Accounting, rank: int, ranks: int) -> Sh
     model = ctx.blank
     computed = sum(info.nbytes for info in accounting.computed)
     read = computed
-    sizes = {name: info.nbytes for name, info in accounting.as_stored.items()}
-    sizes |= {name: value.nbytes for name, value in accounting.assembled.items()}
-    for name, nbytes in sizes.items():
+    for name, nbytes in accounting.stored_bytes.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         elements = getattr(module, attribute).numel()

@@ -40,12 +40,10 @@ class Reckoning:
         model, version = ctx.blank, installed_transformers()
         parameters = dict(model.named_parameters(remove_duplicate=False))
         buffers = dict(model.named_buffers(remove_duplicate=False))
-        sizes = {name: info.nbytes for name, info in accounting.as_stored.items()}
-        sizes |= {name: value.nbytes for name, value in accounting.assembled.items()}
         self._computed = sum(info.nbytes for info in accounting.computed)
         self._whole = 0
         self._read: list[tuple[torch.Size, int]] = []
-        for name, nbytes in sizes.items():
+        for name, nbytes in accounting.stored_bytes.items():
             if name in parameters:
                 self._read.append((parameters[name].shape, nbytes))
             else:
