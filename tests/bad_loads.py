@@ -158,7 +158,7 @@ BAD_LOADS = [
         "model: nowhere/model",
         (
             "model: 'nowhere/model' is not a folder, and the hub repository of that name is"
-            " neither in the cache nor could it be fetched (LocalEntryNotFoundError). Give a"
+            " neither in the cache nor could it be fetched (HF_HUB_OFFLINE is set). Give a"
             " local folder, or fetch it beforehand with `hf download`."
         ),
     ),
@@ -167,7 +167,7 @@ BAD_LOADS = [
         "model: org/name",
         (
             "model: 'org/name' is not a folder, and the hub repository of that name is neither"
-            " in the cache nor could it be fetched (LocalEntryNotFoundError). Give a local"
+            " in the cache nor could it be fetched (HF_HUB_OFFLINE is set). Give a local"
             " folder, or fetch it beforehand with `hf download`."
         ),
     ),
@@ -176,7 +176,7 @@ BAD_LOADS = [
         "model: pythia",
         (
             "model: 'pythia' is not a folder, and the hub repository of that name is neither"
-            " in the cache nor could it be fetched (LocalEntryNotFoundError). Give a local"
+            " in the cache nor could it be fetched (HF_HUB_OFFLINE is set). Give a local"
             " folder, or fetch it beforehand with `hf download`."
         ),
     ),
@@ -568,7 +568,10 @@ BAD_LOADS = [
     BadLoad(
         "section that is a number",
         "lora: 8",
-        "spec.yaml:2:1: lora: expected a mapping, found 8",
+        (
+            "spec.yaml:2:1: lora: expected a mapping, found 8. `llmload explain lora` shows what it"
+            " takes."
+        ),
     ),
     BadLoad(
         "target that matches nothing",

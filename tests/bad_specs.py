@@ -267,7 +267,7 @@ BAD_SPECS = [
         "dtype: float8\nrevsion: main\nallow_pickle: 1\nmodel: ''\n",
         (
             "1:1: dtype: expected 'auto', 'float32', 'bfloat16' or 'float16', found 'float8'."
-            " Did you mean 'float32'?",
+            " Weights of 8 bits are `kbit: {bits: 8}`.",
             "2:1: revsion: unknown key. Did you mean 'revision'?",
             "3:1: allow_pickle: expected true or false, found 1",
             "4:1: model: must have 1 or more characters, found ''",
@@ -483,14 +483,18 @@ BAD_SPECS = [
     BadSpec(
         "key_map is a list",
         "model: gpt2\nkey_map: [a, b]\n",
-        ("2:1: key_map: expected a mapping, found a list",),
+        (
+            "2:1: key_map: expected a mapping, found a list. `llmload explain key_map` shows what"
+            " it takes.",
+        ),
     ),
     # --- other tools' spellings ---
     BadSpec(
         "TRL",
         "model_name_or_path: gpt2\ntorch_dtype: bfloat16\nlora_r: 16\nload_in_4bit: true\n",
         (
-            "1:1: model: the key is required. Add it, such as `model: EleutherAI/pythia-2.8b`.",
+            "1:1: model: the key is required. Add it, or have a spec made of the whole file:"
+            " `llmload convert spec.yaml`.",
             "1:1: model_name_or_path: unknown key, known from TRL, LLaMA-Factory and"
             " DeepSpeed-Chat. Write `model: gpt2`.",
             "2:1: torch_dtype: unknown key, known from transformers, TRL and ms-swift."

@@ -101,8 +101,8 @@ def test_a_snapshot_without_weights_says_how_to_fetch_them(cache: Path) -> None:
 def test_a_missing_revision_is_told_with_those_that_are_there(cache: Path) -> None:
     assert refusal(cache, revision="v2") == (
         f"model: the cache {str(cache)!r} holds 'org/name' at main, {COMMIT}, not at the revision"
-        " 'v2', which could not be fetched (LocalEntryNotFoundError). Write `revision` with one of"
-        " those, or fetch it with `hf download org/name --revision v2`."
+        " 'v2', which could not be fetched (`local_files_only` is set). Write `revision` with one"
+        " of those, or fetch it with `hf download org/name --revision v2`."
     )
 
 

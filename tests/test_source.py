@@ -192,8 +192,8 @@ def test_a_hub_id_that_cannot_be_fetched_is_refused(tmp_path: Path) -> None:
     message = refusal(LoadSpec(model="org/name", cache_dir=tmp_path, local_files_only=True))
     assert message == (
         "model: 'org/name' is not a folder, and the hub repository of that name is neither in the"
-        " cache nor could it be fetched (LocalEntryNotFoundError). Give a local folder, or fetch it"
-        " beforehand with `hf download`."
+        " cache nor could it be fetched (`local_files_only` is set). Give a local folder, or fetch"
+        " it beforehand with `hf download`."
     )
 
 

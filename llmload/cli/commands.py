@@ -11,7 +11,7 @@ import json as json_module
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from pydantic import BaseModel
+from typer.core import TyperCommand
 
-from llmload.cli.streams import temporary_folder_told, written_or_told
+from llmload.cli.streams import greetings_unsaid, temporary_folder_told, written_or_told
 from llmload.errors import LlmloadError, RequestError, visible
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
         try:
             # Some libraries greet on standard output when they are imported.
             told = _said_on_standard_error(level)
-            with redirect_stdout(sys.stderr), told, temporary_folder_told():
+            unsaid = nullcontext() if verbose else greetings_unsaid()
+            with redirect_stdout(sys.stderr), told, unsaid, temporary_folder_told():
                 answer = function(json=json, **arguments)
         except LlmloadError as error:
             if json:
@@ -115,7 +117,22 @@ def _command(function: Callable[..., Answer]) -> Callable[..., None]:
     _take_options(run, {"quiet": Quiet, "verbose": Verbose})
     # Of a docstring click would cut the first sentence, in the list of commands.
     summary = (function.__doc__ or "").partition("\n\n")[0]
-    return app.command(short_help=" ".join(summary.split()))(run)
+    return app.command(cls=_Command, short_help=" ".join(summary.split()))(run)
+
+
+class _Command(TyperCommand):
+    """Says to whoever takes a key of a spec for an option how it is set."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # click's, which typer may have as a copy of its own
+            said: Any = error
+            name = getattr(error, "option_name", "KEY").removeprefix("--")
+            amiss = hasattr(error, "option_name") or "extra argument" in str(error)
+            if amiss and any("--set" in option.opts for option in self.params):
+                said.message += f". Keys of a spec are set by `--set {name}=VALUE`."
+            raise
 
 
 def _take_options(command: Callable[..., None], options: dict[str, Any]) -> None:

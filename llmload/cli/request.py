@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from llmload.errors import SpecError
-from llmload.spec import files, groupspec, yaml_read
+from llmload.spec import files, groupspec, other_files, yaml_read
 from llmload.spec.document import Document
 from llmload.spec.refusals import is_secret
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from llmload.spec.groupspec import GroupSpec
     from llmload.spec.loadspec import LoadSpec
 
-_SPEC_FILES: Final = (".yaml", ".yml", ".json")
 _HUB_ID: Final = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
@@ -57,7 +56,7 @@ def _is_model(request: str) -> bool:
             return Path(request).is_dir()
     except OSError:  # such as a name that is too long
         return False
-    return re.fullmatch(_HUB_ID, request) is not None and not request.endswith(_SPEC_FILES)
+    return re.fullmatch(_HUB_ID, request) is not None and not request.endswith(other_files.ENDINGS)
 
 
 def with_setting(asked: Document, setting: str) -> Document:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from llmload.errors import LlmloadError, RequestError
+
+_GREETINGS: Final = {
+    "DeepSpeed": "Setting accelerator to CPU.",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+}
+"""Logger of a library -> how begins what it says when it is imported where there is no accelerator,
+whatever is asked of it."""
 
 
 def open_closed_streams() -> None:
@@ -62,3 +71,20 @@ def temporary_folder_told() -> Iterator[None]:
                 fix="Set TMPDIR to a folder that can be written to, /dev/shm for instance.",
             ) from error
         raise
+
+
+@contextmanager
+def greetings_unsaid() -> Iterator[None]:
+    """Drop in the block what libraries say of themselves when they are imported."""
+
+    def says_something(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_GREETINGS[record.name])
+
+    loggers = [logging.getLogger(name) for name in _GREETINGS]
+    for logger in loggers:
+        logger.addFilter(says_something)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(says_something)

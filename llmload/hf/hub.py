@@ -13,6 +13,8 @@ from llmload.checkpoint.contents import FileElsewhere
 from llmload.checkpoint.folder import INDEX, PICKLE_INDEX, PICKLE_SINGLE, SINGLE
 from llmload.checkpoint.untrusted import local_path
 from llmload.errors import CheckpointError, in_one_line
+from llmload.spec import other_files
+from llmload.spec.suggest import nearest
 
 if TYPE_CHECKING:
     from llmload.spec.loadspec import LoadSpec
@@ -60,6 +62,7 @@ def snapshot(spec: LoadSpec, *, weights: bool, files: Sequence[str] | None = Non
     except RepositoryNotFoundError:
         fix = "Check the id, or log in with `hf auth login` if it is private."
         message = f"neither a folder nor a hub repository is called {spec.model!r}"
+        fix = _meant(spec) or fix
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         found = _cached(spec)
         if found is not None:
@@ -205,9 +208,13 @@ def _cached(spec: LoadSpec) -> Path | None:
 
 def _unreachable(spec: LoadSpec, error: str) -> tuple[str, str]:
     """Return what to say where neither the cache nor the hub has what is asked for."""
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub import constants
 
-    cache = cache_dir(spec) or Path(HF_HUB_CACHE)
+    if spec.local_files_only:
+        error = "`local_files_only` is set"
+    elif constants.HF_HUB_OFFLINE:
+        error = "HF_HUB_OFFLINE is set"
+    cache = cache_dir(spec) or Path(constants.HF_HUB_CACHE)
     place = cache / f"models--{str(spec.model).replace('/', '--')}"
     known = sorted(path.name for path in place.glob("refs/*"))
     known += sorted(path.name for path in place.glob("snapshots/*"))
@@ -223,8 +230,18 @@ def _unreachable(spec: LoadSpec, error: str) -> tuple[str, str]:
     return (
         f"{spec.model!r} is not a folder, and the hub repository of that name is neither in the"
         f" cache nor could it be fetched ({error})",
-        "Give a local folder, or fetch it beforehand with `hf download`.",
+        _meant(spec) or "Give a local folder, or fetch it beforehand with `hf download`.",
     )
+
+
+def _meant(spec: LoadSpec) -> str:
+    """Return ``Did you mean ...?`` for a folder beside the one that is asked for, or a repository
+    in the cache; empty where none is called alike."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cached = (cache_dir(spec) or Path(HF_HUB_CACHE)).glob("models--*")
+    ids = (path.name.removeprefix("models--").replace("--", "/") for path in cached)
+    return nearest(str(spec.model), ids) or other_files.meant(str(spec.model), folder=True)
 
 
 def cache_dir(spec: LoadSpec) -> Path | None:

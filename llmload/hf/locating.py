@@ -13,6 +13,7 @@ from llmload.checkpoint.strict_json import short
 from llmload.checkpoint.untrusted import UntrustedFolder, local_path
 from llmload.errors import CheckpointError, Problem
 from llmload.hf import hub
+from llmload.spec import other_files
 
 if TYPE_CHECKING:
     from llmload.checkpoint.contents import FileElsewhere
@@ -88,7 +89,8 @@ def locate(spec: LoadSpec, *, weights: bool, files: Sequence[str] | None = None)
         Problem(
             where="model",
             message=f"the folder {short(str(spec.model), 1000)} does not exist",
-            fix="Give a folder written by save_pretrained, or a hub id such as `org/name`.",
+            fix=other_files.meant(str(spec.model), folder=True)
+            or "Give a folder written by save_pretrained, or a hub id such as `org/name`.",
         )
     )
 

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 from pydantic import BaseModel
 
 from llmload.errors import Problem, SpecError
-from llmload.spec import yaml_read
+from llmload.spec import other_files, yaml_read
 from llmload.spec.document import Document
 from llmload.spec.groupspec import GroupSpec
 from llmload.spec.loadspec import LoadSpec
@@ -40,7 +40,7 @@ def read(source: SpecLike) -> Document:
         return source
     if isinstance(source, LoadSpec | GroupSpec | Mapping):
         return Document(data=_plain_mapping(source))
-    return parse(_content(FilePath(source)), os.fspath(source))
+    return parse(_content(os.fspath(source)), os.fspath(source))
 
 
 def parse(text: str | bytes, file: str = "<text>") -> Document:
@@ -66,14 +66,14 @@ def parse(text: str | bytes, file: str = "<text>") -> Document:
     return Document(data=data, file=file, positions=positions)
 
 
-def _content(path: FilePath) -> bytes:
+def _content(name: str) -> bytes:
     """Return the bytes of a spec file, or one more than ``MAX_BYTES`` where there are more."""
+    path = FilePath(name)
     try:
         return _read(path.expanduser())
     except FileNotFoundError:
-        raise SpecError(
-            "the spec file does not exist", fix="Check the name.", file=str(path)
-        ) from None
+        fix = other_files.instead_of(name)
+        raise SpecError("the spec file does not exist", fix=fix, file=name) from None
     except IsADirectoryError:
         raise SpecError(
             "this is a folder, not a spec file",
@@ -97,6 +97,12 @@ def _read(path: FilePath) -> bytes:
 
 
 def _decoded(content: bytes, file: str) -> str:
+    if file.endswith(other_files.WEIGHTS):
+        raise SpecError(
+            "this is a file of weights, not a spec",
+            fix=f"Give the folder it is in, {os.fspath(FilePath(file).parent)!r}.",
+            file=file,
+        )
     if len(content) > MAX_BYTES:
         raise SpecError(
             f"the spec file is larger than {MAX_BYTES // 1024} KiB",

@@ -27,13 +27,14 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from llmload.errors import Problem, SpecError
-from llmload.spec import foreign_keys, patterns
+from llmload.spec import foreign_keys, other_files, patterns
 from llmload.spec.foreign_keys import Spelling
 from llmload.spec.refusals import (
     SHOWN,
     InvalidValueError,
     explain,
     fields_of,
+    lists_once,
     more_faults,
     unknown_key,
     unknown_words,
@@ -351,7 +352,8 @@ def validate(
     try:
         return check(document.data, sections, key_rules=key_rules)
     except SpecError as error:
-        raise SpecError(document.placed(error.problems)) from None
+        problems = other_files.told(error.problems, document)
+        raise SpecError(document.placed(problems)) from None
 
 
 def check(
@@ -400,7 +402,7 @@ def check(
     if key_rules is not None:
         problems += unknown_words("key_rules", data.get("key_rules"), list(key_rules))
     if problems:
-        raise SpecError(problems)
+        raise SpecError(lists_once(problems))
     return spec.model_copy(update=checked)
 
 

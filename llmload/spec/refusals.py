@@ -88,6 +88,9 @@ _QUOTED: Final = {
     "a number": re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?"),
 }
 """Kind of value -> what it looks like inside quotes."""
+_KNOWN: Final = "Known keys are: "
+_BITS: Final = re.compile(r"(?:torch\.)?(?:u?int|float|fp|nf)?([48])(?:bits?|_?e\dm\d\w*)?")
+"""What is written for a dtype by who wants weights of 4 or 8 bits."""
 _SHOWN: Final = 60
 """Characters of a value that a message shows."""
 SHOWN: Final = 50
@@ -157,8 +160,25 @@ def unknown_key(
         return _problem(path, f"unknown key, known from {foreign.tools}", fix)
     if homes:
         return _problem(path, "unknown key", f"Move it to {' or '.join(homes)}.")
-    fix = nearest(key, known) or f"Known keys are: {', '.join(known)}."
+    name, colon, rest = key.partition(":")
+    if colon and rest and value is None and name in known:  # as in {r:8}
+        return _problem(path, "unknown key", f"Write a space after the colon: `{name}: {rest}`.")
+    fix = nearest(key, known) or f"{_KNOWN}{', '.join(known)}."
     return _problem(path, "unknown key", fix)
+
+
+def lists_once(problems: Iterable[Problem]) -> list[Problem]:
+    """Return the problems, with each list of known keys at the first that has it."""
+    listed: set[str] = set()
+    found = []
+    for problem in problems:
+        fix = problem.fix
+        if fix in listed:
+            problem = problem.model_copy(update={"fix": "It is none of those listed above."})
+        elif fix.startswith(_KNOWN):
+            listed.add(fix)
+        found.append(problem)
+    return found
 
 
 def more_faults(path: Path, count: int) -> Problem:
@@ -307,7 +327,9 @@ def _fix_of_kind(path: Path, value: object, kinds: list[str]) -> str:
     switch = _SWITCHES.get(value.lower()) if isinstance(value, str) else value
     if kinds == ["a mapping"] and len(path) == 1 and isinstance(switch, bool):
         return f"Write `{path[0]}: {{}}` for its defaults." if switch else "Remove the key."
-    if value is None:
+    if kinds == ["a mapping"] and len(path) == 1 and value not in (None, "None"):
+        return f"`llmload explain {path[0]}` shows what it takes."
+    if value in (None, "None"):
         return "Remove the key, or give it a value."
     if isinstance(value, str):
         choices = [kind[1:-1] for kind in kinds if kind[0] == "'"]
@@ -315,6 +337,9 @@ def _fix_of_kind(path: Path, value: object, kinds: list[str]) -> str:
             return f"Write {str(switch).lower()}."
         if any(kind in kinds and pattern.fullmatch(value) for kind, pattern in _QUOTED.items()):
             return "Remove the quotes."
+        bits = _BITS.fullmatch(value.lower())
+        if bits is not None and path == ("dtype",):
+            return f"Weights of {bits[1]} bits are `kbit: {{bits: {bits[1]}}}`."
         if choices:
             return meant(value, choices)
         if "a list" in kinds and len(value) <= _SHOWN:

@@ -275,6 +275,8 @@ def _syntax_fault(error: yaml.MarkedYAMLError, file: str) -> tuple[str, str]:
     if error.context == "expected a single document in the stream":
         return "a second document starts here", "Keep one: remove `---` and what follows."
     problem = error.problem or ""
+    if file.endswith(".toml"):
+        return "this is TOML, and a spec is YAML or JSON", "Write it as YAML."
     fix = next((fix for part, fix in _SYNTAX_FIXES.items() if part in problem), "")
     language = "JSON" if file.endswith(".json") else "YAML"
     return f"this is not valid {language}: {problem}", fix

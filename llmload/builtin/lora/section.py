@@ -95,6 +95,11 @@ def _one_pattern(value: str) -> str:
             f"{value!r} is several names in one text, which is read as a regular expression",
             fix=f"Write [{names}].",
         )
+    if value.startswith("[") and value.endswith("]"):
+        raise InvalidValueError(
+            f"{value!r} is a list in quotes, which is read as a regular expression",
+            fix=f"Write {value} without the quotes.",
+        )
     return value
 
 
