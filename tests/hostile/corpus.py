@@ -6,6 +6,7 @@ Every row starts from a copy of a sound folder; :func:`rows` yields them all. A 
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -385,6 +386,74 @@ def _links_and_devices() -> Iterator[Row]:
     )
 
 
+def _long_texts(flags: dict[str, bool]) -> Iterator[Row]:
+    """Tokens and pieces whose length costs more than their bytes do."""
+
+    def added(*texts: str) -> list[dict[str, Any]]:
+        return [{"id": 1000 + n, "content": text, **flags} for n, text in enumerate(texts)]
+
+    def rewritten(change: Callable[[str], str], *texts: str) -> Damage:
+        def damage(folder: Path) -> None:
+            path = folder / "tokenizer.json"
+            content = json.loads(path.read_text())
+            path.write_text(change(json.dumps({**content, "added_tokens": added(*texts)})))
+
+        return damage
+
+    def unigram(*pieces: str) -> Damage:
+        vocabulary = [[piece, -1.0] for piece in ("<unk>", *pieces)]
+        model = {"type": "Unigram", "unk_id": 0, "vocab": vocabulary}
+        return tokens(lambda t: t.update(model=model))
+
+    long = "x" * 20_000
+    plain = tokens(lambda t: t["added_tokens"].extend(added(long)))
+    yield Row("a token of 20,000 in tokenizer.json", plain, "20,000")
+    hidden = rewritten(lambda text: text.replace('"added_', '"\\u0061dded_'), long)
+    yield Row("the same under an escaped key", hidden, "20,000")
+    twice = rewritten(lambda text: '{"added_tokens": [],' + text[1:], long)
+    yield Row("the same under a key that is there twice", twice, "20,000")
+    deep = rewritten(lambda text: text.replace(': [{"id', ": " + "[" * 100_000 + '{"id'), "x")
+    yield Row("added tokens that are nested deeply", deep, "nested too deeply")
+    many = tokens(lambda t: t["added_tokens"].extend(added(*(f"{n:0100}" for n in range(1000)))))
+    yield Row("a thousand tokens of 100", many, "which cost more")
+    yield Row("a piece of two million bytes", unigram("x" * 2_000_000), "2,000,000 bytes")
+    yield Row("pieces of 400", unigram(*(f"{n:0400}" for n in range(20_000))), "8,000,005 bytes")
+    piece = b"\x0a" + b"\x82\x9c\x01" + b"\x0a\xff\x9b\x01" + b"x" * 19_966
+    yield Row("a piece in tokenizer.model", written("tokenizer.model", piece), "19,970 bytes")
+
+
+def _growing_texts() -> Iterator[Row]:
+    """Tokenizers that make one character many, step by step."""
+
+    def steps(kind: str, name: str, several: list[dict[str, Any]]) -> Damage:
+        return tokens(lambda t: t.update({kind: {"type": "Sequence", name: several}}))
+
+    longer = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+    empty = {"type": "Replace", "pattern": {"Regex": ""}, "content": "ab"}
+    prepended = {"type": "Prepend", "prepend": "é" * 2_000_000}
+    by_bytes = {"type": "ByteLevel"}
+    table = base64.b64encode(struct.pack("<I8x", 8) + b"a" * 3_000_000 + b"\0").decode()
+    mapped = {"type": "Precompiled", "precompiled_charsmap": table}
+    for name, normalizers in (
+        ("replaced by more", [longer] * 4),
+        ("replaced where nothing is", [empty] * 40),
+        ("prepended", [prepended]),
+        ("bytes of bytes", [by_bytes] * 40),
+        ("a table of three megabytes", [mapped]),
+    ):
+        yield Row(f"texts {name}", steps("normalizer", "normalizers", normalizers), "of one")
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    pieces = steps("pre_tokenizer", "pretokenizers", [{**level, "use_regex": False}] * 40)
+    yield Row("texts split by bytes of bytes", pieces, "of one")
+    again = {"single": [{"Sequence": {"id": "A", "type_id": 0}}] * 100, "pair": []}
+    again |= {"type": "TemplateProcessing", "special_tokens": {}}
+    yield Row("texts a hundred times", steps("post_processor", "processors", [again] * 6), "of one")
+    ids = {"id": "<s>", "ids": [1] * 20_000, "tokens": ["<s>"] * 20_000}
+    one = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    framed = {**again, "single": [one] * 1000, "special_tokens": {"<s>": ids}}
+    yield Row("a frame of many ids", steps("post_processor", "processors", [framed]), "of one")
+
+
 def _tokenizers() -> Iterator[Row]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     many = [{"id": 1000 + n, "content": f"<{n}>", "special": True, **flags} for n in range(40_000)]
@@ -409,6 +478,8 @@ def _tokenizers() -> Iterator[Row]:
         written("added_tokens.json", json.dumps({f"<{n}>": n for n in range(40_000)})),
         "added",
     )
+    yield from _long_texts(flags)
+    yield from _growing_texts()
     words = {f"w{n}": 1000 + n for n in range(200_000)}
     yield Row("words", tokens(lambda t: t["model"]["vocab"].update(words)), "words")
     far = tokens(lambda t: t["model"]["vocab"].update(zz=2**31))

@@ -20,8 +20,8 @@ STRANGE: tuple[Any, ...] = (
     *("\ud800", "a\0b", [], [1], ["x"], [None] * 3, [[[]]], {}, {"": None}, {"x": {"y": 1}}),
     *({"rope_type": "x"}, {"class": "evil"}),
 )
-DEPTH = {"tokenizer.json": 2}
-"""How far down a file's keys are looked at, where it is not 3: vocabularies are long."""
+DEPTH = 3
+"""How far down the keys of a file are looked at."""
 
 Path_ = tuple[str | int, ...]
 
@@ -59,7 +59,7 @@ def rows(sound: Path) -> Iterator[Row]:
         name = str(file.relative_to(sound))
         content = json.loads(file.read_text())
         spec = {"lora": {"adapter": "{folder}/adapter"}} if name.startswith("adapter") else {}
-        for where in (*_keys(content, DEPTH.get(file.name, 3)), ("new_key",)):
+        for where in (*_keys(content, DEPTH), ("new_key",)):
             for value in STRANGE:
                 changed = written(name, json.dumps(_with(content, where, value)))
                 yield Row(f"{name}: {'.'.join(map(str, where))}", changed, "", spec)

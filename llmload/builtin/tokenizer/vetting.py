@@ -1,7 +1,7 @@
 """A tokenizer's files, held to the rules for files that nobody vouches for, before they are opened.
 
 Tokens are held to what the model can embed: each takes microseconds, and a small file names
-millions.
+millions. So are their characters, of which the next may cost more than the one before.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from llmload.builtin.tokenizer import serialized
 from llmload.plugin import CheckpointError, RequestError, UntrustedFolder
 
 if TYPE_CHECKING:
@@ -34,14 +35,22 @@ _NAMED_WORDS: Final = 2**19
 _ADDED_TOKENS: Final = 16_384
 """Added tokens, or as many as half of the embedding has rows: speech models have a codebook."""
 _SPECIAL_TOKENS: Final = 8192
-_TOKEN_CHARACTERS: Final = 1000
-"""Of one added token: tokenizers 0.21 takes a time that grows with the square of them."""
+_TOKEN_CHARACTERS: Final = 128
+"""Of one added token; runs of spaces are the longest, of 32."""
+_USUAL_TOKEN: Final = 16
+"""Bytes of an added token: all may cost together what as many as are allowed cost at this size."""
+_PIECE_LENGTH: Final = 1000
+"""Bytes of one piece."""
+_USUAL_PIECE: Final = 16
+"""Bytes of a piece; those of a hundred languages (XLM-R) have 11 on average."""
+_GROWTH: Final = 10**6
+"""Of a text on its way to ids; that of sentencepiece's normalizer alone is 50."""
 _ENTRIES: Final = 1000
 """Files of a tokenizer, or templates beside it, each of which is opened; most have a dozen."""
 _FIELDS: Final = 7
 """Keys that each added token has in ``tokenizer.json``."""
 _PIECE_BYTES: Final = 8
-"""The least that a piece takes in a binary vocabulary."""
+"""The least that a piece takes in a binary vocabulary, beside its text."""
 
 
 def vet(folder: Path, ctx: LoadContext) -> UntrustedFolder:
@@ -59,7 +68,7 @@ def vet(folder: Path, ctx: LoadContext) -> UntrustedFolder:
         if name in _CONFIGS or name == _ADDED:
             content = files.tokenizer_config(name, trusted=trusted or name == _ADDED)
             _hold_listed(files, name, content)
-            _hold_lengths(files, name, content)
+            _hold_tokens(files, name, list(_tokens(name, content)), ctx)
             _hold_added(files, name, _mapped(name, content), ctx)
         elif name.startswith(_VOCABULARIES) or name.endswith(_VOCABULARY_KINDS):
             _hold_words(files, name, ctx)
@@ -110,15 +119,25 @@ def _hold_listed(files: UntrustedFolder, name: str, content: dict[str, Any]) -> 
             )
 
 
-def _hold_lengths(files: UntrustedFolder, name: str, content: dict[str, Any]) -> None:
-    """Hold the text of each token that a config adds or names to a length."""
-    for where, token in _tokens(name, content):
+def _hold_tokens(
+    files: UntrustedFolder, name: str, tokens: list[tuple[str, str]], ctx: LoadContext
+) -> None:
+    """Hold the text of each token that a file adds or names to a length, and all together."""
+    for where, token in tokens:
         if len(token) > _TOKEN_CHARACTERS:
             raise files.refusal(
                 name,
                 f"{where!r} is a token of {len(token):,} characters, more than the"
                 f" {_TOKEN_CHARACTERS:,} allowed",
             )
+    sizes = [len(token.encode(errors="replace")) for _, token in tokens]
+    usual = _added_tokens(ctx)
+    if sum(size**2 for size in sizes) > usual * _USUAL_TOKEN**2:
+        raise files.refusal(
+            name,
+            f"it adds {len(tokens):,} tokens of {sum(sizes):,} bytes, which cost more than the"
+            f" {usual:,} of {_USUAL_TOKEN} bytes that are allowed",
+        )
 
 
 def _tokens(name: str, content: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -137,7 +156,7 @@ def _tokens(name: str, content: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _hold_added(files: UntrustedFolder, name: str, count: int, ctx: LoadContext) -> None:
-    limit = max(_ADDED_TOKENS, _rows(ctx) // 2)
+    limit = _added_tokens(ctx)
     if count > limit:
         raise _too_many(files, name, f"{count:,} added tokens", limit, ctx)
 
@@ -146,21 +165,52 @@ def _hold_words(files: UntrustedFolder, name: str, ctx: LoadContext) -> None:
     """Hold a vocabulary to its bounds, by counting what each entry of it must have."""
     size = files.vet(name, _MAX_BYTES)
     limit = _words(files.root, ctx)
-    if size // 2 <= limit:  # no entry takes less
-        return
+    whole = name.startswith("tokenizer") and name.endswith(".json")
+    if size // 2 <= limit and not whole and not name.endswith(".model"):
+        return  # no entry takes less
     data = files.read(name, _MAX_BYTES)
     if name.endswith(".json"):
-        colons = data.count(b":")
-        words = colons + data.count(b"[")
-        # Of a file of flags alone; one with a vocabulary has a colon for each word too.
-        if name == "tokenizer.json" and colons // _FIELDS > max(_ADDED_TOKENS, _rows(ctx) // 2):
-            _hold_added(files, name, data.count(b'"content"') + data.count(b"\\u00"), ctx)
+        words = max(data.count(b":") + data.count(b"["), data.count(b",") // 3)
+        if whole and words <= limit + _FIELDS * _added_tokens(ctx):
+            words -= _FIELDS * _hold_serialized(files, name, data, ctx)
     elif name.endswith((".txt", ".jinja", ".tiktoken")):
         words = data.count(b"\n")
     else:
         words = len(data) // _PIECE_BYTES
+        _hold_pieces(files, name, list(serialized.piece_lengths(data)), ctx)
     if words > limit:
-        raise _too_many(files, name, f"up to {words:,} words and merges", limit, ctx)
+        raise _too_many(files, name, f"up to {words:,} words, merges and added tokens", limit, ctx)
+
+
+def _hold_serialized(files: UntrustedFolder, name: str, data: bytes, ctx: LoadContext) -> int:
+    """Hold what a ``tokenizer.json`` costs beside its words; return how many tokens it adds."""
+    try:
+        found = serialized.read(data)
+    except ValueError as error:
+        raise files.refusal(name, f"it is not valid JSON: {error}") from None
+    _hold_added(files, name, len(found.added), ctx)
+    _hold_tokens(files, name, [("added_tokens", token) for token in found.added], ctx)
+    _hold_pieces(files, name, found.pieces, ctx)
+    if found.growth > _GROWTH:
+        raise files.refusal(
+            name,
+            f"its normalizer, pre_tokenizer and post_processor can make {found.growth:.3g}"
+            f" characters of one, more than the {_GROWTH:,} allowed",
+        )
+    return len(found.added)
+
+
+def _hold_pieces(files: UntrustedFolder, name: str, lengths: list[int], ctx: LoadContext) -> None:
+    """Hold the bytes of each piece of a Unigram model, and of all together."""
+    rows = _rows(ctx) if files.root == ctx.folder else max(_rows(ctx), _NAMED_WORDS // 2)
+    limit = _USUAL_PIECE * (rows + _WORDS)
+    longest = max(lengths, default=0)
+    if longest > _PIECE_LENGTH:
+        raise files.refusal(
+            name, f"it holds a piece of {longest:,} bytes, more than the {_PIECE_LENGTH:,} allowed"
+        )
+    if sum(lengths) > limit:
+        raise _too_many(files, name, f"pieces of {sum(lengths):,} bytes", limit, ctx)
 
 
 def _too_many(
@@ -171,6 +221,10 @@ def _too_many(
         f"it holds {what}, and a model of {_rows(ctx):,} rows bears {limit:,} at most",
         "Check that tokenizer and model belong together.",
     )
+
+
+def _added_tokens(ctx: LoadContext) -> int:
+    return max(_ADDED_TOKENS, _rows(ctx) // 2)
 
 
 def _words(folder: Path, ctx: LoadContext) -> int:
