@@ -82,6 +82,9 @@ LONG = {
 }
 """Mutants and headers, interrupted loads, raced loads of each kind, flipped bits, processes that
 load the same, rounds of failing ranks, and every way in which each hook of each plugin fails."""
+TWO_AT_A_TIME = ("-n", "2", "--dist", "worksteal")
+"""Tests beside each other run in one process, so that what ranks have loaded for a file of them is
+loaded once."""
 # torch 2.5 starts processes that compile, in every rank, though nothing here is compiled.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 COMPILE = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
@@ -199,12 +202,12 @@ def _pytest(session: nox.Session, name: str, *chosen: str) -> None:
     """Run the tests; the outcome of a whole run is kept for the session ``skips``."""
     arguments = session.posargs or (f"--junit-xml={OUTCOMES / name}.xml", *chosen)
     session.run("python", "-c", COMPILE)
-    session.run("pytest", "-n", "2", *arguments, env=ONE_THREAD)
+    session.run("pytest", *TWO_AT_A_TIME, *arguments, env=ONE_THREAD)
 
 
 def _pytest_rlhf(session: nox.Session) -> None:
     with session.chdir(RLHF):
-        session.run("pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
+        session.run("pytest", *TWO_AT_A_TIME, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(default=False)

@@ -27,6 +27,7 @@ from llmload.checkpoint.header import TensorInfo
 from llmload.checkpoint.mapped import MappedCheckpoint
 from llmload.checkpoint.placement import Part, Source, Target
 from llmload.checkpoint.proof import Proof
+from llmload.context.machine import Machine
 from llmload.hf import installed_transformers
 from llmload.host.registry import create_registry
 from llmload.loading import planning
@@ -80,6 +81,9 @@ MIXTRAL = {
 }
 """The config of Mixtral 8x22B, whose experts are stored one by one and merged by transformers."""
 
+HOST_RANKS = 8
+"""Ranks of one host, which fetches from the hub what they read (``streaming: {fetch: spans}``)."""
+
 MODELS = {
     "Llama 70B": llama(8192, 28672, 80, 64),
     "Llama 405B": llama(16384, 53248, 126, 128),
@@ -108,6 +112,14 @@ class Simulated:
     ranks: list[Rank]
     pieces: dict[str, list[tuple[int, int]]]
     """Tensor -> first and last byte, one past it, of each piece that any rank reads."""
+
+    def fetched(self) -> list[int]:
+        """Return how many bytes each host fetches, beside headers: what its ranks read.
+
+        No byte is read by two ranks, for which :meth:`faults` stands.
+        """
+        read = [sum(rank.read.values()) for rank in self.ranks]
+        return [sum(read[at : at + HOST_RANKS]) for at in range(0, len(read), HOST_RANKS)]
 
     def faults(self, tensors: Iterable[TensorInfo]) -> list[str]:
         """Return the tensors of which the ranks together do not read every byte exactly once."""
@@ -162,8 +174,8 @@ class _Everyone:
                 span = own_span(
                     target.module, target.attribute, elements, number, len(together.ranks)
                 )
-                untouched = torch.empty(span.length, dtype=source.dtype)
-                source.fill(untouched, span.start, span.stop)
+                nowhere = torch.empty(span.length, dtype=source.dtype, device="meta")
+                source.fill(nowhere, span.start, span.stop)
                 rank.kept += span.size * dtype.itemsize
         self._files.who = None
         ghost = torch.empty(1, dtype=dtype).expand(source.shape)
@@ -177,7 +189,9 @@ def simulate(folder: Path, numbers: Sequence[int]) -> list[Simulated]:
     """Load the folder for every rank of each number of ranks, copying nothing."""
     registry = create_registry()
     spec = registry.validate({"model": str(folder), "dtype": "bfloat16", "zero3": {}})
-    prepared = planning.prepare(spec, registry, download=planning.Download.NOTHING)
+    prepared = planning.prepare(
+        spec, registry, download=planning.Download.NOTHING, machine=Machine(host_memory="1000TB")
+    )
     prepared.plan.raise_for_errors()
     ctx = prepared.ctx.for_run(rehearsing=False)
     assert ctx.checkpoint
@@ -245,6 +259,8 @@ def _rows(name: str, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         folder, start = Path(made), time.perf_counter()
         write_headers(folder, MODELS[name])
         checkpoint = Checkpoint.open(folder)
+        headers = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        headers -= checkpoint.total_bytes
         for together in simulate(folder, numbers):
             ranks = together.ranks
             read = [sum(rank.read.values()) for rank in ranks]
@@ -255,6 +271,8 @@ def _rows(name: str, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
                 "bytes": checkpoint.total_bytes,
                 "ranks": len(ranks),
                 "read": {"least": min(read), "most": max(read)},
+                "host": {"share": checkpoint.total_bytes * HOST_RANKS / len(ranks)}
+                | {"fetches": max(together.fetched()), "headers": headers},
                 "kept": max(rank.kept for rank in ranks),
                 "opened": max(len(rank.read) for rank in ranks),
                 "reads_per_file": max(max(rank.reads.values()) for rank in ranks),
@@ -273,11 +291,14 @@ def page(found: dict[str, Any]) -> str:
         "`python -m benchmarks.simulate`: real headers and no data, the code of a real load. All"
         " ranks together read every byte of the checkpoint exactly once; the command fails where"
         " they do not. GB are 10^9 bytes; bfloat16 on disk and in memory. What a rank keeps"
-        " includes padding; nothing else of a tensor is ever in its memory.",
+        " includes padding; nothing else of a tensor is ever in its memory. With"
+        " `streaming: {fetch: spans}` a host fetches from the hub what its ranks read, once, and"
+        " the headers of all files.",
         "",
         "| model | checkpoint | ranks | a rank reads | a rank keeps | files opened"
-        " | reads per file, at most | largest read |",
-        "|---|---|---|---|---|---|---|---|",
+        " | reads per file, at most | largest read"
+        f" | a host of {HOST_RANKS} ranks fetches | headers |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
         read = sorted({f"{row['read'][end] / 1e9:.3f}" for end in ("least", "most")})
@@ -285,7 +306,9 @@ def page(found: dict[str, Any]) -> str:
             f"| {row['model']} | {row['bytes'] / 1e9:.1f} GB in {row['files']} files,"
             f" {row['tensors']} tensors | {row['ranks']} | {' to '.join(read)} GB"
             f" | {row['kept'] / 1e9:.3f} GB | {row['opened']} | {row['reads_per_file']}"
-            f" | {row['largest_read'] / 1e6:.1f} MB |"
+            f" | {row['largest_read'] / 1e6:.1f} MB | {row['host']['fetches'] / 1e9:.3f} GB,"
+            f" {row['host']['fetches'] / row['host']['share']:.4f} of its share"
+            f" | {row['host']['headers'] / 1e6:.2f} MB |"
         )
     return "\n".join([*lines, "", f"{under['date']}; {under['machine']}; {versions}."]) + "\n"
 
