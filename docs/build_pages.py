@@ -398,7 +398,8 @@ def spellings(tool: str) -> str:
     lines = ["| there | here |", "|---|---|"]
     for key, spelling in of_sections(_registry().sections.values()).items():
         if tool in spelling.tools:
-            lines.append(f"| `{key}` | {spelling.instead or f'`{spelling.ours}`'} |")
+            here = f"`{spelling.ours}`" if spelling.ours else spelling.fix(True)
+            lines.append(f"| `{key}` | {spelling.instead or here} |")
     return "\n".join(lines)
 
 
@@ -452,6 +453,8 @@ def _template(node: ast.expr) -> str:
             return (_template(left) or "…") + (_template(right) or "…")
         case ast.IfExp(body=body):
             return _template(body)
+        case ast.BoolOp(op=ast.Or(), values=[*_, last]):
+            return _template(last)
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Thirty configs of three tools: the keys and values that their published examples have.
+"""Thirty-six configs of three tools: the keys and values that their published examples have.
 
 Facts, not copied files: what each sets, shortened where a tool repeats itself.
 """
@@ -92,6 +92,23 @@ CONFIGS: Final[dict[str, dict[str, dict[str, Any]]]] = {
             "overrides_of_model_config": {"attention_dropout": 0.1}, "device_map": "cpu",
             "unfrozen_parameters": ["lm_head.*"],
         },
+        "offloaded checkpoints": _AX | _AX_LORA | {
+            "base_model": "Qwen/Qwen3-32B", "load_in_4bit": True, "adapter": "qlora",
+            "gradient_checkpointing": "offload", "lora_target_linear": None,
+            "gradient_checkpointing_kwargs": {"use_reentrant": False}, "strict": False,
+            "lora_target_modules": LINEAR, "attn_implementation": "xformers",
+            "flash_attention": None, "eot_tokens": ["<|im_end|>"], "streaming": True,
+        },
+        "loftq": _AX | _AX_LORA | {
+            "base_model": "NousResearch/Llama-2-7b-hf", "adapter": "lora",
+            "peft": {"loftq_config": {"loftq_bits": 4}}, "liger_rms_norm": False,
+        },
+        "experts in 4 bits": _AX | _AX_LORA | {
+            "base_model": "google/gemma-4-26B-A4B", "load_in_4bit": True, "adapter": "qlora",
+            "bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}, "use_kernels": True,
+            "quantize_moe_experts": True, "model_config": {"attention_dropout": 0.1},
+            "lora_rank_pattern": {"q_proj": 16}, "use_scattermoe": True, "reward_model": False,
+        },
     },
     "llama-factory": {
         "lora sft": _LF | {
@@ -139,6 +156,15 @@ CONFIGS: Final[dict[str, dict[str, dict[str, Any]]]] = {
             "use_rslora": True, "loraplus_lr_ratio": 16.0, "enable_liger_kernel": True,
             "lora_target": "q_proj,v_proj",
         },
+        "pissa in few iterations": _LF | {
+            "model_name_or_path": LLAMA_3, "finetuning_type": "lora", "pissa_init": True,
+            "pissa_iter": 4, "pissa_convert": True, "use_v1_kernels": True, "lora_target": "q_proj",
+        },
+        "kernels for the CPU": _LF | {
+            "model_name_or_path": LLAMA_3, "finetuning_type": "lora", "use_kt": True,
+            "kt_config": {"kt_backend": "auto"}, "flash_attn": "auto", "streaming": False,
+            "moe_aux_loss_coef": 0.001, "quantization_bit": 4, "quantization_type": "fp4",
+        },
     },
     "trl": {
         "sft": _TRL | {"model_name_or_path": "Qwen/Qwen2-0.5B"},
@@ -183,6 +209,11 @@ CONFIGS: Final[dict[str, dict[str, dict[str, Any]]]] = {
             "eos_token": "<|im_end|>", "pad_token": "</s>",
             "model_init_kwargs": {"use_cache": False},
             "dtype": "float16",
+        },
+        "sft on a CPU": _TRL | _TRL_LORA | {
+            "model_name_or_path": "Qwen/Qwen2-0.5B", "use_cpu": True, "full_determinism": True,
+            "label_smoothing_factor": 0.1, "lora_target_parameters": None, "streaming": True,
+            "bnb_4bit_quant_type": "fp4", "load_in_4bit": True, "use_bnb_nested_quant": True,
         },
     },
 }  # fmt: skip

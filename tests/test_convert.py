@@ -77,6 +77,8 @@ def test_a_converted_spec_plans_and_loads(
         spec["lora"]["adapter"] = models["adapter"]
     if "chat_template" in spec.get("tokenizer", {}):
         del spec["tokenizer"]["chat_template"]
+    if "loftq_config" in spec.get("lora", {}):  # PEFT wants scipy for it
+        del spec["lora"]["loftq_config"], spec["lora"]["init_lora_weights"]
     if "labels" in spec:  # the model in its place has a head of its own
         spec["strict"] = {"allow_unexpected": ["lm_head"]}
     assert llmload.plan(spec).errors == []
@@ -120,6 +122,55 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
             "target_modules": ["query_key_value"],
             "fan_in_fan_out": True,
         },
+    },
+    ("axolotl", "offloaded checkpoints"): {
+        "model": "Qwen/Qwen3-32B",
+        "dtype": "bfloat16",
+        "gradient_checkpointing": {"use_reentrant": False},
+        "kbit": {"bits": 4, "double_quant": True},
+        "lora": {"r": 32, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": LINEAR},
+    },
+    ("axolotl", "loftq"): {
+        "model": "NousResearch/Llama-2-7b-hf",
+        "dtype": "bfloat16",
+        "attn_implementation": "flash_attention_2",
+        "gradient_checkpointing": {},
+        "lora": {
+            "r": 32,
+            "lora_alpha": 16,
+            "lora_dropout": 0.05,
+            "target_modules": "all-linear",
+            "init_lora_weights": "loftq",
+            "loftq_config": {"loftq_bits": 4},
+        },
+    },
+    ("axolotl", "experts in 4 bits"): {
+        "model": "google/gemma-4-26B-A4B",
+        "dtype": "bfloat16",
+        "config": {"attention_dropout": 0.1},
+        "attn_implementation": "flash_attention_2",
+        "gradient_checkpointing": {},
+        "kbit": {"bits": 4, "double_quant": False},
+        "lora": {
+            "r": 32,
+            "lora_alpha": 16,
+            "lora_dropout": 0.05,
+            "target_modules": "all-linear",
+            "rank_pattern": {"q_proj": 16},
+        },
+    },
+    ("llama-factory", "kernels for the CPU"): {
+        "model": LLAMA_3,
+        "dtype": "bfloat16",
+        "kbit": {"bits": 4, "quant_type": "fp4", "double_quant": True},
+        "lora": {"target_modules": "all-linear", "r": 8, "lora_alpha": 16},
+    },
+    ("trl", "sft on a CPU"): {
+        "model": "Qwen/Qwen2-0.5B",
+        "dtype": "float32",
+        "gradient_checkpointing": {},
+        "kbit": {"bits": 4, "quant_type": "fp4", "double_quant": True},
+        "lora": {"r": 32, "lora_alpha": 16, "lora_dropout": 0.05},
     },
     ("llama-factory", "lora reward"): {
         "model": LLAMA_3,
@@ -174,8 +225,16 @@ def left_out(tool: str, name: str) -> dict[str, str]:
 def test_what_is_left_out_is_named_with_the_reason() -> None:
     assert left_out("axolotl", "qwen dpo") == {
         "chat_template": "Save the template 'qwen_25' to a file, and write `tokenizer:"
-        " {chat_template: FILE}`: llmload brings no templates along",
-        "strict": "it holds axolotl's own file to its keys, ours the checkpoint",
+        " {chat_template: FILE}`: llmload brings no templates along"
+    }
+    assert left_out("axolotl", "offloaded checkpoints") == {
+        "attn_implementation": "apply it to `result.model`: what is loaded is not patched",
+        "gradient_checkpointing": "the section is there with its defaults, 'offload' is not among"
+        " its keys",
+    }
+    assert left_out("llama-factory", "pissa in few iterations") == {
+        "pissa_iter": "Write `lora: {init_lora_weights: pissa_niter_4}`",
+        "use_v1_kernels": "apply it to `result.model`: what is loaded is not patched",
     }
     assert left_out("trl", "zephyr sft full") == {
         "lora_r": "not in effect there: `use_peft` asks for no LoRA"
@@ -188,7 +247,7 @@ def test_what_is_left_out_is_named_with_the_reason() -> None:
         " whole model",
     }
     assert left_out("llama-factory", "merge").keys() == {
-        "export_dir", "export_size", "export_device", "export_legacy_format",
+        "export_dir", "export_size", "export_device",
     }  # fmt: skip
 
 

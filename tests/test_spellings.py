@@ -110,6 +110,13 @@ VALUES: dict[str, list[Any]] = {
     "init_lora_weights": ["gaussian", True],
     "init_weights": ["gaussian", "true"],
     "peft_init_lora_weights": ["pissa"],
+    "pissa_iter": [4, -1],
+    "peft": [{"loftq_config": {"loftq_bits": 4}}],
+    "peft_autocast_adapter_dtype": [True],
+    "lora_rank_pattern": [{"q_proj": 4}],
+    "lora_alpha_pattern": [{"q_proj": 16}],
+    "bnb_config_kwargs": [{"bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "fp4"}],
+    "model_config": [{"attention_dropout": 0.1}],
     "peft_layers_to_transform": [[0]],
     "peft_layers_pattern": [["layers"]],
     "peft_layer_replication": [[[0, 1], [0, 2]]],
@@ -136,6 +143,8 @@ NOT_LOADED = {
     "key_mapping": "the checkpoint has no such keys",
     "peft_layers_pattern": "it goes with `layers_to_transform`",
     "local_dirs": "it concerns the hub",
+    "peft": "PEFT wants scipy for LoftQ, which is not installed",
+    "reward_model": "the checkpoint has a head of its own",
 }
 """Keys whose advice is right and does not fit this model; it is validated all the same."""
 

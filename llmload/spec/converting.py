@@ -128,12 +128,17 @@ class _Converter:
         spelling = SAME_WORDS.get(key) or self._spellings.get(key)
         if is_training(key, spelling):
             self._made.training.append(key)
-        elif value is None:
-            self._made.carried[key] = []
+        elif value is None or (value is False and spelling is not None and spelling.instead):
+            self._made.carried[key] = []  # asks for nothing
         elif spelling is not None:
             self._answer(key, spelling, value)
         elif key in self._sections and isinstance(value, bool):
             self._put(key, {key: {}} if value else {})
+        elif key in self._sections and not isinstance(value, Mapping):
+            self._put(key, {key: {}})
+            self._refuse(
+                key, f"the section is there with its defaults, {value!r} is not among its keys"
+            )
         elif key in self._ours:
             self._put(key, {key: value})
         else:

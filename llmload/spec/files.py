@@ -72,8 +72,11 @@ def _content(name: str) -> bytes:
     try:
         return _read(path.expanduser())
     except FileNotFoundError:
-        fix = other_files.instead_of(name)
-        raise SpecError("the spec file does not exist", fix=fix, file=name) from None
+        raise SpecError(
+            "the spec file does not exist",
+            fix=other_files.instead_of(name) or "Check the name.",
+            file=name,
+        ) from None
     except IsADirectoryError:
         raise SpecError(
             "this is a folder, not a spec file",

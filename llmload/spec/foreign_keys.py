@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final, get_args
 
+from llmload.spec import training_keys
 from llmload.spec.words import AUTO_CLASSES, Dtype
 from llmload.spec.yaml_write import dump_inline
 
@@ -57,7 +58,7 @@ class Spelling:
 
     def fix(self, value: object) -> str:
         """Return what to do instead of writing their key with ``value``, in one sentence."""
-        if value is HIDDEN and not self.instead:
+        if value is HIDDEN and self.ours and not self.instead:
             return self._moved()
         found = self.answer(value)
         if isinstance(found, Removal):
@@ -148,6 +149,20 @@ def _attention(value: object) -> object:
     return Removal.DEFAULT if value == "auto" else _ATTENTION.get(str(value), value)
 
 
+def _own_attention(value: object) -> object:
+    """axolotl's names for kernels of its own stand beside those of transformers."""
+    return Sentence(_PATCH) if value in ("fp8", "s2", "sage", "xformers") else value
+
+
+def _reward_model(value: object) -> object:
+    """Of axolotl a switch, of LLaMA-Factory another model."""
+    if not isinstance(value, bool):
+        return Sentence(_OTHER_MODEL)
+    return (
+        Keys({"auto_class": "sequence_classification", "labels": 1}) if value else Removal.DEFAULT
+    )
+
+
 def _archive(value: object) -> object:
     return Keys({"weights_from": value, "allow_pickle": True})
 
@@ -193,6 +208,10 @@ _OTHER_MODEL: Final = "Remove it: each model has a spec of its own, or is a memb
 _FREEZING: Final = (
     "Remove it and set `requires_grad` on `result.model`: `trainable` freezes the whole model."
 )
+_QUANTISED: Final = (
+    "Remove it: a quantised folder says so in its config, and `kbit` quantises any other."
+)
+_CAST: Final = "Remove it: which modules are in another dtype stands in the section `cast`."
 _MIXED: Final = "Write `dtype: {}` for the weights; mixed precision belongs to the trainer."
 
 _CORE: Final = {
@@ -217,6 +236,7 @@ _CORE: Final = {
     "fp16": Spelling("transformers' trainer and axolotl", instead=_MIXED.format("float16")),
     "bfloat16": Spelling("axolotl", "dtype", switch("bfloat16")),
     "float16": Spelling("axolotl", "dtype", switch("float16")),
+    "float32": Spelling("axolotl", "dtype", switch("float32")),
     "pure_bf16": Spelling("LLaMA-Factory", "dtype", switch("bfloat16")),
     "train_from_scratch": Spelling("LLaMA-Factory", "weights", switch("random")),
     "reinit_weights": Spelling("axolotl", "weights", switch("random")),
@@ -233,7 +253,7 @@ _CORE: Final = {
     "sdp_attention": Spelling("axolotl", "attn_implementation", switch("sdpa")),
     "flex_attention": Spelling("axolotl", "attn_implementation", switch("flex_attention")),
     "eager_attention": Spelling("axolotl", "attn_implementation", switch("eager")),
-    "overrides_of_model_config": Spelling("axolotl", "config"),
+    **dict.fromkeys(("overrides_of_model_config", "model_config"), Spelling("axolotl", "config")),
 }
 
 _WITHOUT_COUNTERPART: Final = {
@@ -241,7 +261,10 @@ _WITHOUT_COUNTERPART: Final = {
         ("token", "use_auth_token", "hub_token", "hf_token"),
         Spelling("transformers", instead=_TOKEN),
     ),
-    "hf_hub_token": Spelling("LLaMA-Factory", instead=_TOKEN),
+    **dict.fromkeys(
+        ("hf_hub_token", "ms_hub_token", "om_hub_token"),
+        Spelling("LLaMA-Factory", instead=_TOKEN),
+    ),
     "hf_use_auth_token": Spelling("axolotl", instead=_TOKEN),
     "low_cpu_mem_usage": Spelling(
         "transformers and LLaMA-Factory", instead="Remove it: no weight is ever held twice."
@@ -262,9 +285,20 @@ _WITHOUT_COUNTERPART: Final = {
         Spelling("TRL and axolotl", instead="Remove it and write its keys beside `model`."),
     ),
     **dict.fromkeys(
-        ("tokenizer_type", "processor_type", "is_llama_derived_model", "is_mistral_derived_model",
-         "is_falcon_derived_model", "is_qwen_derived_model"),
+        ("tokenizer_type", "processor_type", "cls_model_config", "is_llama_derived_model",
+         "is_mistral_derived_model", "is_falcon_derived_model", "is_qwen_derived_model"),
         Spelling("axolotl", instead="Remove it: the folder's files say which class it is."),
+    ),
+    **dict.fromkeys(
+        ("chunked_cross_entropy", "chunked_cross_entropy_num_chunks", "dense_mixer",
+         "experts_implementation", "expert_backend", "flash_attn_cross_entropy", "flash_attn_d512",
+         "flash_attn_fuse_mlp", "flash_attn_rms_norm", "flex_attn_compile_kwargs",
+         "fused_attn_kernel", "gemma4_hybrid_attn_impl", "large_head_attention",
+         "liger_cross_entropy", "liger_rms_norm_gated", "liger_use_token_scaling",
+         "llama4_linearized_experts", "lora_embedding_kernel", "mora", "sage_attention",
+         "scaling_softmax", "sdpa_varlen", "tiled_mlp", "use_dsv4_kernels", "use_glm_dsa_kernels",
+         "use_kernels", "use_onebitllms", "use_scattermoe", "use_sonicmoe"),
+        Spelling("axolotl", instead=_PATCH),
     ),
     **dict.fromkeys(
         ("plugins", "lora_mlp_kernel", "lora_o_kernel", "lora_qkv_kernel", "s2_attention",
@@ -274,28 +308,35 @@ _WITHOUT_COUNTERPART: Final = {
         Spelling("axolotl", instead=_PATCH),
     ),
     **dict.fromkeys(
-        ("enable_liger_kernel", "mixture_of_depths", "shift_attn", "use_unsloth"),
+        ("enable_liger_kernel", "mixture_of_depths", "shift_attn", "upcast_lmhead_output",
+         "kt_config", "use_kt", "use_unsloth", "use_unsloth_gc", "use_v1_kernels"),
         Spelling("LLaMA-Factory", instead=_PATCH),
     ),
     "use_liger_kernel": Spelling("transformers' trainer and TRL", instead=_PATCH),
-    "unfrozen_parameters": Spelling("axolotl", instead=_FREEZING),
     **dict.fromkeys(
-        ("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules",
-         "freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model"),
+        ("unfrozen_parameters", "freeze_mm_modules", "spectrum_top_fraction"),
+        Spelling("axolotl", instead=_FREEZING),
+    ),
+    **dict.fromkeys(
+        ("use_llama_pro", "freeze_trainable_layers", "freeze_trainable_modules",
+         "freeze_extra_modules", "freeze_vision_tower", "freeze_multi_modal_projector",
+         "freeze_language_model"),
         Spelling("LLaMA-Factory", instead=_FREEZING),
     ),
     **dict.fromkeys(
-        ("ref_model", "reward_model", "reward_model_type", "ref_model_adapters",
-         "ref_model_quantization_bit"),
+        ("ref_model", "reward_model_type", "ref_model_adapters", "ref_model_quantization_bit",
+         "reward_model_adapters", "reward_model_quantization_bit"),
         Spelling("LLaMA-Factory", instead=_OTHER_MODEL),
     ),
+    "reward_model": Spelling("axolotl and LLaMA-Factory", "auto_class", _reward_model),
     **dict.fromkeys(
         ("reward_model_path", "sft_model_path", "teacher_model_name_or_path",
          "reward_model_name_or_path"),
         Spelling("TRL", instead=_OTHER_MODEL),
     ),
     **dict.fromkeys(
-        ("export_dir", "export_size", "export_device", "export_legacy_format"),
+        ("export_dir", "export_size", "export_device", "export_legacy_format",
+         "export_hub_model_id"),
         Spelling(
             "LLaMA-Factory",
             instead="Remove it: `llmload save SPEC --set lora.merge=true --to DIR` writes it.",
@@ -305,55 +346,52 @@ _WITHOUT_COUNTERPART: Final = {
         "LLaMA-Factory",
         instead="Remove it and write its numbers into `config`: none are made of a context length.",
     ),
-    "upcast_layernorm": Spelling(
-        "LLaMA-Factory",
-        instead="Remove it: which modules are in another dtype stands in the section `cast`.",
+    **dict.fromkeys(
+        ("export_quantization_bit", "export_quantization_dataset", "export_quantization_maxlen",
+         "export_quantization_nsamples"),
+        Spelling("LLaMA-Factory", instead="Remove it: `llmload save` quantises nothing."),
     ),
+    **dict.fromkeys(
+        ("gptq", "gptq_disable_exllama", "model_quantization_config",
+         "model_quantization_config_kwargs", "quantize_moe_experts"),
+        Spelling("axolotl", instead=_QUANTISED),
+    ),
+    "base_model_config": Spelling(
+        "axolotl",
+        instead="Remove it: the config is read from the model's folder, and `config` sets keys of"
+        " it.",
+    ),
+    "moe_aux_loss_coef": Spelling(
+        "LLaMA-Factory",
+        instead="Remove it: it goes into `config`, by the name that the model's config has for it.",
+    ),
+    "offload_folder": Spelling(
+        "LLaMA-Factory", instead="Remove it: no weight is kept on a disk."
+    ),
+    **dict.fromkeys(
+        ("added_tokens_overrides", "init_special_tokens", "module_dropout",
+         "new_special_tokens_config", "oft_block_size", "oft_rank", "oft_target",
+         "processor_kwargs", "tokenizer_legacy", "tokenizer_save_jinja_files",
+         "tokenizer_use_mistral_common"),
+        Spelling("axolotl and LLaMA-Factory", instead=Removal.UNKNOWN.value),
+    ),
+    **dict.fromkeys(
+        ("fp32_norms", "fp32_norm_classes"),
+        Spelling("axolotl", instead=_CAST),
+    ),
+    "upcast_layernorm": Spelling("LLaMA-Factory", instead=_CAST),
     "disable_gradient_checkpointing": Spelling(
         "LLaMA-Factory",
         instead="Remove it: nothing is recomputed without the section `gradient_checkpointing`.",
     ),
     **dict.fromkeys(
         ("lora_task_type", "lora_on_cpu", "embeddings_skip_upcast", "quantization_method",
-         "use_cache", "split_special_tokens",),
+         "use_cache", "split_special_tokens", "base_model_ignore_patterns",
+         "experimental_skip_move_to_device", "print_param_status", "qlora_sharded_model_loading",
+         "quantization_device_map"),
         Spelling("TRL, axolotl and LLaMA-Factory", instead="Remove it: nothing here needs it."),
     ),
-    **dict.fromkeys(
-        (
-            "beta", "bf16_full_eval", "cutoff_len", "curriculum_sampling", "dataset", "dataset_dir",
-            "dataset_name", "datasets", "debug", "dataset_prepared_path", "dataset_text_field",
-            "ddp_timeout", "deepspeed_plugin", "do_eval", "do_predict", "do_train",
-            "early_stopping_patience", "epochs", "eval_sample_packing",
-            "eval_steps", "evals_per_epoch", "evaluation_strategy", "flash_optimum",
-            "formatting_prompts_func", "fp16_full_eval", "fsdp", "fsdp_config", "generate_samples",
-            "gradient_accumulation_steps", "group_by_length", "include_tokens_per_second",
-            "learning_rate", "local_rank", "logging_steps", "loss_type", "loss_watchdog_patience",
-            "loss_watchdog_threshold", "lr_scheduler", "lr_scheduler_type",
-            "lr_scheduler_kwargs", "cosine_min_lr_ratio", "max_completion_length", "max_grad_norm",
-            "max_length", "max_new_tokens", "max_packed_sequence_len", "max_prompt_length",
-            "max_samples", "max_seq_length", "max_steps", "media_dir", "micro_batch_size",
-            "missing_eos_token", "neat_packing", "noise_alpha", "neftune_noise_alpha", "no_cuda",
-            "num_beams", "num_epochs", "num_generations", "num_ppo_epochs", "num_mini_batches",
-            "num_train_epochs", "optim", "optim_args", "optim_target_modules", "optimizer",
-            "output_dir", "overwrite_cache", "overwrite_output_dir", "packing", "packing_strategy",
-            "pad_to_sequence_len", "padding_free", "per_device_eval_batch_size",
-            "per_device_train_batch_size", "plot_loss", "predict_with_generate",
-            "preprocessing_num_workers", "pref_beta", "pref_ftx", "pref_loss", "project",
-            "push_dataset_to_hub", "remove_unused_columns", "report_to", "response_length",
-            "resume_from_checkpoint", "rl", "rl_beta", "run_name", "sample_packing",
-            "save_safetensors", "save_steps", "saves_per_epoch", "score_model", "seed",
-            "sequence_len", "shuffle_merged_datasets", "skip_prepare_dataset", "stage", "stop",
-            "streaming_dataset", "template", "temperature", "test_datasets", "tf32",
-            "tokenized_path", "top_p", "total_episodes", "train_on_inputs", "train_on_prompt",
-            "trainer", "use_vllm", "val_set_size", "val_size", "enable_thinking",
-            "loraplus_lr_embedding", "loraplus_lr_ratio", "image_max_pixels", "video_max_pixels",
-            "assistant_only_loss", "completion_only_loss", "auto_resume_from_checkpoints",
-            "weight_decay", "warmup_ratio", "warmup_steps",
-            "accelerator_config", "activation_offloading", "dispatch_batches", "torch_compile",
-            "sync_ref_model", "precompute_ref_log_probs", "center_rewards_coefficient",
-        ),
-        Spelling("training scripts", instead=_TRAINER),
-    ),
+    **dict.fromkeys(training_keys.NAMES, Spelling("training scripts", instead=_TRAINER)),
 }  # fmt: skip
 
 SAME_WORDS: Final[Mapping[str, Spelling]] = {
@@ -361,6 +399,8 @@ SAME_WORDS: Final[Mapping[str, Spelling]] = {
         "axolotl",
         instead="Remove it: it holds axolotl's own file to its keys, ours the checkpoint.",
     ),
+    "streaming": Spelling("axolotl, LLaMA-Factory and TRL", instead=_TRAINER),  # of the data
+    "attn_implementation": Spelling("axolotl", "attn_implementation", _own_attention),
 }
 """Keys of other tools that are ours too, and mean something else there."""
 
@@ -369,20 +409,10 @@ SPELLINGS: Final[Mapping[str, Spelling]] = {**_CORE, **_WITHOUT_COUNTERPART}
 What they call the keys of a section stands in its ``spellings``."""
 
 
-_TRAINING: Final = (
-    "adam_", "apollo_", "badam_", "comet_", "dataloader_", "dataset_", "ddp_", "dpo_", "eval_",
-    "fsdp_", "galore_", "gradient_accumulation", "grpo_", "hub_", "kto_", "logging_", "lr_",
-    "mlflow_", "orpo_", "ppo_", "push_to_hub", "ray_", "reward_weights", "save_", "simpo_",
-    "swanlab_", "tensorboard_", "torch_compile", "trackio_", "use_apollo", "use_badam",
-    "use_galore", "use_muon", "use_ray", "use_swanlab", "vllm_", "wandb_", "warmup_",
-)  # fmt: skip
-"""How further keys of trainers begin, of which there are hundreds."""
-
-
 def is_training(key: str, spelling: Spelling | None) -> bool:
     """Say whether a key of another tool is about training, and not about what is loaded."""
     if spelling is None:
-        return key.startswith(_TRAINING)
+        return key.startswith(training_keys.PREFIXES)
     return spelling.instead in (_TRAINER, *map(_MIXED.format, ("bfloat16", "float16")))
 
 

@@ -73,10 +73,11 @@ def _other(document: Document) -> Problem | None:
 
 
 def instead_of(name: str) -> str:
-    """Return what to write in place of the name of a spec under which there is no file."""
-    if name.endswith(ENDINGS):
-        return meant(name) or "Check the name."
-    return meant(name) or f"Check the name; of a model write `model: {name}` in a spec."
+    """Return what to write in place of the name of a spec under which there is no file; empty where
+    nothing shows it."""
+    if meant(name) or name.endswith(ENDINGS):
+        return meant(name)
+    return f"Check the name; of a model write `model: {name}` in a spec."
 
 
 def meant(name: str, *, folder: bool = False) -> str:

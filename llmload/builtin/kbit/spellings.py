@@ -5,11 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from llmload.plugin import DTYPE_WORDS, Sentence, Spelling, switch, words
+from llmload.plugin import DTYPE_WORDS, Keys, Sentence, Spelling, switch, words
 
 
 def _bits(value: object) -> object:
     return value if value in (4, 8) else Sentence("Write `kbit: {bits: 4}` or `kbit: {bits: 8}`.")
+
+
+_BNB: Final = {
+    "bnb_4bit_compute_dtype": "compute_dtype",
+    "bnb_4bit_quant_storage": "quant_storage",
+    "bnb_4bit_quant_type": "quant_type",
+    "bnb_4bit_use_double_quant": "double_quant",
+    "llm_int8_threshold": "threshold",
+}
+"""What ``BitsAndBytesConfig`` calls our keys."""
+
+
+def _settings(value: object) -> object:
+    """Keys of ``BitsAndBytesConfig`` beside the number of bits."""
+    if not isinstance(value, Mapping) or not value.keys() <= _BNB.keys():
+        return Sentence("Write its settings into `kbit`.")
+    ours = words(DTYPE_WORDS)
+    return Keys({"kbit": {_BNB[key]: ours(part) for key, part in value.items()}})
 
 
 SPELLINGS: Final[Mapping[str, Spelling]] = {
@@ -29,5 +47,5 @@ SPELLINGS: Final[Mapping[str, Spelling]] = {
         "transformers and TRL", "kbit.quant_storage", words(DTYPE_WORDS)
     ),
     "quantization_config": Spelling("transformers", instead="Write `kbit: {bits: 4}`."),
-    "bnb_config_kwargs": Spelling("axolotl", instead="Write its settings into `kbit`."),
+    "bnb_config_kwargs": Spelling("axolotl", "kbit", _settings),
 }

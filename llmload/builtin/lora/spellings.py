@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from llmload.plugin import DTYPE_WORDS, Keys, Removal, Spelling, listed, switch, words
+from llmload.plugin import DTYPE_WORDS, Keys, Removal, Sentence, Spelling, listed, switch, words
 
 _ALL_LORA: Final = "PEFT, TRL, axolotl and LLaMA-Factory"
 
@@ -30,6 +30,24 @@ def _adapters(value: object) -> object:
         return Removal.DEFAULT if isinstance(paths, list) else value
     *before, last = paths
     return Keys({"lora": {"merge_first": before, "adapter": last}}) if before else last
+
+
+def _loftq(value: object) -> object:
+    """axolotl's mapping of what PEFT takes beside its plain keys."""
+    bits = value.get("loftq_config") if isinstance(value, Mapping) else None
+    if not isinstance(bits, Mapping) or len(value) != 1:  # type: ignore[arg-type]
+        return Sentence("Write its settings into `lora`.")
+    return Keys({"lora": {"init_lora_weights": "loftq", "loftq_config": dict(bits)}})
+
+
+def _iterations(value: object) -> object:
+    number = value if type(value) is int and value > 0 else 0
+    name = f"pissa_niter_{number}" if number else "pissa"
+    return Sentence(f"Write `lora: {{init_lora_weights: {name}}}`.")
+
+
+def _autocast(value: object) -> object:
+    return Removal.DEFAULT if value else Sentence("Write the dtype into `lora.adapter_dtype`.")
 
 
 def _initial(value: object) -> object:
@@ -74,10 +92,22 @@ SPELLINGS: Final[Mapping[str, Spelling]] = {
     "peft_use_rslora": Spelling("axolotl", "lora.use_rslora"),
     "use_dora": Spelling("TRL and LLaMA-Factory", "lora.use_dora"),
     "peft_use_dora": Spelling("axolotl", "lora.use_dora"),
-    "pissa_init": Spelling("LLaMA-Factory", "lora.init_lora_weights", switch("pissa")),
+    "pissa_init": Spelling("LLaMA-Factory", "lora.init_lora_weights", switch("pissa_niter_16")),
+    "pissa_iter": Spelling("LLaMA-Factory", "lora.init_lora_weights", _iterations),
     "init_lora_weights": Spelling("PEFT", "lora.init_lora_weights"),
     "init_weights": Spelling("ms-swift", "lora.init_lora_weights", _initial),
     "peft_init_lora_weights": Spelling("axolotl", "lora.init_lora_weights"),
+    "lora_rank_pattern": Spelling("axolotl", "lora.rank_pattern"),
+    "lora_alpha_pattern": Spelling("axolotl", "lora.alpha_pattern"),
+    "peft": Spelling("axolotl", "lora", _loftq),
+    "peft_autocast_adapter_dtype": Spelling("axolotl", "lora.adapter_dtype", _autocast),
+    "create_new_adapter": Spelling(
+        "LLaMA-Factory",
+        instead="Remove it: adapters before it go into `lora.merge_first`, without `lora.adapter`.",
+    ),
+    "adapter_folder": Spelling(
+        "LLaMA-Factory", instead="Remove it: the whole path goes into `lora.adapter`."
+    ),
     "peft_layers_to_transform": Spelling("axolotl", "lora.layers_to_transform"),
     "peft_layers_pattern": Spelling("axolotl", "lora.layers_pattern"),
     "peft_layer_replication": Spelling("axolotl", "lora.layer_replication"),
