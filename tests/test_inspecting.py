@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from safetensors import safe_open
 from typer.testing import CliRunner
 
 from llmload.cli import commands
+from llmload.loading import printed
 from llmload.testing import tiny_checkpoint
 
 
@@ -141,3 +143,12 @@ def test_an_adapter_that_fits_nothing_is_refused_as_by_the_plan(folder: Path) ->
     done = run("targets", str(folder), "--set", "lora={r: 4, target_modules: [nowhere]}")
     assert done.exit_code == 2
     assert "nowhere" in done.stderr
+
+
+def test_where_it_is_narrow_names_are_broken_behind_a_dot() -> None:
+    console = Console(width=20, no_color=True)
+    with console.capture() as captured:
+        console.print(printed.Name("model.layers.*.self_attn.q_proj (4)"))
+        console.print(printed.Name("lm_head"))
+    assert captured.get().split() == ["model.layers.*.", "self_attn.q_proj", "(4)", "lm_head"]
+    assert max(map(len, captured.get().splitlines())) == 20

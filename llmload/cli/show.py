@@ -95,7 +95,7 @@ def inspection(found: Inspection, *, every: bool) -> RenderableType:
         groups.setdefault((name, tensor.dtype, tensor.shape), []).append(tensor)
     for (name, dtype, shape), members in groups.items():
         together = size_text(sum(tensor.nbytes for tensor in members))
-        table.add_row(dtype, _shape(shape), together, _counted(name, len(members)))
+        table.add_row(dtype, _shape(shape), together, _named(name, len(members)))
     return Group(facts, table)
 
 
@@ -111,13 +111,13 @@ def targets(found: Targets) -> RenderableType:
             " or ".join(map(_shape, shapes)),
             size_text(modules.nbytes),
             taken,
-            _counted(modules.pattern, count),
+            _named(modules.pattern, count),
         )
     return Group(_heading(found.model_class), table)
 
 
-def _counted(name: str, count: int) -> str:
-    return f"{name} ({count})" if count > 1 else name
+def _named(name: str, count: int) -> printed.Name:
+    return printed.Name(f"{name} ({count})" if count > 1 else name)
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -159,16 +159,15 @@ def _shared(shared: Iterable[Sharing]) -> Table:
 
 def plugins(listed: PluginList) -> RenderableType:
     """Render the plugins as a table, the active ones in plan order."""
-    table = printed.table(
-        "plugin", "distribution", "key", "status", last="what it does, or what is wrong"
-    )
+    table = printed.table("plugin", "key", "status", last="what it does, or what is wrong")
     for entry in listed.plugins:
+        told = entry.reason or _prose(entry.does) or ", ".join(entry.hooks)
+        ours = entry.distribution.partition(" ")[0] == "llmload"
         table.add_row(
             entry.name,
-            entry.distribution,
             "yes" if entry.section else "",
             Text(entry.status, _COLOURS.get(entry.status, "")),
-            Text(entry.reason or _prose(entry.does) or ", ".join(entry.hooks)),
+            Text(told if ours else f"{told} [{entry.distribution}]"),
         )
     return Group(table, *printed.problems(listed.problems))
 

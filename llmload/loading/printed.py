@@ -5,12 +5,14 @@ Both print themselves by it, so that here their types are not known.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -39,6 +41,28 @@ class Visible:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
         for segment in console.render(self._rendered, options):
             yield Segment(visible(segment.text), segment.style, segment.control)
+
+
+class Name:
+    """A dotted name that is broken behind a dot or space where it does not fit, and not in a word.
+
+    :param name: with whatever stands behind it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._parts = re.findall(r"[^. ]*[. ]?", name)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        lines = [""]
+        for part in self._parts:
+            if lines[-1] and len(lines[-1]) + len(part.rstrip()) > options.max_width:
+                lines.append("")
+            lines[-1] += part
+        yield Text("\n".join(lines), overflow="fold")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(max(map(len, self._parts)), len(self._name))
 
 
 def text(rendered: RenderableType) -> str:
