@@ -30,3 +30,8 @@ OPENS_PICKLES = hasattr(torch, "accelerator")
 needs_safe_pickles = pytest.mark.skipif(
     not OPENS_PICKLES, reason="torch 2.5 opens no pickle safely"
 )
+
+needs_python_devices = pytest.mark.skipif(
+    not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="torch before 2.10 has no devices that are made in Python",
+)

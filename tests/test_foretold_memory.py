@@ -266,6 +266,19 @@ def test_a_device_that_is_not_here_can_be_planned_for(folder: Path) -> None:
     assert (loaded.device > 0, loaded.pages) == (True, 0)
 
 
+def test_pinned_memory_on_the_way_to_a_device_is_counted_where_a_weight_is_worth_it(
+    folder: Path, tmp_path: Path
+) -> None:
+    def pinned(folder: Path, **keys: Any) -> int:
+        memory = planned(folder, llmload.Machine(device_memory="80GB"), **keys).memory
+        assert memory is not None
+        return sum(item.nbytes for item in memory.items if item.what.startswith("pinned"))
+
+    large = tiny_checkpoint(tmp_path / "large", vocab_size=2**17, dtype=torch.bfloat16)
+    assert pinned(large, device_map="cuda:0") == 3 * 2**22  # embedding and head have 4 MiB each
+    assert pinned(large) == pinned(folder, device_map="cuda:0") == 0
+
+
 def test_members_of_a_group_are_added_up_and_what_they_share_counts_once(folder: Path) -> None:
     policy = {"model": str(folder)}
     members = {"policy": policy, "reference": {"like": "policy", "trainable": False}}

@@ -31,6 +31,7 @@ class Copies(AbstractContextManager["Copies"]):
     def __exit__(self, *exc: object) -> None:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
+        self._running.clear()  # and what errors of theirs hold
 
     def add(self, job: Callable[[], None], nbytes: int) -> None:
         """Do ``job``, which writes ``nbytes``: at once where they are few, else in a thread.

@@ -67,6 +67,7 @@ class Source:
         asked: Callable[..., None],
         release: Callable[[], None],
         fill: Callable[[torch.Tensor, torch.Tensor], None],
+        send: Callable[[torch.Tensor, torch.Tensor], None],
         own: Callable[[torch.Tensor], torch.Tensor | None],
         origin: TensorInfo | None = None,
         *,
@@ -80,6 +81,7 @@ class Source:
         self._asked = asked
         self._release = release
         self._fill = fill
+        self._send = send
         self._own = own
 
     @property
@@ -92,13 +94,13 @@ class Source:
         """As stored in the checkpoint."""
         return self._value.dtype
 
-    def empty(self, dtype: torch.dtype) -> torch.Tensor:
-        """A tensor on the CPU like the value, for :meth:`fill`."""
+    def empty(self, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+        """A tensor like the value, on the CPU or another device, for :meth:`fill`."""
         import torch
 
         if isinstance(self._value, torch.Tensor):
-            return torch.empty_like(self._value, dtype=dtype)
-        return torch.empty(self.shape, dtype=dtype)
+            return torch.empty_like(self._value, dtype=dtype, device=device)
+        return torch.empty(self.shape, dtype=dtype, device=device)
 
     def whole(self, *, later: bool = False) -> torch.Tensor:
         """The value, on the CPU; over the file's own pages unless it was converted.
@@ -128,25 +130,47 @@ class Source:
         self._release()
         return joined
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """The value in a dtype on a device, for whoever works with it there at once.
+
+        On the CPU this is :meth:`whole`, cast. On its way to an accelerator it is read by several
+        threads into pinned memory, and need not have arrived: it has in the order of the current
+        stream, in which the next operation finds it. Nothing lies on the file's pages then.
+        """
+        if device.type == "cpu":
+            return self.whole().to(dtype)
+        out = self.empty(dtype, device)
+        for sent, piece in self._copies(out, 0, None):
+            self._send(sent, piece)
+        self._release()
+        return out
+
     def fill(self, out: torch.Tensor, start: int = 0, stop: int | None = None) -> None:
         """Copy the value, or elements ``start`` to ``stop`` of it laid out flat, into ``out``.
 
         The fast way to cast: another thread may do it, while the next targets are placed, and
-        releases the pages. ``out`` is a tensor on the CPU of any dtype; nobody looks at what is in
-        it before ``finish``.
+        releases the pages. ``out`` is a tensor of any dtype on any device; nobody looks at what is
+        in it before ``finish``.
         """
+        for filled, piece in self._copies(out, start, stop):
+            self._fill(filled, piece)
+
+    def _copies(
+        self, out: torch.Tensor, start: int, stop: int | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield what is to be copied, and where to; asks for it."""
         import torch
 
         if (start, stop) == (0, None) and isinstance(self._value, torch.Tensor):
             self._asked(self._value, later=True)
-            self._fill(out, self._value)
+            yield out, self._value
             return
         stop = self.shape.numel() if stop is None else stop
         for piece in self._pieces(start, stop):
             self._asked(piece, later=True)
             # `out` shrinks to what is still to be filled.
             first, out = out.view(-1).tensor_split([piece.numel()])
-            self._fill(first, piece)
+            yield first, piece
 
     def mapped(self, start: int, stop: int) -> torch.Tensor | None:
         """Elements ``start`` to ``stop``, flat, over file pages that end with this tensor.
@@ -247,20 +271,17 @@ class Plain:
         """Return the value in the target's dtype on its device, copied only where it must be.
 
         What is cast on the CPU has its values by ``finish``, not before: see :meth:`Source.fill`.
+        What goes to an accelerator has them for its current stream: see :meth:`Source.to`.
         """
-        if target.device.type == "cpu" and (source.dtype != target.dtype or not source.may_stay):
-            # Not by `to`: this copy can be made by another thread, piece by piece, with its pages
-            # let go.
-            copied = source.empty(target.dtype)
-            source.fill(copied)
-            return copied
-        stays = target.device.type == "cpu"
-        value = source.whole(later=stays)
-        placed = value.to(target.device, target.dtype)
-        # Under `to`, a value of the right dtype and device is itself: it stays on the pages.
-        if placed is not value:
-            source.release()
-        return placed
+        if target.device.type != "cpu":
+            return source.to(target.device, target.dtype)
+        if source.dtype == target.dtype and source.may_stay:
+            return source.whole(later=True)
+        # Not by `to`: this copy can be made by another thread, piece by piece, with its pages let
+        # go.
+        copied = source.empty(target.dtype)
+        source.fill(copied)
+        return copied
 
     def finish(self, model: PreTrainedModel) -> None:
         """Leave the model as it is."""

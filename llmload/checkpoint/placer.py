@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from llmload.checkpoint.copying import Copies
 from llmload.checkpoint.libc import populate
 from llmload.checkpoint.placement import Part, Source, Target
+from llmload.checkpoint.staging import Staging, current_stream, pieces
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +30,8 @@ _PIECE = 2**22
 class Placer(AbstractContextManager["Placer"]):
     """Hands finished tensors to the placement, each with what it is for and where it came from.
 
-    Copies that the placement leaves to other threads are made by :meth:`finish`; at the end of the
-    ``with`` block no thread is left.
+    Copies that the placement leaves to other threads are made by :meth:`finish`, and have arrived
+    then; at the end of the ``with`` block no thread is left, and no pinned memory.
 
     :param model: prepared by the placement, its weights on the meta device.
     :param state: ``model.state_dict()``.
@@ -54,13 +56,16 @@ class Placer(AbstractContextManager["Placer"]):
         self._proof = proof
         self._devices = devices
         self._copies = Copies()
+        self._staging = Staging()
 
     def __exit__(self, *exc: object) -> None:
         self._copies.__exit__(*exc)
+        self._staging.__exit__(*exc)
 
     def finish(self) -> None:
         """Wait until every weight that was placed has its values, and raise what went wrong."""
         self._copies.finish()
+        self._staging.finish()
 
     def place(
         self,
@@ -121,12 +126,16 @@ class Placer(AbstractContextManager["Placer"]):
             address = pages.data_ptr()
             return pages.view(part.dtype)
 
+        def send(out: torch.Tensor, part: torch.Tensor) -> None:
+            self._send(origin(part), part, out)
+
         copies: list[tuple[torch.Tensor, torch.Tensor]] = []
         source = Source(
             value,
             asked,
             release,
             lambda *copy: copies.append(copy),
+            send,
             own,
             info,
             may_stay=self._files.may_stay,
@@ -137,22 +146,7 @@ class Placer(AbstractContextManager["Placer"]):
 
         def copy() -> None:
             for out, part in copies:
-                found = origin(part)
-                # Computed or fetched, so that it is in memory, or a part with gaps, which torch has
-                # to walk through.
-                from_file = found is not None and self._files.is_mapped(found)
-                if found is not None:
-                    self._files.arrive(found, part)
-                if found is None or not from_file or not _are_laid_out_alike(out, part):
-                    populate(out)
-                    out.copy_(part)
-                # The bytes as they are: read past the mapping, so that no page of the file counts
-                # as ours.
-                elif out.dtype == part.dtype:
-                    populate(out)
-                    self._files.read(found, _first_byte(part), out)
-                else:
-                    self._cast(found, part, out)
+                self._copy(origin(part), part, out)
             release()
             self._proof.compare(name, stored, reading)
 
@@ -160,10 +154,49 @@ class Placer(AbstractContextManager["Placer"]):
             # A computed value takes memory until it is copied: the next one is made after that.
             computed = info is None and isinstance(value, torch.Tensor)
             nbytes = 0 if computed else sum(out.nbytes for out, _ in copies)
-            self._copies.add(_in_this_mode(copy), nbytes)
+            self._copies.add(_in_this_mode(copy, copies[0][0].device), nbytes)
         else:
             self._proof.compare(name, stored, reading)
         return placed.parameter if isinstance(placed, Part) else placed
+
+    def _send(self, info: TensorInfo | None, part: torch.Tensor, out: torch.Tensor) -> None:
+        """Begin to copy a part to an accelerator, its pieces read by several threads."""
+        split = [(out, part)]
+        if self._staging.serves(out) and _are_laid_out_alike(out, part):
+            split = list(pieces(out, part))
+        for sent, piece in split:
+            job = partial(self._copy, info, piece, sent)
+            # Nothing is done beside a single one: it needs no thread.
+            nbytes = sent.nbytes if len(split) > 1 else 0
+            self._copies.add(_in_this_mode(job, out.device), nbytes)
+        self._copies.finish()
+
+    def _copy(self, info: TensorInfo | None, part: torch.Tensor, out: torch.Tensor) -> None:
+        """Give ``out`` the values of a part of a tensor of the file, or of one that was made."""
+        if info is not None:
+            self._files.arrive(info, part)
+        if out.device.type == "cpu":
+            self._fill(info, part, out)
+        elif self._staging.serves(out) and _are_laid_out_alike(out, part):
+            for sent, piece in pieces(out, part):
+                self._staging.send(sent, piece.dtype, partial(self._fill, info, piece))
+        else:
+            out.copy_(part)
+
+    def _fill(self, info: TensorInfo | None, part: torch.Tensor, out: torch.Tensor) -> None:
+        """Write what has arrived to memory of the host."""
+        # Computed or fetched, so that it is in memory, or a part with gaps, which torch has to walk
+        # through.
+        is_in_file = info is not None and self._files.is_mapped(info)
+        if info is None or not is_in_file or not _are_laid_out_alike(out, part):
+            populate(out)
+            out.copy_(part)
+        # The bytes as they are: read past the mapping, so that no page of the file counts as ours.
+        elif out.dtype == part.dtype:
+            populate(out)
+            self._files.read(info, _first_byte(part), out)
+        else:
+            self._cast(info, part, out)
 
     def _cast(self, info: TensorInfo, part: torch.Tensor, out: torch.Tensor) -> None:
         """Copy a part of a tensor of the file to another dtype.
@@ -199,14 +232,18 @@ def _are_laid_out_alike(out: torch.Tensor, part: torch.Tensor) -> bool:
     return out.numel() == part.numel() and out.is_contiguous() and part.is_contiguous()
 
 
-def _in_this_mode(job: Callable[[], None]) -> Callable[[], None]:
-    """Return ``job`` as this thread would do it, without gradients: each thread has its modes."""
+def _in_this_mode(job: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Return ``job`` as this thread would do it, without gradients.
+
+    Each thread has its modes, and its streams of an accelerator.
+    """
     import torch
 
     inference = torch.is_inference_mode_enabled()
+    stream = current_stream(device)
 
     def run() -> None:
-        with torch.inference_mode(inference), torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad(), stream():
             job()
 
     return run

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmload.checkpoint.dtypes import torch_dtype
+from llmload.checkpoint.staging import BUFFER, MOST_BUFFERS, WORTH_PINNING
 from llmload.context.forecast import PHASES, Cost, Forecast, Place, Weight
 from llmload.errors import PluginError
 from llmload.hf import installed_transformers, quantised
@@ -57,6 +58,8 @@ def foretell(host: Host, plan: Plan, rehearsal: Rehearsal) -> Forecast:
                 )
             forecast.costs.append(replace(cost, plugin=cost.plugin or plugin))
     forecast.costs += _of_host(rehearsal, forecast)
+    if plan.loader in ctx.providing("placement"):
+        forecast.costs += _staging(forecast)
     return forecast
 
 
@@ -77,6 +80,15 @@ def _of_host(rehearsal: Rehearsal, forecast: Forecast) -> Iterator[Cost]:
     waiting = [weight.part(weight.loaded) for weight in forecast.replaced.values()]
     if waiting:
         yield Cost(what="the largest weight that is replaced", nbytes=max(waiting), phase="finish")
+
+
+def _staging(forecast: Forecast) -> Iterator[Cost]:
+    """Yield the pinned memory through which weights go to an accelerator, where one is worth it."""
+    weights = (*forecast.weights.values(), *forecast.replaced.values())
+    sent = [w.stored // w.parts for w in weights if w.place == "device" and w.since == "load"]
+    if max(sent, default=0) >= WORTH_PINNING:
+        nbytes = min(MOST_BUFFERS, math.ceil(sum(sent) / BUFFER)) * BUFFER
+        yield Cost(what="pinned, on the way to the accelerator", nbytes=nbytes, phase="load")
 
 
 class _Routes:

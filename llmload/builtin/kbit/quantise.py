@@ -169,7 +169,7 @@ class KbitPlacement:
         else:
             # The rounding to the model's dtype is part of the outcome: from_pretrained casts first
             # too.
-            value = source.whole().to(device, target.dtype)
+            value = source.to(device, target.dtype)
             made = self._operation.convert({target.name: value}, model=self._model)[target.name]
             source.release()
         if splitting is None:

@@ -83,12 +83,7 @@ class Partitioned:
         partition = self._mapped(parameter, source, span)
         if partition is None:
             partition = self._empty(parameter, span)
-            kept = partition[: span.length]
-            if kept.device.type == "cpu":
-                source.fill(kept, span.start, span.stop)
-            else:
-                kept.copy_(source.flat(span.start, span.stop))
-                source.release()
+            source.fill(partition[: span.length], span.start, span.stop)
         return self._keep(parameter, partition, span)
 
     @property

@@ -105,11 +105,7 @@ class Sharded:
         part = self._mapped(source, target.dtype, span)
         if part is None:
             part = torch.empty(span.length, dtype=target.dtype, device=self._home)
-            if part.device.type == "cpu":
-                source.fill(part, span.start, span.stop)
-            else:
-                part.copy_(source.flat(span.start, span.stop))
-                source.release()
+            source.fill(part, span.start, span.stop)
         outline = torch.empty(source.shape, dtype=target.dtype, device="meta")
         trained = target.like.is_floating_point()
         return Part(self._held(nn.Parameter(outline, requires_grad=trained), part, span), part)

@@ -108,7 +108,7 @@ class TorchaoPlacement:
         """Quantise on the target's device; the value is cast to the model's dtype before."""
         if target.name not in self._wanted:
             return self._others.place(target, source)
-        made = self._quantiser.quantise(target.name, source.whole().to(target.device, target.dtype))
+        made = self._quantiser.quantise(target.name, source.to(target.device, target.dtype))
         source.release()
         return Part(made, partitions.stored(made)[0])
 
