@@ -231,6 +231,14 @@ def test_a_spec_from_python_has_no_places() -> None:
 # --- files that are refused ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("source", [None, ["model"], 7, b"spec.yaml"])
+def test_what_is_neither_a_mapping_nor_a_name_is_refused(source: Any) -> None:
+    assert refusal(source) == (
+        "a spec is a mapping or the name of a file, found an object of type"
+        f' {type(source).__name__}. Give at least `{{"model": ...}}`.'
+    )
+
+
 def test_a_missing_file_a_folder_and_a_file_that_cannot_be_opened(tmp_path: Path) -> None:
     missing = tmp_path / "s.yaml"
     assert refusal(missing) == f"{missing}: the spec file does not exist. Check the name."

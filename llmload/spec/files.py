@@ -40,7 +40,14 @@ def read(source: SpecLike) -> Document:
         return source
     if isinstance(source, LoadSpec | GroupSpec | Mapping):
         return Document(data=_plain_mapping(source))
-    return parse(_content(os.fspath(source)), os.fspath(source))
+    name: Any = source  # not everybody asks a type checker
+    if not isinstance(name, str | os.PathLike):
+        kind = type(name).__name__
+        raise SpecError(
+            f"a spec is a mapping or the name of a file, found an object of type {kind}",
+            fix='Give at least `{"model": ...}`.',
+        )
+    return parse(_content(os.fspath(name)), os.fspath(name))
 
 
 def parse(text: str | bytes, file: str = "<text>") -> Document:
