@@ -154,3 +154,16 @@ def partitions_of_one_rank(folder: Path) -> list[str]:
 @on_a_gpu
 def test_zero3_reads_a_partition_straight_to_the_device(folder: Path) -> None:
     assert run_on_ranks(partitions_of_one_rank, folder, ranks=1, process_group=False) == [[]]
+
+
+# --- what measures it ---------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+def test_without_an_accelerator_the_benchmark_says_so_and_runs_nothing() -> None:
+    command = [sys.executable, "-m", "benchmarks.accelerator"]
+    root = PRETENDED.parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == (
+        "There is no accelerator here: torch sees no CUDA device. Nothing was run.\n"
+    )
