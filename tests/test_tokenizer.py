@@ -162,7 +162,7 @@ def test_a_hub_tokenizer_that_cannot_be_had_is_an_error(folder: Path, tmp_path: 
     }
     assert [str(problem) for problem in llmload.plan(spec).errors] == [
         "tokenizer.name_or_path: 'nobody/nothing' is not a folder, and the hub repository of that"
-        " name is neither in the cache nor could it be fetched (HF_HUB_OFFLINE is set). Give a"
+        " name is neither in the cache nor could it be fetched (`local_files_only` is set). Give a"
         " local folder, or fetch it beforehand with `hf download`."
     ]
 
