@@ -91,7 +91,10 @@ def touched(load: Callable[[Path], Any], folder: Path) -> Iterator[Mark]:
 def _touch(loaded: Any) -> None:
     import torch
 
-    model = getattr(loaded, "model", loaded)
+    import llmload
+
+    # Of transformers' models, `model` is one without its head.
+    model = loaded.model if isinstance(loaded, llmload.LoadResult) else loaded
     tensors: Iterable[Any] = model.values() if isinstance(model, dict) else model.parameters()
     with torch.no_grad():
         for tensor in tensors:
