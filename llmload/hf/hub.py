@@ -62,7 +62,6 @@ def snapshot(spec: LoadSpec, *, weights: bool, files: Sequence[str] | None = Non
     except RepositoryNotFoundError:
         fix = "Check the id, or log in with `hf auth login` if it is private."
         message = f"neither a folder nor a hub repository is called {spec.model!r}"
-        fix = _meant(spec) or fix
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         found = _cached(spec)
         if found is not None:
