@@ -3,7 +3,8 @@
 Run as a script on each stack, it loads each folder of the corpus, and each that has one strange
 value (``values.py``), in a process of its own that may take ten seconds of a processor and four
 GiB more than it has, keeps what was measured in ``limits.json`` and writes the table in
-SECURITY.md. Seconds are those of the processor, which other programs do not lengthen.
+SECURITY.md. Seconds are those of the processor, which other programs do not lengthen but where
+memory is short: what took more than one is measured again, and the lesser of both counts.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ import llmload  # noqa: E402
 KEPT = Path(__file__).with_name("limits.json")
 BEGIN, END = "<!-- limits: python tests/hostile/limits.py -->\n", "<!-- end of limits -->\n"
 SECONDS, BYTES = 10, 4 << 30
+REPEATED = 1.0
+"""Seconds of the processor above which a row is measured a second time."""
 
 
 def main() -> None:
@@ -62,11 +65,18 @@ def main() -> None:
 
 def _measured(row: Row, sound: Path, before: int) -> dict[str, Any]:
     """Load what the row makes of the folder; ``memory`` is what that took above the process's."""
+    measured = _once(row, sound)
+    if measured["seconds"] > REPEATED:
+        measured = min(measured, _once(row, sound), key=lambda each: float(each["seconds"]))
+    return {**measured, "row": row.name, "memory": measured["memory"] - before}
+
+
+def _once(row: Row, sound: Path) -> dict[str, Any]:
     folder = sound.with_name("case") / "model"
     shutil.copytree(sound, folder)
     measured = _child(lambda: attempt(row, folder), folder.parent)
     shutil.rmtree(folder.parent)
-    return {**measured, "row": row.name, "memory": measured["memory"] - before}
+    return measured
 
 
 def _child(what: Any, place: Path) -> dict[str, Any]:
