@@ -18,9 +18,9 @@ from typing import Any, Final
 
 # An escaped letter or underscore: no tokenizer writes any, and a key may be hidden so.
 _ESCAPED: Final = re.compile(r"\\u00[5-7]")
-_LISTED: Final = re.compile(r'"vocab"\s*:\s*\[')
+_VALUE: Final = re.compile(r"\s*:\s*(?=[\[{])")
 _STEPS: Final = ("normalizer", "pre_tokenizer", "post_processor")
-_PARTS: Final = re.compile(rf'"(added_tokens|{"|".join(_STEPS)})"\s*:\s*(?=[\[{{])')
+_PARTS: Final = ("added_tokens", *_STEPS)
 
 _PIECE_TAG: Final = 0x0A
 """Of field 1, a message, in sentencepiece's ``ModelProto``."""
@@ -45,18 +45,15 @@ def read(data: bytes) -> Serialized:
     :raises ValueError: with the reason, where it is no JSON.
     """
     text = data.decode()
-    found = list(_PARTS.finditer(text))
+    found = {key: list(_values(text, key)) for key in _PARTS}
+    is_unigram = any(text[at] == "[" for at in _values(text, "vocab"))
     content: Any
     try:
-        if (
-            len({match[1] for match in found}) < len(found)
-            or _ESCAPED.search(text)
-            or _LISTED.search(text)
-        ):
+        if is_unigram or max(map(len, found.values())) > 1 or _ESCAPED.search(text):
             content = json.loads(text)
         else:
-            decoder = json.JSONDecoder()
-            content = {match[1]: decoder.raw_decode(text, match.end())[0] for match in found}
+            decode = json.JSONDecoder().raw_decode
+            content = {key: decode(text, at)[0] for key, places in found.items() for at in places}
         steps = [_growth(_value(content, step)) for step in _STEPS]
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -67,6 +64,17 @@ def read(data: bytes) -> Serialized:
         pieces=[len(piece.encode(errors="replace")) for piece in pieces if isinstance(piece, str)],
         growth=prod(steps),
     )
+
+
+def _values(text: str, key: str) -> Iterator[int]:
+    """Yield where a list or an object begins that stands under a key, at whatever depth."""
+    quoted = f'"{key}"'
+    at = text.find(quoted)
+    while at >= 0:
+        value = _VALUE.match(text, at + len(quoted))
+        if value:
+            yield value.end()
+        at = text.find(quoted, at + 1)
 
 
 def _growth(step: Any) -> float:
