@@ -51,9 +51,11 @@ OF_NO_STACK = (
     "tests/test_common_mistakes.py",
     "tests/test_conformance.py",
     "tests/test_convert.py",
+    "tests/test_demo.py",
     "tests/test_docs.py",
     "tests/test_example_plugins.py",
     "tests/test_explain.py",
+    "tests/test_full_disks.py",
     "tests/test_groupspec.py",
     "tests/test_hostile_plugins.py",
     "tests/test_hub_online.py",
@@ -62,7 +64,9 @@ OF_NO_STACK = (
     "tests/test_plugins_page.py",
     "tests/test_skipped_everywhere.py",
     "tests/test_spellings.py",
+    "tests/test_stopping.py",
     "tests/test_versions.py",
+    "tests/zero3/test_fetched_spans.py",
 )
 # Minutes that seldom fail, for which there are sessions: conformance, example_plugins, new_plugins.
 BY_HAND = (
