@@ -24,8 +24,6 @@ _OF_A_MODEL: Final = frozenset(
 )
 """Keys of the small files in a model's folder, of which no spec has one."""
 _HUB_PAGE: Final = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
-
-
 _MOST: Final = 1000
 """Names in a folder among which one that is not there is looked for."""
 _THEIR_MODEL: Final = ("base_model", "model_name_or_path")
@@ -75,8 +73,9 @@ def _other(document: Document) -> Problem | None:
 def instead_of(name: str) -> str:
     """Return what to write in place of the name of a spec under which there is no file; empty where
     nothing shows it."""
-    if meant(name) or name.endswith(ENDINGS):
-        return meant(name)
+    found = meant(name)
+    if found or name.endswith(ENDINGS):
+        return found
     return f"Check the name; of a model write `model: {name}` in a spec."
 
 
