@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import zero3
 from .case import OURS, Case, Mark
 from .cold import evicted
 from .folders import folder
@@ -27,11 +28,6 @@ from .measure import run_ranks
 
 SIZES = ("1.1B", "8B")
 THEIRS = "from_pretrained"
-CONFIG: dict[str, Any] = {
-    "train_micro_batch_size_per_gpu": 1,
-    "zero_optimization": {"stage": 3},
-    "bf16": {"enabled": True},
-}
 
 
 def device() -> str | None:
@@ -92,16 +88,6 @@ def quantised_with_transformers(folder: Path) -> Any:
     return with_transformers(folder, quantization_config=their_config(), device_map="cuda:0")
 
 
-def partitioned_with_transformers(folder: Path) -> Any:
-    """Load with transformers while a DeepSpeed config is active."""
-    from transformers.integrations import HfDeepSpeedConfig
-
-    alive = HfDeepSpeedConfig(CONFIG)
-    model = with_transformers(folder)
-    del alive
-    return model
-
-
 def join() -> None:
     """Make a group of this one rank, whose collectives the device does."""
     import deepspeed
@@ -136,8 +122,8 @@ CASES = {
     ),
     "zero3": _case(
         "ZeRO-3, one rank",
-        partial(with_llmload, zero3={"config": CONFIG}),
-        partitioned_with_transformers,
+        partial(with_llmload, zero3={"config": zero3.config()}),
+        zero3.their_load,
         imports=("deepspeed",),
         prepare=join,
     ),

@@ -23,18 +23,14 @@ import typer
 from . import kbit
 from .folders import SIZES, folder
 from .measure import environment, free_port, of_rank
+from .zero3 import config
 
 app = typer.Typer(add_completion=False)
 
 PARTS = ("import", "plan", "load", "initialize", "step")
 _TOKENS = 16
 _LORA = {"r": 16, "target_modules": "all-linear"}
-_CONFIG = {
-    "train_micro_batch_size_per_gpu": 1,
-    "zero_optimization": {"stage": 3},
-    "bf16": {"enabled": True},
-    "zero_allow_untested_optimizer": True,
-}
+_CONFIG = config() | {"zero_allow_untested_optimizer": True}
 _SIDES = ("llmload", "by hand")
 _DEADLINE_SECONDS = 600
 
