@@ -26,7 +26,7 @@ from .zero3 import join
 TITLE = "Memory, foretold and measured"
 _MIB = 2**20
 _TOKENS = 8
-_LIVE = 100_000_000
+_LIVE = 20_000_000
 """Parameters that ZeRO-3 may keep gathered, and gradients that go to their ranks together."""
 _LITTLE = 256
 """MiB below which a share says nothing."""

@@ -12,12 +12,15 @@ import architectures
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from stacks import needs_bitsandbytes
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from llmload.model import dry_run as probe_module
+from llmload.model import randomness
 from llmload.model.dry_run import ProbeResult, probe
 from llmload.model.randomness import RandomOp
 from llmload.plugin import installed_transformers
@@ -373,3 +376,46 @@ def test_no_weight_is_read() -> None:
         model = tiny_model("llama")
     assert all(p.is_meta for p in model.parameters())
     assert probe(with_lora(model)) == ProbeResult(method="meta")
+
+
+# --- what is answered at once -------------------------------------------------------------------
+
+
+@st.composite
+def operands(draw: st.DrawFn) -> tuple[Any, ...]:
+    """Draw two operands on the meta device, often of one dtype, broadcast, permuted or a number."""
+    dtypes = st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.int64])
+    shape = draw(st.lists(st.integers(1, 3), min_size=0, max_size=4))
+
+    def tensor(shape: list[int]) -> torch.Tensor:
+        made = torch.empty(shape, dtype=draw(dtypes), device="meta")
+        if shape and draw(st.booleans()):
+            return made.permute(*draw(st.permutations(range(len(shape)))))
+        return made
+
+    second = draw(st.sampled_from(["number", "tensor"]))
+    if second == "number":
+        return tensor(shape), draw(st.sampled_from([2, 0.5, True, 1j]))
+    other = [draw(st.sampled_from([1, size])) for size in shape]
+    return tensor(shape), tensor(other[draw(st.integers(0, len(other))) :])
+
+
+@given(operands())
+@settings(deadline=None)
+def test_elementwise_operations_give_what_torchs_own_meta_kernels_give(
+    given: tuple[Any, ...],
+) -> None:
+    def outcome(answer: Callable[[Any], torch.Tensor], func: Any) -> Any:
+        try:
+            result = answer(func)
+        except Exception as error:
+            return type(error), str(error)
+        strides = [s for s, size in zip(result.stride(), result.shape, strict=True) if size > 1]
+        return result.shape, result.dtype, result.device, strides
+
+    for func in randomness._ELEMENTWISE:
+        args = given if func._overloadname in ("Tensor", "Scalar", "Tensor_Scalar") else given[:1]
+        if "Scalar" in func._overloadname and isinstance(args[1], torch.Tensor):
+            continue
+        ours = outcome(lambda func, args=args: randomness._answer(func, args, {}), func)
+        assert ours == outcome(lambda func, args=args: func(*args), func), (func, args)

@@ -9,10 +9,10 @@ import functools
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -110,6 +110,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return "", ""
 
 
+_ELEMENTWISE: Final = frozenset(
+    {
+        torch.ops.aten.add.Tensor,
+        torch.ops.aten.sub.Tensor,
+        torch.ops.aten.mul.Tensor,
+        torch.ops.aten.div.Tensor,
+        torch.ops.aten.mul.Scalar,
+        torch.ops.aten.div.Scalar,
+        torch.ops.aten.pow.Tensor_Scalar,
+        torch.ops.aten.neg.default,
+        torch.ops.aten.rsqrt.default,
+    }
+)
+"""Most of a model's operations, for which torch's own meta kernels, in Python, take half the time
+of a forward and backward (2.13: 350 us each)."""
+
+
 def _answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``func``; where it asks a meta tensor for values, give the plainest answer.
 
@@ -117,6 +134,8 @@ def _answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     name = func._schema.name
     if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+        if func in _ELEMENTWISE and (shape := _shape_of_all(args)) is not None:
+            return torch.empty(shape, dtype=args[0].dtype, device="meta")
         if name == "aten::_local_scalar_dense" and not _is_float(args[0]):
             return False if args[0].dtype == torch.bool else 0
         if name == "aten::nonzero":
@@ -132,6 +151,26 @@ def _answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # LayerDrop compares it with its rate: the largest draw skips no layer.
         result.fill_(1.0 - torch.finfo(result.dtype).eps)
     return result
+
+
+def _shape_of_all(args: tuple[Any, ...]) -> torch.Size | None:
+    """Return the shape that an elementwise operation gives; None but for one floating dtype, and
+    operands in the order of their elements, as then the result is."""
+    first, *others = (value for value in args if isinstance(value, torch.Tensor))
+    if not (first.is_floating_point() and first.is_contiguous()):
+        return None
+    if any(isinstance(value, complex) for value in args):
+        return None
+    whole = first.shape
+    for other in others:
+        if not (other.is_meta and other.dtype == first.dtype and other.is_contiguous()):
+            return None
+        if other.shape != whole:
+            with suppress(RuntimeError):  # which torch's own kernel words better
+                whole = torch.broadcast_shapes(whole, other.shape)  # type: ignore[no-untyped-call]
+                continue
+            return None
+    return whole
 
 
 def _all_positions(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from llmload.builtin.lora.request import (
     resolve,
 )
 from llmload.builtin.lora.section import LoraSection
+from llmload.builtin.lora.without_bitsandbytes import asked_once_imported
 from llmload.plugin import Problem, RequestError, alike, matching_within_budget, partitions
 
 if TYPE_CHECKING:
@@ -243,7 +244,10 @@ def _wrap(ctx: LoadContext, request: Request, model: nn.Module, config: LoraConf
     dispatcher = Dispatcher(ctx, config)
     try:
         # Made on the meta device, the adapter costs no memory and draws no random number.
-        with _without_values(ctx) if ctx.rehearsing else gathering(model):
+        with (
+            asked_once_imported(),
+            _without_values(ctx) if ctx.rehearsing else gathering(model),
+        ):
             wrapped = peft.get_peft_model(
                 model,
                 config,

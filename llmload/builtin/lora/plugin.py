@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from llmload.builtin.lora.hooks import Hooks
 from llmload.builtin.lora.section import LoraSection
+from llmload.builtin.lora.without_bitsandbytes import import_peft
 from llmload.hookspecs import hookimpl
 from llmload.plugin import Conflict, Note, Problem, RequestError, version_of
 
@@ -65,6 +66,7 @@ class LoraPlugin:
     @hookimpl
     def check(self, ctx: LoadContext) -> Iterator[Problem | Note]:
         """Say which adapter will be made, and find what PEFT would refuse or get wrong."""
+        import_peft()
         from llmload.builtin.lora.request import heard, merged_first, resolve
 
         first, request = merged_first(ctx), resolve(ctx)
