@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from stacks import needs_bitsandbytes
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from llmload.model import dry_run as probe_module
@@ -419,3 +420,9 @@ def test_elementwise_operations_give_what_torchs_own_meta_kernels_give(
             continue
         ours = outcome(lambda func, args=args: randomness._answer(func, args, {}), func)
         assert ours == outcome(lambda func, args=args: func(*args), func), (func, args)
+
+
+def test_tensors_of_a_class_of_their_own_are_left_to_it() -> None:
+    own = TwoTensor(torch.empty(2, device="meta"), torch.empty(2, device="meta"))
+    assert own.is_meta
+    assert type(randomness._answer(torch.ops.aten.mul.Tensor, (own, 2.0), {})) is TwoTensor

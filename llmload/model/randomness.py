@@ -9,7 +9,7 @@ import functools
 import random
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Final
@@ -156,20 +156,19 @@ def _answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _shape_of_all(args: tuple[Any, ...]) -> torch.Size | None:
     """Return the shape that an elementwise operation gives; None but for one floating dtype, and
     operands in the order of their elements, as then the result is."""
-    first, *others = (value for value in args if isinstance(value, torch.Tensor))
-    if not (first.is_floating_point() and first.is_contiguous()):
+    tensors = [value for value in args if isinstance(value, torch.Tensor)]
+    whole, dtype = tensors[0].shape, tensors[0].dtype
+    if not dtype.is_floating_point or any(isinstance(value, complex) for value in args):
         return None
-    if any(isinstance(value, complex) for value in args):
-        return None
-    whole = first.shape
-    for other in others:
-        if not (other.is_meta and other.dtype == first.dtype and other.is_contiguous()):
+    for tensor in tensors:
+        plain = tensor.is_meta and type(tensor) in (torch.Tensor, nn.Parameter)
+        if not (plain and tensor.is_contiguous() and tensor.dtype == dtype):
             return None
-        if other.shape != whole:
-            with suppress(RuntimeError):  # which torch's own kernel words better
-                whole = torch.broadcast_shapes(whole, other.shape)  # type: ignore[no-untyped-call]
-                continue
-            return None
+        if tensor.shape != whole:
+            try:
+                whole = torch.broadcast_shapes(whole, tensor.shape)  # type: ignore[no-untyped-call]
+            except RuntimeError:  # torch's own kernel has better words for it
+                return None
     return whole
 
 
