@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import rich.style  # noqa: F401 - it draws at random as it is imported
 from bad_groups import BAD_GROUPS
 from bad_loads import BAD_LOADS, BadLoad
 from bad_specs import BAD_SPECS, BadSpec

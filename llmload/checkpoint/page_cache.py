@@ -12,8 +12,6 @@ from llmload.checkpoint import libc
 
 _WINDOW = 2**20
 """Bytes that are looked at in one place of a file, and in one call."""
-_MOST_WINDOWS = 64
-"""Places looked at in a file: what was evicted is seldom a single page."""
 
 
 class PageCache:
@@ -52,9 +50,12 @@ class PageCache:
                 return False
         return True
 
-    def seems_whole(self) -> bool:
-        """Whether the file is in memory, by places all over it; False where nothing is known."""
-        step = max(_WINDOW, -(-self._size // _MOST_WINDOWS))
+    def seems_whole(self, places: int) -> bool:
+        """Whether the file is in memory, by so many places of 1 MiB all over it, and its end.
+
+        False where nothing is known.
+        """
+        step = max(_WINDOW, -(-self._size // places))
         return all(
             self.holds(place, min(place + _WINDOW, self._size))
             for place in (*range(0, self._size, step), max(0, self._size - _WINDOW))

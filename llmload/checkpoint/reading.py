@@ -31,6 +31,9 @@ _FAR: Final = (16, 2**20)
 """The same where a request is some way off: as many under way as such a file system answers."""
 _WORTH_ASKING: Final = 2**20
 """Bytes of a checkpoint below which it is read sooner than it is found out how."""
+_PLACES: Final = (64, 1024)
+"""Places of a file, and of all files together, that tell whether they are in memory: what was
+evicted is seldom a single page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,9 @@ class Reading:
         if kind in _IN_MEMORY:
             return cls()
         try:
-            found = next((found for found in map(_seems_whole, files) if not found), True)
+            each = max(1, min(_PLACES[0], _PLACES[1] // len(files)))
+            asked_of = (_seems_whole(file, each) for file in files)
+            found = next((found for found in asked_of if not found), True)
         except CheckpointError:
             return cls()  # for the load to say what became of them
         if found is None:
@@ -75,11 +80,11 @@ class Reading:
         return cls("ahead", threads, piece, f"not in memory yet, {on}")
 
 
-def _seems_whole(file: CheckpointFile) -> bool | None:
-    """Say whether a file is in memory; None where it cannot be mapped."""
+def _seems_whole(file: CheckpointFile, places: int) -> bool | None:
+    """Say whether a file is in memory, by so many places; None where it cannot be mapped."""
     with regular_file(file.path) as (descriptor, _):
         try:
-            return PageCache(descriptor).seems_whole()
+            return PageCache(descriptor).seems_whole(places)
         except OSError:
             return None
 

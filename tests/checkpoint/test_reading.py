@@ -20,7 +20,7 @@ from sameness import differences, from_pretrained
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmload
-from llmload.checkpoint import Checkpoint, ahead, filesystem, libc, page_cache
+from llmload.checkpoint import Checkpoint, ahead, filesystem, libc, page_cache, reading
 from llmload.checkpoint.ahead import ReadAhead
 from llmload.checkpoint.placement import Plain
 from llmload.checkpoint.ranges import ByteRange, ranges
@@ -91,6 +91,26 @@ def test_files_that_are_not_in_memory_are_fetched_ahead(folder: Path) -> None:
 def test_one_file_that_is_not_in_memory_is_enough(folder: Path) -> None:
     files_of(folder)[0].read_bytes()
     assert Reading.choose(Checkpoint.open(folder), "auto").way == "ahead"
+
+
+def test_the_more_files_there_are_the_fewer_places_of_each_are_looked_at(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in files_of(folder):
+        file.read_bytes()
+    looked: list[int] = []
+    holds = page_cache.PageCache.holds
+
+    def noting(cache: page_cache.PageCache, start: int, stop: int) -> bool:
+        looked.append(start)
+        return holds(cache, start, stop)
+
+    monkeypatch.setattr(page_cache.PageCache, "holds", noting)
+    for together, of_both in ((1024, 20), (8, 10), (1, 4)):
+        monkeypatch.setattr(reading, "_PLACES", (64, together))
+        looked.clear()
+        assert Reading.choose(Checkpoint.open(folder), "auto").way == "mapped"
+        assert len(looked) == of_both
 
 
 @pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.sshfs", "fuse"])
