@@ -381,6 +381,6 @@ def long_trust(session: nox.Session) -> None:
 @nox.session(default=False)
 def benchmarks(session: nox.Session) -> None:
     """Every comparison with the peers; see benchmarks/README.md. Wants a quiet machine."""
-    session.install("-c", MODERN, ".[all]", f"./{FSDP}", "matplotlib", "psutil")
+    session.install("-c", MODERN, ".[all]", f"./{FSDP}", "matplotlib", "psutil", "fastsafetensors")
     session.install(*LAZY_INIT)
     session.run("python", "-m", "benchmarks", *session.posargs)

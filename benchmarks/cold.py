@@ -134,6 +134,25 @@ def torch_reader(folder: Path) -> dict[str, Any]:
     return state
 
 
+def fastsafetensors(folder: Path) -> dict[str, Any]:
+    """Read every file with fastsafetensors, which copies files whole, to the CPU's memory here."""
+    import torch
+    from fastsafetensors import SafeTensorsFileLoader, SingleGroup
+
+    loader = SafeTensorsFileLoader(SingleGroup(), torch.device("cpu"), nogds=True)
+    loader.add_filenames({0: [str(file) for file in sorted(folder.glob("*.safetensors"))]})
+    buffers = loader.copy_files_to_device()
+    return _Over(buffers, {name: buffers.get_tensor(name) for name in buffers.key_to_rank_lidx})
+
+
+class _Over(dict[str, Any]):
+    """Tensors, and the memory that they lie in."""
+
+    def __init__(self, buffers: Any, tensors: dict[str, Any]) -> None:
+        super().__init__(tensors)
+        self._buffers = buffers
+
+
 def reads(folder: Path, *, threads: int) -> None:
     """Read all bytes and keep none: what no load can be faster than."""
     from concurrent.futures import ThreadPoolExecutor
@@ -167,6 +186,7 @@ def _sides(limit: int) -> dict[str, Any]:
         "from_pretrained": partial(touched, from_pretrained_as("bfloat16")),
         "safetensors, mapped": partial(touched, partial(safetensors, backend="mmap")),
         "safetensors, pread": partial(touched, partial(safetensors, backend="pread")),
+        "fastsafetensors": partial(touched, fastsafetensors),
         "HuggingFaceStorageReader": partial(touched, torch_reader),
         "one reading loop": partial(read_alone, threads=1),
         f"{limit} reading threads": partial(read_alone, threads=limit),
