@@ -12,6 +12,8 @@ from llmload.checkpoint import libc
 
 _WINDOW = 2**20
 """Bytes that are looked at in one place of a file, and in one call."""
+_LOWEST = bytes(value & 1 for value in range(256))
+"""Of each byte of ``mincore`` the bit that says whether a page is there; others are reserved."""
 
 
 class PageCache:
@@ -46,7 +48,7 @@ class PageCache:
             length = min(_WINDOW, stop - place, self._size - place)
             found = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
             address = ctypes.addressof(self._map) + place
-            if libc.libc().mincore(address, length, found) or not all(page & 1 for page in found):
+            if libc.libc().mincore(address, length, found) or 0 in bytes(found).translate(_LOWEST):
                 return False
         return True
 
