@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from page_residency import evict, resident
 from safetensors.torch import save_file
 from sameness import differences, from_pretrained
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,25 +31,6 @@ from llmload.testing import context_of, nothing_left_behind, tiny_checkpoint, ti
 PAGE = mmap.PAGESIZE
 WHOLE = 2**30
 """Room for all that is fetched here."""
-
-
-def evict(*paths: Path) -> None:
-    """Have the kernel forget files; it keeps what was not written to the disk yet."""
-    for path in paths:
-        filesystem.sync(path)
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
-def resident(path: Path) -> set[int]:
-    """Numbers of the pages of a file that are in memory."""
-    descriptor, size = os.open(path, os.O_RDONLY), path.stat().st_size
-    pages = libc.mapped(descriptor, 0, size, mmap.PROT_READ, mmap.MAP_SHARED)
-    os.close(descriptor)
-    found = (ctypes.c_ubyte * -(-size // PAGE))()
-    assert libc.libc().mincore(ctypes.addressof(pages), size, found) == 0
-    return {number for number, page in enumerate(found) if page & 1}
 
 
 @pytest.fixture
