@@ -16,6 +16,7 @@ import llmload
 from llmload import Section, create_registry, hookimpl
 from llmload.builtin.dropout.plugin import DropoutPlugin
 from llmload.errors import PluginError, RequestError
+from llmload.host.contract import faults, manager_of
 from llmload.host.discovery import from_object
 from llmload.host.registry import PluginInfo, Registry
 from llmload.spec.loadspec import LoadSpec
@@ -215,6 +216,9 @@ def test_built_in_plugins_keep_the_contract() -> None:
     infos = [info for info in create_registry(environ={}).plugins if info.builtin]
     assert {"streaming", "zero3", "lora", "kbit"} <= {info.name for info in infos}
     assert [(info.name, info.reason) for info in infos if info.status != "active"] == []
+    manager = manager_of(info.plugin for info in infos)
+    found = {info.name: list(faults(info, manager)) for info in infos}  # no registry looks for them
+    assert {name for name, texts in found.items() if texts} == set()
 
 
 def test_a_distribution_that_calls_itself_llmload_has_no_built_in_plugins(

@@ -53,10 +53,12 @@ class OpenFiles(AbstractContextManager["OpenFiles"]):
         """
         found: list[bytearray] = []
         to_fetch: dict[Path, list[tuple[int, memoryview]]] = {}
+        latest, descriptor = None, -1
         for path, start, length in places:
             if self._files[path].fetch is None:
-                descriptor = self.descriptor(path)
-                expect(descriptor, sequence=False)
+                if path != latest:
+                    latest, descriptor = path, self.descriptor(path)
+                    expect(descriptor, sequence=False)
                 piece = bytearray(os.pread(descriptor, length, start))
                 if len(piece) != length:
                     raise changed(path)

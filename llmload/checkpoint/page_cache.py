@@ -10,7 +10,7 @@ from typing import Any
 
 from llmload.checkpoint import libc
 
-_WINDOW = 2**20
+_WINDOW = 2**17
 """Bytes that are looked at in one place of a file, and in one call."""
 _LOWEST = bytes(value & 1 for value in range(256))
 """Of each byte of ``mincore`` the bit that says whether a page is there; others are reserved."""
@@ -53,7 +53,7 @@ class PageCache:
         return True
 
     def seems_whole(self, places: int) -> bool:
-        """Whether the file is in memory, by so many places of 1 MiB all over it, and its end.
+        """Whether the file is in memory, by so many places of 128 KiB all over it, and its end.
 
         False where nothing is known.
         """

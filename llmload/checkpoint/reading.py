@@ -31,7 +31,7 @@ _FAR: Final = (16, 2**20)
 """The same where a request is some way off: as many under way as such a file system answers."""
 _WORTH_ASKING: Final = 2**20
 """Bytes of a checkpoint below which it is read sooner than it is found out how."""
-_PLACES: Final = (64, 1024)
+_PLACES: Final = (32, 256)
 """Places of a file, and of all files together, that tell whether they are in memory: what was
 evicted is seldom a single page."""
 

@@ -12,6 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from pydantic import BaseModel
@@ -145,7 +146,7 @@ def _entries(ctx: LoadContext, loader: str, rehearsal: Rehearsal) -> dict[str, E
     on_pages = loader in ctx.providing("mapped_pages")
     fetched = {file.path for file in ctx.checkpoint.fetched}
     prefix = f"{ctx.model_class.base_model_prefix}."
-    naming = conversion(ctx)
+    naming = cache(partial(conversion, ctx))
     entries = {}
     for names in aliases.values():
         parameter = rehearsal.base[names[0]]
@@ -165,7 +166,7 @@ def _entries(ctx: LoadContext, loader: str, rehearsal: Rehearsal) -> dict[str, E
             # By the place in the files rather than by name: members may rename keys in different
             # ways.
             origin=frozenset((str(stored[name].file), stored[name].start) for name in found)
-            or naming,
+            or naming(),
             mapped=on_pages
             and any(
                 torch_dtype(stored[name].dtype) == dtypes[name] and stored[name].file not in fetched

@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pluggy
@@ -386,9 +387,12 @@ class Registry:
             self._called_apart(info, hook, **kwargs)
 
     def _called_apart(self, info: PluginInfo, hook: str, **kwargs: Any) -> Any:
+        # Of this hook alone: to look through all of a plugin takes ten times as long.
+        declared = ModuleType(hookspecs.__name__)
+        setattr(declared, hook, getattr(hookspecs, hook))
         manager = _Manager(GROUP)
-        manager.add_hookspecs(hookspecs)
-        manager.add(info.plugin, info.name)
+        manager.add_hookspecs(declared)
+        manager.add(_Standing({hook: getattr(info.plugin, hook)}), info.name)
         return manager.call_one(info.name, hook, **kwargs)
 
     def _refuse_unusable(self, keys: Iterable[str]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.staging import BUFFER, MOST_BUFFERS, WORTH_PINNING
-from llmload.context.forecast import PHASES, Cost, Forecast, Place, Weight
+from llmload.context.forecast import PHASES, Cost, Forecast, Peak, Place, Weight
 from llmload.errors import PluginError
 from llmload.hf import installed_transformers, quantised
 from llmload.loading import hook_calls, room
@@ -226,8 +226,8 @@ def _split(nbytes: int, parameter: Any) -> tuple[int, int]:
     return (elements, itemsize) if elements * itemsize == nbytes else (nbytes, 1)
 
 
-def told(forecast: Forecast) -> Memory:
-    """Return a forecast as plan and report have it."""
+def told(forecast: Forecast, peaks: Iterable[Peak]) -> Memory:
+    """Return a forecast and its peaks as plan and report have them."""
     machine = forecast.machine
     assert not isinstance(machine.host_memory, str)
     assert not isinstance(machine.device_memory, str)
@@ -239,7 +239,7 @@ def told(forecast: Forecast) -> Memory:
         optimizer=machine.optimizer,
         phases=[
             PhasePeak(phase=peak.phase, host=peak.host, pages=peak.pages, device=peak.device)
-            for peak in forecast.peaks()
+            for peak in peaks
         ],
         items=list(_items(forecast)),
         routes=[_route(weight) for weight in forecast.weights.values()],

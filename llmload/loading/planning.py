@@ -163,8 +163,9 @@ def _foresee(host: Host, registry: Registry, plan: Plan, rehearsal: Rehearsal) -
     except RequestError as error:
         plan.problems += error.problems
         return
-    plan.memory = forecasting.told(forecast)
-    plan.problems += room.problems(rehearsal.ctx, forecast, registry)
+    peaks = forecast.peaks()
+    plan.memory = forecasting.told(forecast, peaks)
+    plan.problems += room.problems(rehearsal.ctx, forecast, peaks, registry)
 
 
 def find(host: Host, spec: LoadSpec, download: Download) -> Found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from llmload.checkpoint import free_memory
@@ -28,13 +28,15 @@ def free() -> Room | None:
     return min((Room(*limit) for limit in free_memory.limits()), default=None)
 
 
-def problems(ctx: LoadContext, forecast: Forecast, registry: Registry) -> Iterator[Problem]:
+def problems(
+    ctx: LoadContext, forecast: Forecast, peaks: Iterable[Peak], registry: Registry
+) -> Iterator[Problem]:
     """Refuse a load for which there is too little memory, and warn where its training would find
     too little; say what would do.
 
     Pages of files are given up where memory is short, and do not count.
     """
-    for peak in forecast.peaks():
+    for peak in peaks:
         for where in forecast.rooms:
             if forecast.lacking(peak, where):
                 yield _too_little(forecast, peak, where, _way_out(ctx, forecast, registry))

@@ -64,7 +64,7 @@ def carried(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         found.append(held)
         return held
 
-    walk = _Walk(note, lambda holder: None)
+    walk = _Walk(note)
     for name, value in vars(tensor).items():
         if not isinstance(value, nn.Module):
             walk.value(name, value)
@@ -92,7 +92,7 @@ def replace_tensors(model: nn.Module, visit: Visit, *, code: bool = False) -> No
     :param code: those too that its code keeps, and a copy in the place of each iterator: what takes
         from it cannot give back.
     """
-    _Walk(visit, lambda holder: None, code=code, copy_iterators=code).value("", model)
+    _Walk(visit, code=code, copy_iterators=code).value("", model)
 
 
 @contextmanager
@@ -149,6 +149,10 @@ def _is_plain_iterator(value: Any) -> bool:
     return type(value).__module__ in ("builtins", "itertools") and isinstance(value, Iterator)
 
 
+def _pass_by(holder: Any) -> None:
+    """Nobody wants to know what holds others."""
+
+
 class _Walk:
     """Goes through all that a model can reach, each object once.
 
@@ -160,13 +164,14 @@ class _Walk:
     def __init__(
         self,
         visit: Visit,
-        enter: Callable[[Any], None],
+        enter: Callable[[Any], None] | None = None,
         *,
         code: bool = False,
         copy_iterators: bool = False,
     ) -> None:
         self._visit = visit
-        self._enter = enter
+        self._notes = enter is not None
+        self._enter = enter or _pass_by
         self._code = code
         self._copy_iterators = copy_iterators
         self._copies: dict[int, Any] = {}
@@ -270,9 +275,11 @@ class _Walk:
         dotted = f"{path}." if path else ""
         for name, value in attributes.items():
             kind = type(value)
-            if kind in _PLAIN or (kind in _EMPTY and not value):
+            if kind in _PLAIN:
+                continue
+            if kind in _EMPTY and not value:
                 # What comes into an empty one is to be taken out of it again.
-                if kind not in _PLAIN and kind is not tuple:
+                if self._notes and kind is not tuple:
                     self._enter(value)
             elif name in ("_parameters", "_buffers", "_modules"):
                 self._entries(dotted, value, "{}")

@@ -87,7 +87,7 @@ def test_the_more_files_there_are_the_fewer_places_of_each_are_looked_at(
         return holds(cache, start, stop)
 
     monkeypatch.setattr(page_cache.PageCache, "holds", noting)
-    for together, of_both in ((1024, 20), (8, 10), (1, 4)):
+    for together, of_both in ((1024, 130), (8, 10), (1, 4)):
         monkeypatch.setattr(reading, "_PLACES", (64, together))
         looked.clear()
         assert Reading.choose(Checkpoint.open(folder), "auto").way == "mapped"
