@@ -17,6 +17,7 @@ from llmload.hf.stamp import stamp
 from llmload.host.distributions import installed_versions
 from llmload.host.registry import Registry, create_registry
 from llmload.loading import audit, fit, hook_calls, lock, turns, warned
+from llmload.loading.gc_pause import collection_of_new_objects
 from llmload.loading.makers import Ledger
 from llmload.loading.plan import Plan
 from llmload.loading.planning import Download, no_loader, prepare, prepare_to_load
@@ -159,6 +160,7 @@ def load_held(
             return result
 
 
+@collection_of_new_objects()
 def execute(
     prepared: Prepared,
     report: Report,

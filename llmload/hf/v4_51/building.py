@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Container, Sequence, Set
-from contextlib import AbstractContextManager
+from collections.abc import Container, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llmload.checkpoint.patching import replaced
@@ -175,12 +175,9 @@ def tied_names(model: PreTrainedModel) -> set[str]:
 
 def ties(model: PreTrainedModel) -> dict[str, str]:
     """What ``tie_weights`` ties: the lists of some classes name modules, or the embedding too."""
-    from llmload.model import reachable
-
     untied = dict(model.named_parameters(remove_duplicate=False))
     groups: dict[int, list[str]] = {}
-    with reachable.kept(model):
-        model.tie_weights()
+    with tied(model):
         for name, parameter in model.named_parameters(remove_duplicate=False):
             groups.setdefault(id(parameter), []).append(name)
     return {
@@ -189,6 +186,16 @@ def ties(model: PreTrainedModel) -> dict[str, str]:
         for name in others
         if untied.get(name) is not untied.get(first)  # else the constructor has tied them
     }
+
+
+@contextmanager
+def tied(model: PreTrainedModel) -> Iterator[None]:
+    """Have a blank model's weights tied for the length of a block."""
+    from llmload.model import reachable
+
+    with reachable.kept(model):
+        model.tie_weights()
+        yield
 
 
 def leaves_small_floats() -> bool:
@@ -247,6 +254,8 @@ def _give_memory_to_excused(model: PreTrainedModel, loaded: Set[str]) -> None:
     import torch
 
     patterns = model._keys_to_ignore_on_load_missing or ()
+    if not patterns:
+        return
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -8,10 +8,9 @@ are not on the meta device.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from llmload.checkpoint.dtypes import torch_dtype
 from llmload.checkpoint.placer import Placer
 from llmload.errors import CheckpointError
 from llmload.hf.bars import track
+from llmload.hf.v4_51 import building
 from llmload.hf.v4_51.building import is_of_a_library
 from llmload.spec.values import dtype_name
 
@@ -50,13 +50,12 @@ def resolve_device_map(
         requested = {"": requested}
     elif isinstance(requested, str) and requested not in _BALANCED:
         requested = {"": torch.device(requested)}
-    if not tied:
-        model = _tied_copy(model)
     dtype = model.config.torch_dtype
     most = None if max_memory is None else dict(max_memory)  # which is written to
-    return _get_device_map(  # type: ignore[no-any-return]
-        model, requested, most, None, dtype, _float32_pattern(model, dtype)
-    )
+    with nullcontext() if tied else building.tied(model):
+        return _get_device_map(  # type: ignore[no-any-return]
+            model, requested, most, None, dtype, _float32_pattern(model, dtype)
+        )
 
 
 _BALANCED = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -97,10 +96,13 @@ def account(model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool = Fals
     """Hold the checkpoint's names, dtypes and shapes against the model's.
 
     A weight whose tie, if there is one, does not show yet would be called missing: a model that is
-    not ``tied`` gets a tied copy.
+    not ``tied`` is tied meanwhile.
     """
-    if not tied:
-        model = _tied_copy(model)
+    with nullcontext() if tied else building.tied(model):
+        return _account(model, checkpoint)
+
+
+def _account(model: PreTrainedModel, checkpoint: Checkpoint) -> Accounting:
     keys = _Keys(model, checkpoint)
     state = model.state_dict()
     mismatched = []
@@ -130,16 +132,6 @@ def account(model: PreTrainedModel, checkpoint: Checkpoint, *, tied: bool = Fals
         computed=(),
         rules=None,
     )
-
-
-def _tied_copy(model: PreTrainedModel) -> PreTrainedModel:
-    from llmload.model import reachable
-
-    # Views of weights among its attributes cannot be copied, and nobody asks for them here.
-    views = {id(t): t.detach() for _, t in reachable.tensors(model) if not t.is_leaf}
-    model = copy.deepcopy(model, views)
-    model.tie_weights()
-    return model
 
 
 def _excused(model: PreTrainedModel, absent: Iterable[str]) -> list[str]:
@@ -239,7 +231,7 @@ def _initialise(model: PreTrainedModel, accounting: Accounting, dtype: torch.dty
         # sizes may differ.
         for module in model.modules():
             module._is_hf_initialized = True
-        model._initialize_missing_keys([], True, False)
+        model._initialize_missing_keys(list(accounting.as_stored), True, False)
         return
     missing, unexpected = list(accounting.missing), list(accounting.unexpected)
     model._move_missing_keys_from_meta_to_cpu(missing, unexpected, dtype, None)
