@@ -38,6 +38,7 @@ CASES = {
     "one host, 4 ranks": Case("org/plain", 1, 4),
     "two hosts, 2 ranks": Case("org/plain", 2, 2),
     "two hosts, 4 ranks": Case("org/plain", 2, 4),
+    "four hosts, 4 ranks": Case("org/plain", 4, 4),
     "two hosts, merged experts": Case("org/experts", 2, 2),
     "two hosts, 4 bits": Case("org/plain", 2, 2, whole=True),
 }
