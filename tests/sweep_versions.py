@@ -30,6 +30,10 @@ NO_BITSANDBYTES = Version(INSTALLED) < Version("4.57") and not torch.cuda.is_ava
 DTYPE = "dtype" if Version(INSTALLED) >= Version("4.56") else "torch_dtype"
 
 
+OF_NARROW_FREQUENCIES = Version("5.18") <= Version(INSTALLED) < Version("5.23")
+WITHOUT_SCHEDULER = Version("4.57") <= Version(INSTALLED) < Version("5")
+
+
 def _refused() -> bool:
     try:
         refuse_unsupported(INSTALLED)
@@ -154,6 +158,15 @@ def test_an_adapter_over_quantised_weights_trains_as_pefts_own(llama: Path) -> N
 
 @works
 @pytest.mark.slow
+@pytest.mark.skipif(
+    WITHOUT_SCHEDULER, reason="this Trainer fails under ZeRO-3, in the scheduler of torch 2.13"
+)
+@pytest.mark.xfail(
+    OF_NARROW_FREQUENCIES,
+    strict=True,
+    reason="zero.Init has this transformers compute rotary frequencies in the model's dtype, which"
+    " 5.23 mended (prevent_arange_dtype_change): llmload trains here what both train there",
+)
 @pytest.mark.parametrize("what", ["full", "adapter"])
 def test_zero3_trains_on_two_ranks_as_trainers_own(
     trained: dict[str, list[dict[str, Any]]], what: str

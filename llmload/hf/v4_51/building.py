@@ -91,25 +91,16 @@ def construct(
     asked: bool = True,
 ) -> PreTrainedModel:
     """As for a model without storage, but for the meta device."""
-    import torch
-    from transformers.modeling_utils import restore_default_torch_dtype
-
-    @restore_default_torch_dtype  # type: ignore[untyped-decorator]
-    def run(config: PretrainedConfig) -> PreTrainedModel:
-        # Undone by the decorator, as in transformers' own from_pretrained.
-        torch.set_default_dtype(dtype)
-        if not getattr(config, "_attn_implementation_autoset", False):
-            config = model_class._autoset_attn_implementation(
-                config, use_flash_attention_2=False, torch_dtype=dtype, device_map=None
-            )
-        return model_class(config)
-
     config = copy.deepcopy(config)
     parts = (getattr(config, name) for name in config.sub_configs) if asked else ()
     # Some constructors take the dtype of a part from its config, not torch's default.
     for part in (config, *parts):
         part.torch_dtype = dtype
-    return run(config)
+    with default_dtype(dtype):
+        choose = getattr(model_class, "_autoset_attn_implementation", None)  # 4.57 has none
+        if choose is not None and not getattr(config, "_attn_implementation_autoset", False):
+            config = choose(config, use_flash_attention_2=False, torch_dtype=dtype, device_map=None)
+        return model_class(config)
 
 
 def _parameters_on_meta() -> AbstractContextManager[None]:
