@@ -20,7 +20,6 @@ from llmload.checkpoint.placer import Placer
 from llmload.errors import CheckpointError
 from llmload.hf.bars import track
 from llmload.hf.v4_51 import building
-from llmload.hf.v4_51.building import is_of_a_library
 from llmload.spec.values import dtype_name
 
 if TYPE_CHECKING:
@@ -226,7 +225,7 @@ def fill(
 def _initialise(model: PreTrainedModel, accounting: Accounting, dtype: torch.dtype) -> None:
     """Give values to what the checkpoint lacks, and mark every module as initialised."""
     everything = accounting.as_stored.keys() >= model.state_dict().keys()
-    if everything and all(map(is_of_a_library, model.modules())):
+    if everything and all(map(building.is_of_a_library, model.modules())):
         # That transformers also finds out, with a state dict of each module, unless it is told that
         # sizes may differ.
         for module in model.modules():
